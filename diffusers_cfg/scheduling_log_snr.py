@@ -1,0 +1,313 @@
+"""The noise process and the sampler of classifier-free guidance (Ho & Salimans 2022, sections 2 and 4, Algorithm 2).
+
+This file travels with every saved model, so it must run alone under plain diffusers: it imports the standard library,
+torch and diffusers only, and keeps its helpers inside the class.
+"""
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from diffusers import ConfigMixin, SchedulerMixin
+from diffusers.configuration_utils import register_to_config
+from diffusers.utils import BaseOutput
+from diffusers.utils.torch_utils import randn_tensor
+
+
+@dataclass
+class LogSNRSchedulerOutput(BaseOutput):
+    """
+    Args:
+        prev_sample (`torch.Tensor`): z at the next, less noisy λ (after the last step: x̃ itself).
+        pred_original_sample (`torch.Tensor`): x̃, the predicted clean sample, clipped if the scheduler clips.
+    """
+
+    prev_sample: torch.Tensor
+    pred_original_sample: torch.Tensor
+
+
+class LogSNRScheduler(SchedulerMixin, ConfigMixin):
+    r"""
+    Variance-preserving diffusion in continuous log-SNR λ = log(α²/σ²), with z = αx + σε.
+
+    A uniform u ∈ [0, 1] gives λ = -2 log tan(au + b), from λ_max at u = 0 (clean) to λ_min at u = 1 (noise). The
+    network's time, and every `timestep` here, is
+
+        timestep = num_train_timesteps · u - 1,   a float in [-1, num_train_timesteps - 1].
+
+    Its integers 0 … num_train_timesteps - 1 are the timesteps of diffusers' own discrete schedulers, which read the
+    same process from `config.trained_betas`: `DDIMScheduler.from_config(pipe.scheduler.config)` samples the same model.
+
+    Sampling is Algorithm 2 with T = `num_inference_steps` network evaluations at u evenly spaced from 1 to 0. At the
+    noisy end the division by α multiplies an error of the network by up to exp(-λ_min/2) = 22026, so x̃ is clipped to
+    the range of the data unless told otherwise. The paper does not say whether it clips.
+
+    Args:
+        num_train_timesteps (`int`): the length of the network's time axis.
+        log_snr_min (`float`): λ_min, the noisy end.
+        log_snr_max (`float`): λ_max, the clean end.
+        prediction_type (`str`): what the network predicts: `"epsilon"`, `"v_prediction"` (αε - σx) or `"sample"` (x).
+        variance_interpolation (`float`): the paper's v in [0, 1]. The sampling variance is (σ̃²)^(1-v) (σ²)^v, from
+            the posterior's (0) to the forward process's (1). The paper uses 0.3 at 64×64 and 0.2 at 128×128.
+        clip_sample (`bool`): whether to bound x̃. Set it to `False` for latents, which have no fixed range.
+        clip_sample_range (`float`): x̃ is clipped to ± this value.
+        thresholding (`bool`): bound x̃ by its own quantile (Imagen's dynamic thresholding, arXiv 2205.11487), no more
+            than `sample_max_value`, and divide by the bound. With the default `sample_max_value` of 1 that is clipping
+            to ±1, in the one form of it that `DPMSolverMultistepScheduler` and `UniPCMultistepScheduler` know.
+        dynamic_thresholding_ratio (`float`): the quantile.
+        sample_max_value (`float`): the largest bound.
+        timestep_spacing (`str`): read by diffusers' own schedulers; this one always goes from λ_min to λ_max.
+        lambda_min_clipped (`float`): read by diffusers' DPM-Solvers, which start at this log(α/σ) = λ/2 or above.
+        trained_betas (`list[float]`, *optional*): derived from the arguments above, for diffusers' own schedulers; a
+            value passed in is replaced.
+
+    Raises:
+        ValueError: an argument is out of range; the message names it.
+    """
+
+    order = 1
+    init_noise_sigma = 1.0
+    _compatibles = [
+        "DDIMScheduler",
+        "DDPMScheduler",
+        "DEISMultistepScheduler",
+        "DPMSolverMultistepScheduler",
+        "DPMSolverSinglestepScheduler",
+        "EulerAncestralDiscreteScheduler",
+        "EulerDiscreteScheduler",
+        "HeunDiscreteScheduler",
+        "UniPCMultistepScheduler",
+    ]
+
+    # The text of this very class, for `CFGPipeline.save_pretrained`. It is read now and not when saving: repositories
+    # loaded as remote code share one path, and the file there may by then hold another repository's text.
+    remote_code = Path(__file__).read_text(encoding="utf-8")
+
+    @register_to_config
+    def __init__(
+        self,
+        num_train_timesteps: int = 1000,
+        log_snr_min: float = -20.0,
+        log_snr_max: float = 20.0,
+        prediction_type: str = "epsilon",
+        variance_interpolation: float = 0.3,
+        clip_sample: bool = True,
+        clip_sample_range: float = 1.0,
+        thresholding: bool = True,
+        dynamic_thresholding_ratio: float = 0.995,
+        sample_max_value: float = 1.0,
+        timestep_spacing: str = "trailing",
+        lambda_min_clipped: float = -5.1,
+        trained_betas: list[float] | None = None,
+    ):
+        if num_train_timesteps < 2:
+            raise ValueError(f"num_train_timesteps must be at least 2, but is {num_train_timesteps}.")
+        if not -60 <= log_snr_min < log_snr_max <= 60:
+            raise ValueError(
+                f"log_snr_min={log_snr_min} and log_snr_max={log_snr_max} must rise and lie within ±60, where α and σ "
+                "still fit a float32."
+            )
+        if prediction_type not in ("epsilon", "v_prediction", "sample"):
+            raise ValueError(f"prediction_type must be epsilon, v_prediction or sample, but is {prediction_type!r}.")
+        if not 0 <= variance_interpolation <= 1:
+            raise ValueError(f"variance_interpolation is the paper's v in [0, 1], but is {variance_interpolation}.")
+
+        # λ = -2 log tan(au + b), so σ = sin(au + b) and α = cos(au + b).
+        self._b = math.atan(math.exp(-log_snr_max / 2))
+        self._a = math.atan(math.exp(-log_snr_min / 2)) - self._b
+
+        self.num_inference_steps = None
+        self.timesteps = torch.arange(num_train_timesteps - 1, -1, -1, dtype=torch.float32)
+        self._log_snrs = None
+        self._step_index = None
+
+        alpha, _ = self.alpha_sigma(self.u(torch.arange(num_train_timesteps, dtype=torch.float64)))
+        self.alphas_cumprod = (alpha**2).float()
+        # diffusers drops arguments left at their defaults when it hands a config to another class. Here the defaults
+        # are the process: every one of them has to arrive.
+        self.register_to_config(
+            thresholding=thresholding and clip_sample,
+            trained_betas=self._betas((alpha**2).tolist()),
+            _use_default_values=[],
+        )
+
+    @staticmethod
+    def _betas(alphas_cumprod: list[float]) -> list[float]:
+        """The β whose float32 cumulative product is `alphas_cumprod`: each one absorbs the rounding of those before."""
+        betas, product = [], 1.0
+        for target in alphas_cumprod:
+            beta = torch.tensor(1 - target / product, dtype=torch.float32)
+            product *= (1 - beta).item()
+            betas.append(beta.item())
+        return betas
+
+    def __len__(self) -> int:
+        return self.config.num_train_timesteps
+
+    # ----- the noise process: u ∈ [0, 1] <-> timestep; u -> λ, α, σ -----
+
+    def timestep(self, u: torch.Tensor) -> torch.Tensor:
+        """The network's time at u ∈ [0, 1]: `num_train_timesteps · u - 1`."""
+        return self.config.num_train_timesteps * u - 1
+
+    def u(self, timestep: torch.Tensor) -> torch.Tensor:
+        """u ∈ [0, 1] at the network's time; the inverse of `timestep`. Integers become float32."""
+        timestep = timestep if timestep.is_floating_point() else timestep.float()
+        return (timestep + 1) / self.config.num_train_timesteps
+
+    def alpha_sigma(self, u: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """α and σ at u ∈ [0, 1], in the shape and dtype of u; α² + σ² = 1."""
+        # cos(au + b) as a sine of what is left to the noisy end: in float32 the cosine of a number near π/2 has no
+        # digits left, and at u = 1 α is 4.5e-5.
+        alpha = torch.sin(self._a * (1 - u) + (math.pi / 2 - self._a - self._b))
+        sigma = torch.sin(self._a * u + self._b)
+        return alpha, sigma
+
+    def log_snr(self, u: torch.Tensor) -> torch.Tensor:
+        """λ = log(α²/σ²) = -2 log tan(au + b) at u ∈ [0, 1], in the shape and dtype of u."""
+        alpha, sigma = self.alpha_sigma(u)
+        return 2 * (alpha.log() - sigma.log())
+
+    def add_noise(self, original_samples: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
+        """
+        z = αx + σε.
+
+        Args:
+            original_samples (`torch.Tensor` of shape `(batch, …)`): x.
+            noise (`torch.Tensor`, the same shape): ε ~ N(0, I).
+            timesteps (`torch.Tensor` of shape `(batch,)`): the network's time, integers or floats in
+                [-1, num_train_timesteps - 1].
+
+        Returns:
+            `torch.Tensor`: z, in the shape and dtype of x.
+        """
+        alpha, sigma = self._alpha_sigma_like(original_samples, timesteps)
+        return alpha * original_samples + sigma * noise
+
+    def get_velocity(self, sample: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
+        """v = αε - σx, the target of `prediction_type="v_prediction"` (arXiv 2202.00512). Arguments as `add_noise`."""
+        alpha, sigma = self._alpha_sigma_like(sample, timesteps)
+        return alpha * noise - sigma * sample
+
+    def _alpha_sigma_like(self, sample: torch.Tensor, timesteps: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        alpha, sigma = self.alpha_sigma(self.u(timesteps.to(sample.device)))
+        shape = (-1,) + (1,) * (sample.ndim - 1)
+        return alpha.view(shape).to(sample.dtype), sigma.view(shape).to(sample.dtype)
+
+    # ----- the sampler -----
+
+    def set_timesteps(self, num_inference_steps: int, device: str | torch.device | None = None) -> None:
+        """
+        Choose the λ of Algorithm 2: u evenly spaced from 1 (λ_min) to 0 (λ_max), both included.
+
+        Args:
+            num_inference_steps (`int`): T, the number of network evaluations, at least 1.
+            device (`str` or `torch.device`, *optional*): where `timesteps` is wanted.
+        """
+        if num_inference_steps < 1:
+            raise ValueError(f"num_inference_steps must be at least 1, but is {num_inference_steps}.")
+        u = torch.linspace(1, 0, num_inference_steps, dtype=torch.float64)
+        self.num_inference_steps = num_inference_steps
+        self.timesteps = self.timestep(u).to(device=device, dtype=torch.float32)
+        # Kept on the host in double precision: a step then costs no synchronisation and no digit.
+        self._log_snrs = self.log_snr(u).tolist()
+        self._step_index = None
+
+    def scale_model_input(self, sample: torch.Tensor, timestep: torch.Tensor | None = None) -> torch.Tensor:
+        """The process preserves the variance, so the network's input is z itself."""
+        return sample
+
+    def step(
+        self,
+        model_output: torch.Tensor,
+        timestep: torch.Tensor | float,
+        sample: torch.Tensor,
+        generator: torch.Generator | list[torch.Generator] | None = None,
+        return_dict: bool = True,
+    ) -> LogSNRSchedulerOutput | tuple[torch.Tensor, torch.Tensor]:
+        """
+        One step of Algorithm 2, from z at λ to z at the next λ' > λ.
+
+        Args:
+            model_output (`torch.Tensor` of shape `(batch, …)`): the (guided) prediction, as `prediction_type` says.
+            timestep (`torch.Tensor` of shape `()`): the entry of `timesteps` that `model_output` was predicted at. It
+                is looked up at the first step only; the steps that follow are counted.
+            sample (`torch.Tensor`, the shape of `model_output`): z.
+            generator (`torch.Generator` or a list of one per sample, *optional*): source of the noise.
+            return_dict (`bool`): whether to return a `LogSNRSchedulerOutput` instead of a tuple.
+
+        Returns:
+            `LogSNRSchedulerOutput` or `tuple`: z at λ' (x̃ after the last step), in the dtype of `sample`, and x̃.
+
+        Raises:
+            ValueError: `set_timesteps` was not called, or `timestep` is not one of its values.
+        """
+        if self._log_snrs is None:
+            raise ValueError("Call set_timesteps before step: the scheduler does not know the number of steps yet.")
+        if self._step_index is None:
+            self._step_index = self._index_of(timestep)
+        i = self._step_index
+        self._step_index += 1
+
+        z, log_snr = sample.float(), self._log_snrs[i]
+        x = self.predict_original_sample(model_output.float(), z, log_snr)
+        if i == self.num_inference_steps - 1:
+            prev_sample = x
+        else:
+            prev_sample = self._posterior_sample(z, x, log_snr, self._log_snrs[i + 1], generator)
+
+        prev_sample, x = prev_sample.to(sample.dtype), x.to(sample.dtype)
+        if not return_dict:
+            return prev_sample, x
+        return LogSNRSchedulerOutput(prev_sample=prev_sample, pred_original_sample=x)
+
+    def _index_of(self, timestep: torch.Tensor | float) -> int:
+        matches = (self.timesteps == timestep).nonzero()
+        if len(matches) == 0:
+            raise ValueError(
+                f"timestep {float(timestep)} is not one of the {self.num_inference_steps} timesteps that set_timesteps "
+                "chose; loop over scheduler.timesteps."
+            )
+        return matches[0].item()
+
+    def predict_original_sample(self, model_output: torch.Tensor, sample: torch.Tensor, log_snr: float) -> torch.Tensor:
+        """x̃ from the prediction at z and λ, clipped if the scheduler clips. Shapes `(batch, …)`."""
+        alpha, sigma = self._alpha_sigma_of(log_snr)
+        if self.config.prediction_type == "epsilon":
+            x = (sample - sigma * model_output) / alpha
+        elif self.config.prediction_type == "v_prediction":
+            x = alpha * sample - sigma * model_output
+        else:
+            x = model_output
+        return self._clip(x)
+
+    def _posterior_sample(
+        self, z: torch.Tensor, x: torch.Tensor, log_snr: float, next_log_snr: float, generator
+    ) -> torch.Tensor:
+        """z' ~ N(μ̃(z, x), (σ̃²)^(1-v) (σ²)^v), equations 3 and 4 and the sampling variance of section 2."""
+        v = self.config.variance_interpolation
+        (alpha, sigma), (next_alpha, next_sigma) = self._alpha_sigma_of(log_snr), self._alpha_sigma_of(next_log_snr)
+        ratio = math.exp(log_snr - next_log_snr)  # e^(λ - λ')
+        one_minus_ratio = -math.expm1(log_snr - next_log_snr)
+
+        mean = ratio * (next_alpha / alpha) * z + one_minus_ratio * next_alpha * x
+        posterior_variance = one_minus_ratio * next_sigma**2
+        forward_variance = one_minus_ratio * sigma**2
+        variance = posterior_variance ** (1 - v) * forward_variance**v
+        noise = randn_tensor(z.shape, generator=generator, device=z.device, dtype=z.dtype)
+        return mean + math.sqrt(variance) * noise
+
+    @staticmethod
+    def _alpha_sigma_of(log_snr: float) -> tuple[float, float]:
+        """α = sigmoid(λ)^½ and σ = sigmoid(-λ)^½."""
+        return math.sqrt(1 / (1 + math.exp(-log_snr))), math.sqrt(1 / (1 + math.exp(log_snr)))
+
+    def _clip(self, x: torch.Tensor) -> torch.Tensor:
+        if not self.config.clip_sample:
+            return x
+        if self.config.thresholding and self.config.sample_max_value > 1:
+            bound = torch.quantile(x.flatten(1).abs(), self.config.dynamic_thresholding_ratio, dim=1)
+            bound = bound.clamp(1, self.config.sample_max_value).view(-1, *(1,) * (x.ndim - 1))
+            return x.clamp(-bound, bound) / bound
+        return x.clamp(-self.config.clip_sample_range, self.config.clip_sample_range)

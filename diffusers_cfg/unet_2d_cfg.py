@@ -1,0 +1,108 @@
+"""A `UNet2DModel` with a null class: one network for ε(z, c) and ε(z) (Ho & Salimans 2022, section 3.2).
+
+This file travels with every saved model, so it must run alone under plain diffusers: it imports the standard library,
+torch and diffusers only, and keeps its helpers inside the class.
+"""
+
+from pathlib import Path
+
+import torch
+from diffusers import ModelMixin, UNet2DModel  # noqa: F401 (diffusers finds how to load this class by ModelMixin here)
+from diffusers.models.unets.unet_2d import UNet2DOutput
+
+
+class UNet2DCFGModel(UNet2DModel):
+    r"""
+    A class-conditional `UNet2DModel` whose last class-embedding row is the null class ∅ of classifier-free guidance.
+
+    The constructor is that of `UNet2DModel`; set `num_class_embeds` to the number of classes **plus one**. The weights
+    load into a stock `UNet2DModel` and back.
+
+    ```python
+    unet = UNet2DCFGModel(sample_size=32, in_channels=1, out_channels=1, num_class_embeds=10 + 1)
+    unet(z, t, class_labels=torch.tensor([3, -1])).sample  # ε(z, c = 3) and ε(z)
+    ```
+    """
+
+    # The text of this very class, for `CFGPipeline.save_pretrained`. It is read now and not when saving: repositories
+    # loaded as remote code share one path, and the file there may by then hold another repository's text.
+    remote_code = Path(__file__).read_text(encoding="utf-8")
+
+    @property
+    def num_classes(self) -> int:
+        """Number of real classes, `num_class_embeds - 1`. They are labelled `0 … num_classes - 1`."""
+        num_class_embeds = self.config.num_class_embeds
+        if num_class_embeds is None or num_class_embeds < 2 or self.config.class_embed_type is not None:
+            raise ValueError(
+                f"{type(self).__name__} needs a class embedding with a row for the null class, but its config has "
+                f"num_class_embeds={num_class_embeds} and class_embed_type={self.config.class_embed_type!r}: set "
+                "num_class_embeds to the number of classes plus one and leave class_embed_type at None."
+            )
+        return num_class_embeds - 1
+
+    @property
+    def null_class_label(self) -> int:
+        """Label of the null class ∅: the last row of the class embedding, `num_classes`."""
+        return self.num_classes
+
+    def check_class_labels(self, class_labels: torch.Tensor, batch_size: int) -> None:
+        """
+        Check the values of a batch of labels. Reading them waits for the device, so this is called where labels enter
+        (`CFGPipeline`, the training data); `forward` calls it on the CPU only, where it costs nothing.
+
+        Args:
+            class_labels (`torch.Tensor` of shape `(batch_size,)`): integers in `-1 … num_classes`.
+            batch_size (`int`): number of samples that the labels are for.
+
+        Raises:
+            ValueError: the labels are not integers, are not one per sample, or one of them is out of range.
+        """
+        self._check_class_labels_layout(class_labels, batch_size)
+        wrong = sorted({label for label in class_labels.tolist() if not -1 <= label <= self.null_class_label})
+        if wrong:
+            raise ValueError(
+                f"class_labels {wrong} are out of range: this model has the classes 0 … {self.num_classes - 1}, and "
+                f"-1 (or {self.null_class_label}) for the null class."
+            )
+
+    def _check_class_labels_layout(self, class_labels: torch.Tensor, batch_size: int) -> None:
+        if class_labels.is_floating_point() or class_labels.is_complex() or class_labels.dtype == torch.bool:
+            raise ValueError(f"class_labels must be integers, but their dtype is {class_labels.dtype}.")
+        if class_labels.shape != (batch_size,):
+            raise ValueError(
+                f"class_labels must hold one label per sample, shape ({batch_size},), but their shape is "
+                f"{tuple(class_labels.shape)}."
+            )
+
+    def forward(
+        self,
+        sample: torch.Tensor,
+        timestep: torch.Tensor | float | int,
+        class_labels: torch.Tensor | None = None,
+        return_dict: bool = True,
+    ) -> UNet2DOutput | tuple[torch.Tensor]:
+        """
+        Args:
+            sample (`torch.Tensor` of shape `(batch, channels, height, width)`): the noisy sample z.
+            timestep (`torch.Tensor` of shape `()` or `(batch,)`): the network's time. Pass a tensor: diffusers cuts a
+                Python float to an integer.
+            class_labels (`torch.Tensor` of shape `(batch,)`, *optional*): integers; `-1` is the null class for that
+                sample, `None` is the null class for the whole batch.
+            return_dict (`bool`): whether to return a `UNet2DOutput` instead of a tuple.
+
+        Returns:
+            `UNet2DOutput` or `tuple`: the prediction, of the shape of `sample`.
+
+        Raises:
+            ValueError: the labels are not integers, or not one per sample. A label out of range raises on the CPU; on
+                other devices reading it would stall every step, and `check_class_labels` is there to be called before.
+        """
+        batch_size = sample.shape[0]
+        if class_labels is None:
+            class_labels = torch.full((batch_size,), self.null_class_label, device=sample.device)
+        elif class_labels.device.type == "cpu" and not torch.compiler.is_compiling():
+            self.check_class_labels(class_labels, batch_size)
+        else:
+            self._check_class_labels_layout(class_labels, batch_size)
+        class_labels = torch.where(class_labels == -1, self.null_class_label, class_labels)
+        return super().forward(sample, timestep, class_labels=class_labels, return_dict=return_dict)

@@ -1,0 +1,169 @@
+"""`checkpoint-STEP` folders: weights, their average and the optimizer as safetensors, the rest as JSON; no pickles."""
+
+import json
+import logging
+import re
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from config import TrainConfig, UserError
+from diffusers.training_utils import EMAModel
+from safetensors.torch import load_file, save_file
+
+logger = logging.getLogger(__name__)
+
+CONFIG_FILE = "train_config.yaml"
+# All that a run writes into its folder, and all that --overwrite_output_dir deletes.
+RUN_FILES = [
+    CONFIG_FILE, "model_index.json", "pipeline_cfg.py", "unet", "scheduler", "vae", "samples", "checkpoint-*", "tmp-*",
+]  # fmt: skip
+# Settings that a run cannot go on without: another value means other batches, other noise or other weights.
+SETTINGS_OF_A_RUN = [
+    "seed", "train_batch_size", "gradient_accumulation_steps", "resolution", "conditioning_dropout_prob",
+    "prediction_type", "dataset_name", "train_data_dir", "max_train_steps", "lr_scheduler", "learning_rate",
+]  # fmt: skip
+
+
+@contextmanager
+def averaged_weights(unet: torch.nn.Module, ema: EMAModel | None) -> Iterator[None]:
+    """Inside, the network has the averaged weights, if there are any, and is in eval mode."""
+    was_training = unet.training
+    unet.eval()
+    if ema is not None:
+        ema.store(unet.parameters())
+        ema.copy_to(unet.parameters())
+    try:
+        yield
+    finally:
+        if ema is not None:
+            ema.restore(unet.parameters())
+        unet.train(was_training)
+
+
+def checkpoints(output_dir: Path) -> list[Path]:
+    """The checkpoint folders of a run, oldest first."""
+    found = [path for path in output_dir.glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", path.name)]
+    return sorted(found, key=lambda path: int(path.name.removeprefix("checkpoint-")))
+
+
+def find_checkpoint(config: TrainConfig) -> Path | None:
+    """
+    The folder that `--resume_from_checkpoint` means: a name in the output folder, a path, or the latest. None if there
+    is nothing to resume. Raises UserError for one that does not exist.
+    """
+    wanted, output_dir = config.resume_from_checkpoint, Path(config.output_dir)
+    if wanted is None:
+        return None
+    existing = checkpoints(output_dir)
+    if wanted == "latest":
+        if not existing:
+            logger.warning("There is no checkpoint in %s yet: starting a new run.", output_dir)
+        return existing[-1] if existing else None
+    for path in (output_dir / wanted, Path(wanted)):
+        if (path / "state.json").is_file():
+            return path
+    raise UserError(
+        f"--resume_from_checkpoint {wanted} does not exist. {output_dir} holds "
+        f"{', '.join(path.name for path in existing) or 'no checkpoints'}."
+    )
+
+
+def check_output_dir(config: TrainConfig) -> None:
+    """Raises UserError if the output folder holds another run, and the settings do not say what to do with it."""
+    output_dir = Path(config.output_dir)
+    if output_dir.exists() and not output_dir.is_dir():
+        raise UserError(f"--output_dir {output_dir} is a file.")
+    taken = output_dir.is_dir() and any(output_dir.iterdir())
+    if taken and config.resume_from_checkpoint is None and not config.overwrite_output_dir:
+        raise UserError(
+            f"--output_dir {output_dir} is not empty: go on with --resume_from_checkpoint latest, start anew with "
+            "--overwrite_output_dir, or name another folder."
+        )
+
+
+def prepare_output_dir(config: TrainConfig) -> None:
+    """Make the folder, delete the run in it if that is wanted, and write down the settings of this one."""
+    output_dir = Path(config.output_dir)
+    if config.overwrite_output_dir and config.resume_from_checkpoint is None:
+        for path in [match for name in [*RUN_FILES, config.logging_dir] for match in output_dir.glob(name)]:
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+    output_dir.mkdir(parents=True, exist_ok=True)
+    config.save(output_dir / CONFIG_FILE)
+
+
+def save_checkpoint(
+    step: int,
+    config: TrainConfig,
+    unet: torch.nn.Module,
+    ema: EMAModel | None,
+    optimizer: torch.optim.Optimizer,
+    lr_scheduler: torch.optim.lr_scheduler.LRScheduler,
+    scaler: torch.amp.GradScaler | None,
+) -> None:
+    """Write `checkpoint-STEP`, aside first and then renamed, so that a folder of that name is whole. Then rotate."""
+    output_dir = Path(config.output_dir)
+    path, aside = output_dir / f"checkpoint-{step}", output_dir / f"tmp-checkpoint-{step}"
+    shutil.rmtree(aside, ignore_errors=True)
+    unet.save_pretrained(aside / "unet")
+    if ema is not None:
+        with averaged_weights(unet, ema):
+            unet.save_pretrained(aside / "unet_ema")
+    moments = optimizer.state_dict()["state"]
+    save_file(
+        {f"{i}.{name}": value.contiguous() for i, state in moments.items() for name, value in state.items()},
+        aside / "optimizer.safetensors",
+    )
+    state = {
+        "step": step,
+        "lr_scheduler": lr_scheduler.state_dict(),
+        "scaler": scaler.state_dict() if scaler is not None else None,
+        "settings": {name: getattr(config, name) for name in SETTINGS_OF_A_RUN},
+    }
+    (aside / "state.json").write_text(json.dumps(state, indent=2), encoding="utf-8")
+    shutil.rmtree(path, ignore_errors=True)
+    aside.rename(path)
+    if config.checkpoints_total_limit is not None:
+        for old in checkpoints(output_dir)[: -config.checkpoints_total_limit]:
+            shutil.rmtree(old)
+
+
+def load_checkpoint(
+    path: Path,
+    config: TrainConfig,
+    unet: torch.nn.Module,
+    ema: EMAModel | None,
+    optimizer: torch.optim.Optimizer,
+    lr_scheduler: torch.optim.lr_scheduler.LRScheduler,
+    scaler: torch.amp.GradScaler | None,
+) -> int:
+    """
+    Put everything back as `save_checkpoint` found it, and return the number of steps done. Raises UserError if the run
+    was another one.
+    """
+    state = json.loads((path / "state.json").read_text(encoding="utf-8"))
+    changed = {name: old for name, old in state["settings"].items() if getattr(config, name) != old}
+    if changed:
+        listed = ", ".join(f"{name} {old} -> {getattr(config, name)}" for name, old in changed.items())
+        logger.warning("%s was written with other settings: %s. The run will not be the same.", path, listed)
+    try:
+        unet.load_state_dict(load_file(path / "unet" / "diffusion_pytorch_model.safetensors"))
+        if ema is not None:
+            averages = load_file(path / "unet_ema" / "diffusion_pytorch_model.safetensors")
+            ema.shadow_params = [averages[name].to(value.device) for name, value in unet.named_parameters()]
+            ema.optimization_step = state["step"]
+    except (OSError, RuntimeError, KeyError) as error:
+        raise UserError(f"{path} does not hold the weights of this model and run: {error}") from error
+    moments: dict[int, dict[str, torch.Tensor]] = {}
+    for key, value in load_file(path / "optimizer.safetensors").items():
+        index, name = key.split(".", 1)
+        moments.setdefault(int(index), {})[name] = value
+    optimizer.load_state_dict({"state": moments, "param_groups": optimizer.state_dict()["param_groups"]})
+    lr_scheduler.load_state_dict(state["lr_scheduler"])
+    for group, learning_rate in zip(optimizer.param_groups, lr_scheduler.get_last_lr(), strict=True):
+        group["lr"] = learning_rate
+    if scaler is not None:
+        scaler.load_state_dict(state["scaler"])
+    return state["step"]

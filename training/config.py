@@ -1,0 +1,219 @@
+"""The settings of a training run: one flag each, also read from and written to YAML.
+
+Nothing heavy is imported here, so that `--help` and a wrong flag are answered before torch is loaded.
+"""
+
+import dataclasses
+import math
+import sys
+from argparse import ArgumentParser, ArgumentDefaultsHelpFormatter
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+
+CONFIGS = Path(__file__).parent / "configs"
+
+
+class UserError(ValueError):
+    """Something that the user asked for cannot be done; the message names it and the way out."""
+
+
+def flag(default: Any, help: str) -> Any:
+    if isinstance(default, list):
+        return field(default_factory=lambda: list(default), metadata={"help": help})
+    return field(default=default, metadata={"help": help})
+
+
+@dataclass
+class DataConfig:
+    _argument_group_name = "data"
+
+    dataset_name: str | None = flag(None, "A data set of the Hub, or a local folder or file that `datasets` reads.")
+    dataset_config_name: str | None = flag(None, "The configuration of the data set.")
+    dataset_split: str = flag("train", "The split to train on.")
+    train_data_dir: str | None = flag(None, "A folder with one folder of images for each class, named after it.")
+    image_column: str = flag("image", "The column with the images.")
+    label_column: str = flag("label", "The column with the class labels. -1 or null is an image without a label.")
+    cache_dir: str | None = flag(None, "Where `datasets` keeps what it downloads.")
+    resolution: int = flag(64, "Height and width of the images. Others are resized (antialiased) and cropped to it.")
+    center_crop: bool = flag(True, "Crop at the center; with --no_center_crop at the top left.")
+    random_flip: bool = flag(False, "Flip half of the images horizontally, drawn anew each time.")
+    max_unreadable_fraction: float = flag(0.01, "Stop if more than this share of the images cannot be read.")
+    dataloader_num_workers: int = flag(0, "Processes that decode images, for data too large to be kept in memory.")
+
+
+@dataclass
+class ModelConfig:
+    _argument_group_name = "model"
+
+    model_config_name_or_path: str | None = flag(
+        None, "A UNet2DModel config (JSON) to use instead of the four flags below; channels and classes are set from the data."
+    )
+    block_out_channels: list[int] = flag([128, 256, 256, 256], "Channels of each level; a level halves the resolution.")
+    layers_per_block: int = flag(2, "Residual blocks in each level.")
+    attention_resolutions: list[int] = flag([16, 8], "Resolutions with self-attention; 0 for none.")
+    dropout: float = flag(0.0, "Dropout inside the residual blocks.")
+    pretrained_vae_model_name_or_path: str | None = flag(None, "Train on the latents of this AutoencoderKL.")
+    prediction_type: Literal["epsilon", "v_prediction", "sample"] = flag("epsilon", "What the network predicts.")
+    log_snr_min: float = flag(-20.0, "λ_min, the noisy end of the noise process.")
+    log_snr_max: float = flag(20.0, "λ_max, its clean end.")
+
+
+@dataclass
+class OptimizationConfig:
+    _argument_group_name = "optimization"
+
+    conditioning_dropout_prob: float = flag(0.1, "p_uncond: probability that a label is replaced by the null class.")
+    train_batch_size: int = flag(16, "Images a step on each process, before accumulation.")
+    gradient_accumulation_steps: int = flag(1, "Batches whose gradients make one step.")
+    num_train_epochs: int = flag(100, "Length of the run, unless --max_train_steps is given.")
+    max_train_steps: int | None = flag(None, "Length of the run in optimizer steps.")
+    learning_rate: float = flag(1e-4, "Peak learning rate.")
+    lr_scheduler: Literal[
+        "constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial"
+    ] = flag("cosine", "Learning rate over the run.")
+    lr_warmup_steps: int = flag(500, "Steps of linear warm-up.")
+    adam_beta1: float = flag(0.9, "Adam's first decay.")
+    adam_beta2: float = flag(0.999, "Adam's second decay.")
+    adam_weight_decay: float = flag(0.0, "AdamW's weight decay.")
+    adam_epsilon: float = flag(1e-8, "Adam's epsilon.")
+    max_grad_norm: float = flag(1.0, "Gradients are scaled down to this norm.")
+    use_ema: bool = flag(True, "Keep a moving average of the weights; it is what is sampled and saved.")
+    ema_max_decay: float = flag(0.9999, "The largest decay of the average.")
+    ema_inv_gamma: float = flag(1.0, "The decay at step n is 1 - (1 + n / ema_inv_gamma)^-ema_power, up to the largest.")
+    ema_power: float = flag(0.75, "See --ema_inv_gamma.")
+    gradient_checkpointing: bool = flag(False, "Save memory by computing activations twice.")
+    enable_xformers_memory_efficient_attention: bool = flag(False, "Use xformers' attention (GPU only).")
+    mixed_precision: Literal["no", "fp16", "bf16"] | None = flag(
+        None, "Precision of the network's passes; by default what `accelerate config` says. Always fp32 on a CPU."
+    )
+    allow_tf32: bool = flag(False, "Allow TF32 matrix products on Ampere GPUs and later.")
+
+
+@dataclass
+class RunConfig:
+    _argument_group_name = "run"
+
+    output_dir: str = flag("cfg-model", "Where the run is written. At its end the folder is a pipeline that loads.")
+    overwrite_output_dir: bool = flag(False, "Delete the run that --output_dir holds, and start anew.")
+    seed: int = flag(0, "Determines everything: weights, order of the data, noise, dropped labels, samples.")
+    checkpointing_steps: int = flag(500, "Write a checkpoint every so many steps; 0 for none.")
+    checkpoints_total_limit: int | None = flag(None, "Keep only so many checkpoints, the newest.")
+    resume_from_checkpoint: str | None = flag(None, 'A checkpoint-STEP folder, or "latest".')
+    validation_steps: int = flag(1000, "Draw the grid of samples every so many steps; 0 for the end only.")
+    validation_guidance_scales: list[float] = flag([0.0, 0.5, 1.0, 2.0, 4.0], "The columns of the grid: the paper's w.")
+    num_inference_steps: int = flag(64, "Sampling steps T of the grid.")
+    logging_steps: int = flag(10, "Log every so many steps.")
+    report_to: str = flag("tensorboard", "Trackers of accelerate: tensorboard, wandb, …, all, or none.")
+    logging_dir: str = flag("logs", "Where trackers write, inside --output_dir.")
+
+
+@dataclass
+class TrainConfig(RunConfig, OptimizationConfig, ModelConfig, DataConfig):
+    """All settings of a run. Raises UserError for one that cannot work; the message names it."""
+
+    def __post_init__(self) -> None:
+        self._check_types()
+        self._check_ranges()
+        self._check_resolution()
+
+    def _check_types(self) -> None:
+        for name in ("block_out_channels", "attention_resolutions", "validation_guidance_scales"):
+            if not isinstance(getattr(self, name), list):
+                raise UserError(f"{name} must be a list, but is {getattr(self, name)!r}.")
+
+    def _check_ranges(self) -> None:
+        at_least = {
+            1: "resolution layers_per_block train_batch_size gradient_accumulation_steps num_train_epochs "
+            "num_inference_steps logging_steps",
+            0: "lr_warmup_steps checkpointing_steps validation_steps dataloader_num_workers adam_weight_decay seed",
+        }
+        for low, names in at_least.items():
+            for name in names.split():
+                if not getattr(self, name) >= low:
+                    raise UserError(f"{name} must be at least {low}, but is {getattr(self, name)}.")
+        for name in ("learning_rate", "max_grad_norm", "adam_epsilon", "ema_inv_gamma", "ema_power"):
+            if not 0 < getattr(self, name) < math.inf:
+                raise UserError(f"{name} must be a positive number, but is {getattr(self, name)}.")
+        for name in ("conditioning_dropout_prob", "dropout", "adam_beta1", "adam_beta2", "ema_max_decay"):
+            if not 0 <= getattr(self, name) < 1:
+                raise UserError(f"{name} must lie in [0, 1), but is {getattr(self, name)}.")
+        for name in ("max_train_steps", "checkpoints_total_limit"):
+            if getattr(self, name) is not None and getattr(self, name) < 1:
+                raise UserError(f"{name} must be at least 1, but is {getattr(self, name)}.")
+        if not all(math.isfinite(w) for w in self.validation_guidance_scales):
+            raise UserError(f"validation_guidance_scales must be finite, but are {self.validation_guidance_scales}.")
+        if not self.log_snr_min < self.log_snr_max:
+            raise UserError(f"log_snr_min={self.log_snr_min} must be below log_snr_max={self.log_snr_max}.")
+        if self.dataset_name is not None and self.train_data_dir is not None:
+            raise UserError("Give --dataset_name or --train_data_dir, not both.")
+
+    def _check_resolution(self) -> None:
+        """Each level but the last halves the image. (With a VAE or a config file the size is known only later.)"""
+        if self.model_config_name_or_path or self.pretrained_vae_model_name_or_path:
+            return
+        halvings = len(self.block_out_channels) - 1
+        if self.resolution % 2**halvings:
+            fitting = max(2**halvings, self.resolution // 2**halvings * 2**halvings)
+            raise UserError(
+                f"resolution {self.resolution} cannot be halved {halvings} times, as a UNet of {halvings + 1} levels "
+                f"does: use a multiple of {2**halvings} (such as {fitting}), or fewer --block_out_channels."
+            )
+
+    def save(self, path: Path) -> None:
+        """Write the settings as YAML, for `--config`."""
+        path.write_text(yaml.safe_dump(dataclasses.asdict(self), sort_keys=False, allow_unicode=True), encoding="utf-8")
+
+    @classmethod
+    def load(cls, path: Path) -> "TrainConfig":
+        """Read what `save` wrote."""
+        return cls(**read_yaml(path))
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """The settings in a YAML file, by name. Raises UserError if it is missing, or holds something else."""
+    if not path.is_file():
+        raise UserError(f"--config {path} does not exist.")
+    settings = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+    if not isinstance(settings, dict):
+        raise UserError(f"{path} must hold settings as `name: value`, but holds a {type(settings).__name__}.")
+    known = {f.name for f in dataclasses.fields(TrainConfig)}
+    unknown = sorted(set(settings) - known)
+    if unknown:
+        raise UserError(f"{path} has unknown settings {unknown}; --help lists those that exist.")
+    return settings
+
+
+def parse_config(argv: list[str] | None = None) -> TrainConfig:
+    """
+    Flags, then the file of `--config`, then the defaults. Where neither names a data set, the defaults are those of
+    `configs/digits.yaml`, for scikit-learn's digits.
+    """
+    # From its module: importing it from `transformers` itself would take half a second longer.
+    from transformers.hf_argparser import HfArgumentParser
+
+    argv = sys.argv[1:] if argv is None else argv
+    groups = [DataConfig, ModelConfig, OptimizationConfig, RunConfig]
+    parser = HfArgumentParser(
+        groups,
+        prog="train_cfg.py",
+        description="Train a class-conditional diffusion model with classifier-free guidance (arXiv 2207.12598).",
+        formatter_class=ArgumentDefaultsHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("--config", help="A YAML file of settings, by the names of these flags; flags override it.")
+
+    config_parser = ArgumentParser(add_help=False, allow_abbrev=False)
+    config_parser.add_argument("--config")
+    path = config_parser.parse_known_args(argv)[0].config
+    settings = read_yaml(Path(path)) if path else {}
+    parser.set_defaults(**settings)
+    args = parser.parse_args(argv)
+    if args.dataset_name is None and args.train_data_dir is None:
+        parser.set_defaults(**{**read_yaml(CONFIGS / "digits.yaml"), **settings})
+        args = parser.parse_args(argv)
+    values = vars(args)
+    del values["config"]
+    return TrainConfig(**values)

@@ -1,0 +1,285 @@
+"""Labelled images, from a data set of the Hub, a folder of class folders, or scikit-learn's digits."""
+
+import io
+import logging
+import os
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from itertools import repeat
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from config import DataConfig, UserError
+from PIL import Image, ImageOps
+from torch.utils.data import Dataset
+from tqdm.auto import tqdm
+
+logger = logging.getLogger(__name__)
+
+UNLABELLED = -1
+# Data that takes no more than this as uint8 is decoded once and kept; larger data is decoded as it is used.
+MAX_CACHED_BYTES = 2 * 1024**3
+GREY_MODES = {"1", "L", "LA", "I", "I;16", "F"}
+
+
+class Batch(NamedTuple):
+    images: torch.Tensor  # (batch, channels, resolution, resolution), uint8
+    class_labels: torch.Tensor  # (batch,), int64; -1 is unlabelled
+    unreadable: list[str]  # names of the images that could not be read, and were replaced by another
+
+
+@dataclass
+class LabelledImages:
+    """
+    What there is to train on, before it is decoded.
+
+    Args:
+        open_image: the image at an index, as PIL opens it. May raise anything.
+        name_image: what to call it in a message.
+        class_labels (`numpy.ndarray` of shape `(images,)`): int64, `0 … num_classes - 1`, or -1 for unlabelled.
+        id2label (`dict[int, str]`): name of each class.
+    """
+
+    open_image: Callable[[int], Image.Image]
+    name_image: Callable[[int], str]
+    class_labels: np.ndarray
+    id2label: dict[int, str]
+
+    def __post_init__(self) -> None:
+        present = np.unique(self.class_labels[self.class_labels != UNLABELLED])
+        if len(present) < 2:
+            names = [self.id2label[i] for i in present.tolist()]
+            raise UserError(
+                f"The data has {len(present)} class{'' if names else 'es'} {names}, but class-conditional training "
+                "needs at least two: check --label_column, or that each class has a folder of its own."
+            )
+
+    def __len__(self) -> int:
+        return len(self.class_labels)
+
+    @property
+    def channels(self) -> int:
+        """1 if the images are grey, else 3, as a look at some of them says."""
+        for index in np.linspace(0, len(self) - 1, min(len(self), 32)).astype(int).tolist():
+            try:
+                if self.open_image(index).mode not in GREY_MODES:
+                    return 3
+            except Exception:  # unreadable: counted when it is decoded
+                continue
+        return 1
+
+
+# ----- sources -----
+
+
+def load_labelled_images(config: DataConfig) -> LabelledImages:
+    """The data that the settings name. Raises UserError if it cannot be found or does not have what training needs."""
+    if config.dataset_name is None and config.train_data_dir is None:
+        return load_digits()
+    return load_with_datasets(config)
+
+
+def load_digits() -> LabelledImages:
+    """scikit-learn's 1,797 handwritten digits, 8×8, grey; they are part of that package."""
+    from sklearn import datasets
+
+    digits = datasets.load_digits()
+    images = (digits.images * (255 / 16)).round().astype(np.uint8)
+    names = "zero one two three four five six seven eight nine".split()
+    return LabelledImages(
+        open_image=lambda index: Image.fromarray(images[index]),
+        name_image=lambda index: f"digit {index}",
+        class_labels=digits.target.astype(np.int64),
+        id2label=dict(enumerate(names)),
+    )
+
+
+def load_with_datasets(config: DataConfig) -> LabelledImages:
+    """A data set in any form that `datasets` reads."""
+    import datasets
+
+    source = config.dataset_name or config.train_data_dir
+    try:
+        if config.train_data_dir is not None:
+            if not Path(config.train_data_dir).is_dir():
+                raise UserError(f"--train_data_dir {config.train_data_dir} is not a folder.")
+            dataset = datasets.load_dataset(
+                "imagefolder", data_dir=config.train_data_dir, split=config.dataset_split, cache_dir=config.cache_dir
+            )
+        elif (Path(source) / "dataset_dict.json").is_file():  # written by save_to_disk
+            dataset = datasets.load_from_disk(source)[config.dataset_split]
+        elif (Path(source) / "state.json").is_file():
+            dataset = datasets.load_from_disk(source)
+        else:
+            dataset = datasets.load_dataset(
+                source, config.dataset_config_name, split=config.dataset_split, cache_dir=config.cache_dir
+            )
+    except (OSError, KeyError, ValueError) as error:
+        raise UserError(f"The data set {source!r} cannot be loaded: {error}") from error
+
+    columns = {name: type(feature).__name__ for name, feature in dataset.features.items()}
+    for flag, column in (("--image_column", config.image_column), ("--label_column", config.label_column)):
+        if column not in columns:
+            hint = " Each class needs a folder of its own." if config.train_data_dir is not None else ""
+            raise UserError(f"{source!r} has no column {column!r}. {flag} can be one of {sorted(columns)}.{hint}")
+    if columns[config.image_column] != "Image":
+        raise UserError(
+            f"The column {config.image_column!r} of {source!r} holds {columns[config.image_column]}, not images. "
+            f"Set --image_column to one of {[name for name, kind in columns.items() if kind == 'Image']}."
+        )
+
+    class_labels, id2label = class_ids(
+        dataset[config.label_column][:], getattr(dataset.features[config.label_column], "names", None)
+    )
+    encoded = dataset.select_columns(config.image_column).cast_column(
+        config.image_column, datasets.Image(decode=False)
+    )
+
+    def open_image(index: int) -> Image.Image:
+        row = encoded[index][config.image_column]
+        return Image.open(row["path"] if row["bytes"] is None else io.BytesIO(row["bytes"]))
+
+    def name_image(index: int) -> str:
+        path = encoded[index][config.image_column]["path"]
+        return f"row {index}" + (f" ({path})" if path else "")
+
+    return LabelledImages(open_image, name_image, class_labels, id2label)
+
+
+def class_ids(labels: list, names: list[str] | None) -> tuple[np.ndarray, dict[int, str]]:
+    """
+    Labels as a data set has them to class ids without gaps.
+
+    Args:
+        labels (`list`): integers, strings or booleans; -1 or None is unlabelled.
+        names (`list[str]`, *optional*): the names of the integers 0, 1, …, where the data set knows them.
+
+    Returns:
+        The ids, int64 `(len(labels),)`, and the name of each id.
+
+    Raises:
+        UserError: the labels are floats or something else, or an integer has no name.
+    """
+    present = {label for label in labels if label is not None and label != UNLABELLED}
+    kinds = {type(label) for label in present}
+    if len(kinds) > 1 or not kinds <= {int, str, bool}:
+        examples = sorted(map(repr, present))[:3]
+        raise UserError(
+            f"The labels must be integers or strings, but are {', '.join(sorted(k.__name__ for k in kinds))} "
+            f"({', '.join(examples)}, …). Cast the column to integers or to ClassLabel, or choose another "
+            "--label_column."
+        )
+    if kinds == {int} and names is not None:
+        if not all(0 <= label < len(names) for label in present):
+            raise UserError(f"The labels go from {min(present)} to {max(present)}, but there are {len(names)} names.")
+        values = list(range(len(names)))
+    else:
+        values = sorted(present)
+        names = [str(value) for value in values]
+        if values != list(range(len(values))):
+            shown = ", ".join(f"{value!r} -> {i}" for i, value in enumerate(values[:10]))
+            logger.warning("Labels were mapped to class ids: %s%s", shown, ", …" if len(values) > 10 else "")
+
+    ids = {value: i for i, value in enumerate(values)}
+    class_labels = np.array([ids.get(label, UNLABELLED) for label in labels], dtype=np.int64)
+    unlabelled = int((class_labels == UNLABELLED).sum())
+    if unlabelled:
+        logger.warning("%d of %d images have no label: they train the null class.", unlabelled, len(labels))
+    return class_labels, dict(enumerate(names))
+
+
+# ----- decoding -----
+
+
+def to_array(image: Image.Image, resolution: int, channels: int, center_crop: bool) -> np.ndarray:
+    """A PIL image to uint8 `(channels, resolution, resolution)`: resized with antialiasing to cover it, and cropped."""
+    image = ImageOps.exif_transpose(image).convert("L" if channels == 1 else "RGB")
+    centering = (0.5, 0.5) if center_crop else (0.0, 0.0)
+    image = ImageOps.fit(image, (resolution, resolution), Image.Resampling.BICUBIC, centering=centering)
+    return np.asarray(image).reshape(resolution, resolution, channels).transpose(2, 0, 1)
+
+
+def training_dataset(images: LabelledImages, config: DataConfig, channels: int, show_progress: bool) -> Dataset:
+    """The images as a `Dataset` of uint8 arrays, kept in memory if they fit. Raises UserError as `check_unreadable`."""
+    size = len(images) * channels * config.resolution**2
+    if size > MAX_CACHED_BYTES:
+        return LazyImages(images, config.resolution, channels, config.center_crop)
+
+    def decode(index: int) -> np.ndarray | None:
+        try:
+            return to_array(images.open_image(index), config.resolution, channels, config.center_crop)
+        except Exception as error:  # whatever a decoder raises, the image cannot be used
+            logger.warning("Skipped an image that cannot be read: %s: %s", images.name_image(index), error)
+            return None
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        arrays = pool.map(decode, range(len(images)), chunksize=64)
+        arrays = list(tqdm(arrays, "Decoding", len(images), unit="image", leave=False, disable=not show_progress))
+    unreadable = [images.name_image(index) for index, array in enumerate(arrays) if array is None]
+    check_unreadable(unreadable, len(images), config.max_unreadable_fraction)
+    readable = [index for index, array in enumerate(arrays) if array is not None]
+    return CachedImages(
+        torch.from_numpy(np.stack([arrays[index] for index in readable])),
+        torch.from_numpy(images.class_labels[readable]),
+    )
+
+
+def check_unreadable(unreadable: Iterable[str], num_images: int, max_unreadable_fraction: float) -> None:
+    """Raises UserError if too large a share of the images cannot be read."""
+    unreadable = list(unreadable)
+    if len(unreadable) > max_unreadable_fraction * num_images:
+        raise UserError(
+            f"{len(unreadable)} of {num_images} images cannot be read, more than --max_unreadable_fraction "
+            f"{max_unreadable_fraction} allows: {', '.join(unreadable[:5])}{', …' if len(unreadable) > 5 else ''}"
+        )
+
+
+class CachedImages(Dataset):
+    """Images decoded once. `__getitems__` is what a `DataLoader` calls for a whole batch."""
+
+    def __init__(self, images: torch.Tensor, class_labels: torch.Tensor):
+        self.images, self.class_labels = images, class_labels
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitems__(self, indices: list[int]) -> Batch:
+        return Batch(self.images[indices], self.class_labels[indices], [])
+
+
+class LazyImages(Dataset):
+    """Images decoded when they are asked for. One that cannot be read is replaced by the next that can."""
+
+    def __init__(self, images: LabelledImages, resolution: int, channels: int, center_crop: bool):
+        self.images, self.to_array_args = images, (resolution, channels, center_crop)
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitems__(self, indices: list[int]) -> Batch:
+        unreadable = []
+        arrays, labels = zip(*map(self._read, indices, repeat(unreadable)), strict=True)
+        return Batch(torch.from_numpy(np.stack(arrays)), torch.tensor(labels), unreadable)
+
+    def _read(self, index: int, unreadable: list[str]) -> tuple[np.ndarray, int]:
+        for candidate in range(index, index + len(self)):
+            candidate %= len(self)
+            try:
+                array = to_array(self.images.open_image(candidate), *self.to_array_args)
+                return array, self.images.class_labels[candidate].item()
+            except Exception:  # whatever a decoder raises, the image cannot be used
+                unreadable.append(self.images.name_image(candidate))
+        raise UserError("None of the images can be read.")
+
+
+def keep_batch(batch: Batch) -> Batch:
+    """The collate function: `__getitems__` has made the batch already. (A function, so that workers can be spawned.)"""
+    return batch
+
+
+def to_float(images: torch.Tensor) -> torch.Tensor:
+    """uint8 images to float32 in [-1, 1]."""
+    return images.float() / 127.5 - 1
