@@ -51,7 +51,7 @@ class CFGPipeline(DiffusionPipeline):
         unet: UNet2DModel,
         scheduler: SchedulerMixin,
         vae: AutoencoderKL | None = None,
-        id2label: dict[int, str] | None = None,
+        id2label: dict[int, str] | dict[str, str] | None = None,
         conditioning_dropout_prob: float | None = None,
     ):
         super().__init__()
@@ -263,9 +263,13 @@ class CFGPipeline(DiffusionPipeline):
         if isinstance(label, str):
             label2id = {name: class_id for class_id, name in self.id2label.items()}
             if not label2id:
-                raise ValueError(f"class_labels has the name {label!r}, but this model's classes have no names: use ids.")
+                raise ValueError(
+                    f"class_labels has the name {label!r}, but this model's classes have no names: use ids."
+                )
             if label not in label2id:
-                raise ValueError(f"class_labels has the unknown name {label!r}. The classes are {self._known_classes()}.")
+                raise ValueError(
+                    f"class_labels has the unknown name {label!r}. The classes are {self._known_classes()}."
+                )
             return label2id[label]
         try:
             class_id = None if isinstance(label, bool) else operator.index(label)
@@ -343,7 +347,7 @@ class CFGPipeline(DiffusionPipeline):
     # naming it; `CFGPipeline.from_pretrained(folder)` has the code already and must run none of the folder's.
 
     def to_json_string(self) -> str:
-        """model_index.json, with the components of this package named by the file that `save_config` puts beside them."""
+        """model_index.json, where a component of this package is named by the file `save_config` puts beside it."""
         index = json.loads(super().to_json_string())
         index["_class_name"] = ["pipeline_cfg", type(self).__name__]
         index.pop("_name_or_path", None)  # where it was loaded from is nobody else's business
@@ -387,9 +391,9 @@ class CFGPipeline(DiffusionPipeline):
             neighbour = f"{__package__}.{value[0]}"
             if neighbour not in sys.modules:
                 raise ValueError(
-                    f"{json_file} wants {value[1]} from {value[0]} for its {name}, which is neither diffusers' nor this "
-                    f"package's. {cls.__name__}.from_pretrained runs no code of a repository; if you have read and "
-                    "trust it, use DiffusionPipeline.from_pretrained(..., trust_remote_code=True)."
+                    f"{json_file} wants {value[1]} from {value[0]} for its {name}, which is neither diffusers' nor "
+                    f"this package's. {cls.__name__}.from_pretrained runs no code of a repository; if you have read "
+                    "and trust it, use DiffusionPipeline.from_pretrained(..., trust_remote_code=True)."
                 )
             index[name] = [neighbour, value[1]]
         return index

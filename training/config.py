@@ -6,7 +6,7 @@ Nothing heavy is imported here, so that `--help` and a wrong flag are answered b
 import dataclasses
 import math
 import sys
-from argparse import ArgumentParser, ArgumentDefaultsHelpFormatter
+from argparse import ArgumentDefaultsHelpFormatter, ArgumentParser
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -49,7 +49,7 @@ class ModelConfig:
     _argument_group_name = "model"
 
     model_config_name_or_path: str | None = flag(
-        None, "A UNet2DModel config (JSON) to use instead of the four flags below; channels and classes are set from the data."
+        None, "The config of a UNet2DModel, instead of the four flags below. Channels and classes come from the data."
     )
     block_out_channels: list[int] = flag([128, 256, 256, 256], "Channels of each level; a level halves the resolution.")
     layers_per_block: int = flag(2, "Residual blocks in each level.")
@@ -82,7 +82,9 @@ class OptimizationConfig:
     max_grad_norm: float = flag(1.0, "Gradients are scaled down to this norm.")
     use_ema: bool = flag(True, "Keep a moving average of the weights; it is what is sampled and saved.")
     ema_max_decay: float = flag(0.9999, "The largest decay of the average.")
-    ema_inv_gamma: float = flag(1.0, "The decay at step n is 1 - (1 + n / ema_inv_gamma)^-ema_power, up to the largest.")
+    ema_inv_gamma: float = flag(
+        1.0, "The decay at step n is 1 - (1 + n / ema_inv_gamma)^-ema_power, up to the largest."
+    )
     ema_power: float = flag(0.75, "See --ema_inv_gamma.")
     gradient_checkpointing: bool = flag(False, "Save memory by computing activations twice.")
     enable_xformers_memory_efficient_attention: bool = flag(False, "Use xformers' attention (GPU only).")

@@ -88,7 +88,7 @@ def load_digits() -> LabelledImages:
 
     digits = datasets.load_digits()
     images = (digits.images * (255 / 16)).round().astype(np.uint8)
-    names = "zero one two three four five six seven eight nine".split()
+    names = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"]
     return LabelledImages(
         open_image=lambda index: Image.fromarray(images[index]),
         name_image=lambda index: f"digit {index}",
@@ -134,9 +134,7 @@ def load_with_datasets(config: DataConfig) -> LabelledImages:
     class_labels, id2label = class_ids(
         dataset[config.label_column][:], getattr(dataset.features[config.label_column], "names", None)
     )
-    encoded = dataset.select_columns(config.image_column).cast_column(
-        config.image_column, datasets.Image(decode=False)
-    )
+    encoded = dataset.select_columns(config.image_column).cast_column(config.image_column, datasets.Image(decode=False))
 
     def open_image(index: int) -> Image.Image:
         row = encoded[index][config.image_column]
@@ -203,10 +201,14 @@ def to_array(image: Image.Image, resolution: int, channels: int, center_crop: bo
 
 
 def training_dataset(images: LabelledImages, config: DataConfig, channels: int, show_progress: bool) -> Dataset:
-    """The images as a `Dataset` of uint8 arrays, kept in memory if they fit. Raises UserError as `check_unreadable`."""
-    size = len(images) * channels * config.resolution**2
-    if size > MAX_CACHED_BYTES:
-        return LazyImages(images, config.resolution, channels, config.center_crop)
+    """The images as a `Dataset` of uint8 arrays, in memory if they fit. Raises UserError if too many are unreadable."""
+    if len(images) * channels * config.resolution**2 <= MAX_CACHED_BYTES:
+        return stack_images(images, config, channels, show_progress)
+    return LazyImages(images, config.resolution, channels, config.center_crop)
+
+
+def stack_images(images: LabelledImages, config: DataConfig, channels: int, show_progress: bool) -> "CachedImages":
+    """Decode all images. Those that cannot be read are named and left out; UserError if they are too many."""
 
     def decode(index: int) -> np.ndarray | None:
         try:
@@ -216,7 +218,7 @@ def training_dataset(images: LabelledImages, config: DataConfig, channels: int, 
             return None
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        arrays = pool.map(decode, range(len(images)), chunksize=64)
+        arrays = pool.map(decode, range(len(images)))
         arrays = list(tqdm(arrays, "Decoding", len(images), unit="image", leave=False, disable=not show_progress))
     unreadable = [images.name_image(index) for index, array in enumerate(arrays) if array is None]
     check_unreadable(unreadable, len(images), config.max_unreadable_fraction)

@@ -1,6 +1,7 @@
 """The training loop: batches, steps, logs, checkpoints, samples. What a step learns is its caller's business."""
 
 import logging
+import os
 import time
 from collections.abc import Callable
 from dataclasses import asdict
@@ -48,9 +49,17 @@ def make_accelerator(config: TrainConfig) -> Accelerator:
     if accelerator.device.type == "cpu" and accelerator.mixed_precision != "no":
         logger.warning("Training in fp32: on a CPU %s is many times slower.", accelerator.mixed_precision)
         accelerator.state._mixed_precision = "no"
+    if accelerator.device.type == "cpu":
+        # `accelerate launch` leaves one thread to a process unless it is told that there is no GPU.
+        torch.set_num_threads(max(1, available_cpus() // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
     if config.allow_tf32:
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
     return accelerator
+
+
+def available_cpus() -> int:
+    """The processors that this process may use (all of them, where the system does not say)."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def train(
@@ -109,9 +118,7 @@ def train(
     steps = range(first_step, total_steps)
     loader = DataLoader(
         dataset,
-        batch_sampler=GlobalBatchSampler(
-            len(dataset), batch_size, config.seed, steps, rank, world_size, accumulation
-        ),
+        batch_sampler=GlobalBatchSampler(len(dataset), batch_size, config.seed, steps, rank, world_size, accumulation),
         collate_fn=keep_batch,
         num_workers=config.dataloader_num_workers if not hasattr(dataset, "class_labels") else 0,
         pin_memory=device.type == "cuda",

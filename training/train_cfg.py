@@ -1,8 +1,8 @@
 """Train a class-conditional diffusion model with classifier-free guidance (Ho & Salimans 2022, Algorithm 1).
 
-    accelerate launch training/train_cfg.py
-    accelerate launch training/train_cfg.py --train_data_dir photos --resolution 64 --output_dir photos-model
-    accelerate launch training/train_cfg.py --config training/configs/mnist.yaml --output_dir mnist-model
+accelerate launch training/train_cfg.py
+accelerate launch training/train_cfg.py --train_data_dir photos --resolution 64 --output_dir photos-model
+accelerate launch training/train_cfg.py --config training/configs/mnist.yaml --output_dir mnist-model
 """
 
 import sys

@@ -1,0 +1,45 @@
+import pytest
+import torch
+
+from diffusers_cfg import CFGPipeline, LogSNRScheduler, UNet2DCFGModel
+
+NAMES = {0: "zero", 1: "one", 2: "two"}
+
+
+def make_unet(**settings) -> UNet2DCFGModel:
+    """A network of 8×8 grey images and three classes that answers in milliseconds."""
+    torch.manual_seed(0)
+    settings = {
+        "sample_size": 8,
+        "in_channels": 1,
+        "out_channels": 1,
+        "block_out_channels": (8, 16),
+        "layers_per_block": 1,
+        "down_block_types": ("DownBlock2D", "AttnDownBlock2D"),
+        "up_block_types": ("AttnUpBlock2D", "UpBlock2D"),
+        "norm_num_groups": 4,
+        "num_class_embeds": len(NAMES) + 1,
+        **settings,
+    }
+    return UNet2DCFGModel(**settings).eval()
+
+
+def make_pipeline(unet=None, scheduler=None, **settings) -> CFGPipeline:
+    settings = {"id2label": NAMES, **settings}
+    pipeline = CFGPipeline(unet or make_unet(), scheduler or LogSNRScheduler(), **settings)
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def generators(*seeds: int) -> list[torch.Generator]:
+    return [torch.Generator().manual_seed(seed) for seed in seeds]
+
+
+@pytest.fixture
+def unet() -> UNet2DCFGModel:
+    return make_unet()
+
+
+@pytest.fixture
+def pipeline() -> CFGPipeline:
+    return make_pipeline()

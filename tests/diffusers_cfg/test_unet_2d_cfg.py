@@ -1,0 +1,99 @@
+import pytest
+import torch
+from conftest import make_unet
+from diffusers import UNet2DModel
+
+from diffusers_cfg import UNet2DCFGModel
+
+Z = torch.randn(2, 1, 8, 8, generator=torch.Generator().manual_seed(1))
+T = torch.tensor(500.0)
+
+
+def test_null_class_is_the_last_row(unet):
+    assert unet.num_classes == 3
+    assert unet.null_class_label == 3
+    assert unet.class_embedding.num_embeddings == 4
+
+
+def test_none_and_minus_one_are_the_null_class(unet):
+    null = unet(Z, T, class_labels=torch.tensor([3, 3])).sample
+    assert torch.equal(unet(Z, T).sample, null)
+    mixed = unet(Z, T, class_labels=torch.tensor([1, -1])).sample
+    assert torch.equal(mixed[1], null[1])
+    assert not torch.allclose(mixed[0], null[0])
+
+
+def test_given_labels_are_not_changed(unet):
+    labels = torch.tensor([1, -1])
+    unet(Z, T, class_labels=labels)
+    assert labels.tolist() == [1, -1]
+
+
+def test_is_the_stock_unet_with_labels(unet, tmp_path):
+    labels = torch.tensor([0, 2])
+    unet.save_pretrained(tmp_path)
+    stock = UNet2DModel.from_pretrained(tmp_path)
+    assert torch.equal(stock(Z, T, class_labels=labels).sample, unet(Z, T, class_labels=labels).sample)
+    loaded = UNet2DCFGModel.from_pretrained(tmp_path)
+    assert torch.equal(loaded(Z, T).sample, unet(Z, T).sample)
+
+
+@pytest.mark.parametrize(
+    ("labels", "message"),
+    [
+        (torch.tensor([0, 4]), r"\[4\] are out of range.*0 … 2"),
+        (torch.tensor([-2, 0]), r"\[-2\] are out of range"),
+        (torch.tensor([0.0, 1.0]), r"must be integers.*float32"),
+        (torch.tensor([True, False]), r"must be integers.*bool"),
+        (torch.tensor([1]), r"shape \(2,\).*\(1,\)"),
+        (torch.tensor([[0, 1]]), r"shape \(2,\).*\(1, 2\)"),
+        (torch.tensor(1), r"shape \(2,\).*\(\)"),
+    ],
+)
+def test_wrong_labels_are_named(unet, labels, message):
+    with pytest.raises(ValueError, match=message):
+        unet(Z, T, class_labels=labels)
+
+
+def test_values_are_not_read_off_the_device(unet):
+    """On the meta device any look at a value raises, as it would wait for a GPU."""
+    unet, labels = unet.to("meta"), torch.tensor([0, 99], device="meta")
+    assert unet(Z.to("meta"), T.to("meta"), class_labels=labels).sample.shape == Z.shape
+    with pytest.raises(ValueError, match="float32"):
+        unet(Z.to("meta"), T.to("meta"), class_labels=labels.float())
+
+
+@pytest.mark.parametrize("settings", [{"num_class_embeds": None}, {"num_class_embeds": 1}])
+def test_a_config_without_null_class_is_named(settings):
+    with pytest.raises(ValueError, match=f"num_class_embeds={settings['num_class_embeds']}"):
+        _ = make_unet(**settings).null_class_label
+
+
+def test_bfloat16(unet):
+    labels = torch.tensor([0, -1])
+    exact = unet(Z, T, class_labels=labels).sample
+    rough = unet.to(torch.bfloat16)(Z.bfloat16(), T, class_labels=labels).sample
+    assert rough.dtype == torch.bfloat16
+    assert (rough - exact).abs().max() < 0.1 * exact.abs().max()
+
+
+def test_gradient_checkpointing_gives_the_same_gradients():
+    gradients = []
+    for checkpointing in (False, True):
+        unet = make_unet().train()
+        if checkpointing:
+            unet.enable_gradient_checkpointing()
+        unet(Z, T, class_labels=torch.tensor([0, -1])).sample.square().mean().backward()
+        gradients.append([p.grad.clone() for p in unet.parameters()])
+    for expected, actual in zip(*gradients, strict=True):
+        torch.testing.assert_close(actual, expected)
+
+
+@pytest.mark.slow
+def test_compiles_without_a_graph_break_and_not_again_for_other_values(unet):
+    torch._dynamo.reset()
+    compiled = torch.compile(unet, fullgraph=True, backend="aot_eager")
+    labels = torch.tensor([0, -1])
+    torch.testing.assert_close(compiled(Z, T, class_labels=labels).sample, unet(Z, T, class_labels=labels).sample)
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        compiled(Z, torch.tensor(3.5), class_labels=torch.tensor([2, 1]))
