@@ -42,6 +42,24 @@ class CFGPipeline(DiffusionPipeline):
     _optional_components = ["vae"]
     _callback_tensor_inputs = ["latents", "pred"]
 
+    # Those that were seen to sample these models; the others draw noise from the same config.
+    schedulers = (
+        "LogSNRScheduler",
+        "DDIMScheduler",
+        "DDIMParallelScheduler",
+        "DDPMScheduler",
+        "DDPMParallelScheduler",
+        "DEISMultistepScheduler",
+        "DPMSolverMultistepScheduler",
+        "DPMSolverSinglestepScheduler",
+        "EulerDiscreteScheduler",
+        "HeunDiscreteScheduler",
+        "KDPM2AncestralDiscreteScheduler",
+        "KDPM2DiscreteScheduler",
+        "SASolverScheduler",
+        "UniPCMultistepScheduler",
+    )
+
     # The text of this very class, for `save_config`. It is read now and not when saving: repositories loaded as remote
     # code share one path, and the file there may by then hold another repository's text.
     remote_code = Path(__file__).read_text(encoding="utf-8")
@@ -128,6 +146,7 @@ class CFGPipeline(DiffusionPipeline):
 
         # 2. z ~ N(0, I)
         self.scheduler.set_timesteps(num_inference_steps, device=device)
+        self._check_first_sigma()
         latents = self._prepare_latents(latents, len(class_labels), generator, device)
         step_kwargs = self._step_kwargs(generator)
 
@@ -233,17 +252,27 @@ class CFGPipeline(DiffusionPipeline):
             )
 
     def _check_scheduler(self) -> None:
-        """
-        Refuse what would draw noise without complaint. A scheduler of this family has `alphas_cumprod`; those of flow
-        matching and EDM preconditioning have not, and accept the config all the same.
-        """
+        """Refuse what would draw noise without complaint: most schedulers accept the config of any other."""
         config, name = self.scheduler.config, type(self.scheduler).__name__
-        uses_flow = config.get("use_flow_sigmas") or config.get("prediction_type") == "flow_prediction"
-        if uses_flow or not hasattr(self.scheduler, "alphas_cumprod"):
+        if not any(base.__name__ in self.schedulers for base in type(self.scheduler).__mro__):
             raise ValueError(
-                f"{name} cannot sample this model: it is made for flow matching or another preconditioning, and this "
-                "is a variance-preserving diffusion model. Use LogSNRScheduler, or for instance "
-                "DDIMScheduler.from_config(pipe.scheduler.config)."
+                f"{name} cannot sample this model, or was never seen to: it is made for flow matching, for EDM's "
+                f"preconditioning or for another purpose. Those that can are {', '.join(self.schedulers)}."
+            )
+        if config.get("use_flow_sigmas") or config.get("prediction_type") == "flow_prediction":
+            raise ValueError(
+                f"{name} is set to flow matching (use_flow_sigmas={config.get('use_flow_sigmas')}, prediction_type="
+                f"{config.get('prediction_type')!r}), and this is a variance-preserving diffusion model. Make it with "
+                f"{name}.from_config(pipe.scheduler.config)."
+            )
+
+    def _check_first_sigma(self) -> None:
+        """Known after `set_timesteps`: the schedulers that step in σ/α must not start at the end of the process."""
+        sigma = float(self.scheduler.init_noise_sigma)
+        if sigma > 1000:
+            raise ValueError(
+                f"{type(self.scheduler).__name__} starts at σ/α = {sigma:.0f}, where one step multiplies the network's "
+                "error by as much. Leave use_karras_sigmas and sigma_max as they are in pipe.scheduler.config."
             )
 
     def _class_ids(self, class_labels: int | str | Sequence[int | str] | torch.Tensor) -> torch.Tensor:
@@ -350,7 +379,7 @@ class CFGPipeline(DiffusionPipeline):
         """model_index.json, where a component of this package is named by the file `save_config` puts beside it."""
         index = json.loads(super().to_json_string())
         index["_class_name"] = ["pipeline_cfg", type(self).__name__]
-        index.pop("_name_or_path", None)  # where it was loaded from is nobody else's business
+        index.pop("_name_or_path", None)
         for name, component in self.components.items():
             if hasattr(component, "remote_code"):
                 module, class_name = index[name]
@@ -365,6 +394,13 @@ class CFGPipeline(DiffusionPipeline):
                 module = self.config[name][0].rpartition(".")[2]
                 (directory / name).mkdir(parents=True, exist_ok=True)
                 (directory / name / f"{module}.py").write_text(component.remote_code, encoding="utf-8")
+            if (directory / name / "config.json").is_file():
+                # diffusers writes down where the component was loaded from, a path of this machine.
+                config = json.loads((directory / name / "config.json").read_text(encoding="utf-8"))
+                config.pop("_name_or_path", None)
+                (directory / name / "config.json").write_text(
+                    json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8"
+                )
         directory.mkdir(parents=True, exist_ok=True)
         (directory / "pipeline_cfg.py").write_text(self.remote_code, encoding="utf-8")
         super().save_config(save_directory, push_to_hub=push_to_hub, **kwargs)

@@ -57,8 +57,10 @@ class LogSNRScheduler(SchedulerMixin, ConfigMixin):
             to ±1, in the one form of it that `DPMSolverMultistepScheduler` and `UniPCMultistepScheduler` know.
         dynamic_thresholding_ratio (`float`): the quantile.
         sample_max_value (`float`): the largest bound.
-        timestep_spacing (`str`): read by diffusers' own schedulers; this one always goes from λ_min to λ_max.
-        lambda_min_clipped (`float`): read by diffusers' DPM-Solvers, which start at this log(α/σ) = λ/2 or above.
+        timestep_spacing (`str`), use_karras_sigmas (`bool`), sigma_min (`float`), sigma_max (`float`),
+        lambda_min_clipped (`float`): read by diffusers' own schedulers only; this one always goes from λ_min to λ_max.
+            Those that step in σ/α cannot start at its 22026, where the same amplification awaits them and nothing clips
+            it: they get the spacing of EDM (arXiv 2206.00364, equation 5), from 80 to about one level of 8 bits.
         trained_betas (`list[float]`, *optional*): derived from the arguments above, for diffusers' own schedulers; a
             value passed in is replaced.
 
@@ -69,14 +71,18 @@ class LogSNRScheduler(SchedulerMixin, ConfigMixin):
     order = 1
     init_noise_sigma = 1.0
     _compatibles = [
+        "DDIMParallelScheduler",
         "DDIMScheduler",
+        "DDPMParallelScheduler",
         "DDPMScheduler",
         "DEISMultistepScheduler",
         "DPMSolverMultistepScheduler",
         "DPMSolverSinglestepScheduler",
-        "EulerAncestralDiscreteScheduler",
         "EulerDiscreteScheduler",
         "HeunDiscreteScheduler",
+        "KDPM2AncestralDiscreteScheduler",
+        "KDPM2DiscreteScheduler",
+        "SASolverScheduler",
         "UniPCMultistepScheduler",
     ]
 
@@ -98,6 +104,9 @@ class LogSNRScheduler(SchedulerMixin, ConfigMixin):
         dynamic_thresholding_ratio: float = 0.995,
         sample_max_value: float = 1.0,
         timestep_spacing: str = "trailing",
+        use_karras_sigmas: bool = True,
+        sigma_min: float = 0.01,
+        sigma_max: float = 80.0,
         lambda_min_clipped: float = -5.1,
         trained_betas: list[float] | None = None,
     ):
@@ -128,6 +137,7 @@ class LogSNRScheduler(SchedulerMixin, ConfigMixin):
         # are the process: every one of them has to arrive.
         self.register_to_config(
             thresholding=thresholding and clip_sample,
+            sigma_max=min(sigma_max, math.exp(-log_snr_min / 2)),
             trained_betas=self._betas((alpha**2).tolist()),
             _use_default_values=[],
         )

@@ -6,6 +6,7 @@ import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -25,6 +26,18 @@ SETTINGS_OF_A_RUN = [
     "seed", "train_batch_size", "gradient_accumulation_steps", "resolution", "conditioning_dropout_prob",
     "prediction_type", "dataset_name", "train_data_dir", "max_train_steps", "lr_scheduler", "learning_rate",
 ]  # fmt: skip
+
+
+@dataclass
+class TrainState:
+    """All that changes during a run, and that a checkpoint has to hold."""
+
+    unet: torch.nn.Module
+    ema: EMAModel | None
+    optimizer: torch.optim.Optimizer
+    lr_scheduler: torch.optim.lr_scheduler.LRScheduler
+    scaler: torch.amp.GradScaler | None = None
+    step: int = 0
 
 
 @contextmanager
@@ -94,35 +107,27 @@ def prepare_output_dir(config: TrainConfig) -> None:
     config.save(output_dir / CONFIG_FILE)
 
 
-def save_checkpoint(
-    step: int,
-    config: TrainConfig,
-    unet: torch.nn.Module,
-    ema: EMAModel | None,
-    optimizer: torch.optim.Optimizer,
-    lr_scheduler: torch.optim.lr_scheduler.LRScheduler,
-    scaler: torch.amp.GradScaler | None,
-) -> None:
+def save_checkpoint(config: TrainConfig, state: TrainState) -> None:
     """Write `checkpoint-STEP`, aside first and then renamed, so that a folder of that name is whole. Then rotate."""
     output_dir = Path(config.output_dir)
-    path, aside = output_dir / f"checkpoint-{step}", output_dir / f"tmp-checkpoint-{step}"
+    path, aside = output_dir / f"checkpoint-{state.step}", output_dir / f"tmp-checkpoint-{state.step}"
     shutil.rmtree(aside, ignore_errors=True)
-    unet.save_pretrained(aside / "unet")
-    if ema is not None:
-        with averaged_weights(unet, ema):
-            unet.save_pretrained(aside / "unet_ema")
-    moments = optimizer.state_dict()["state"]
+    state.unet.save_pretrained(aside / "unet")
+    if state.ema is not None:
+        with averaged_weights(state.unet, state.ema):
+            state.unet.save_pretrained(aside / "unet_ema")
+    moments = state.optimizer.state_dict()["state"]
     save_file(
-        {f"{i}.{name}": value.contiguous() for i, state in moments.items() for name, value in state.items()},
+        {f"{i}.{name}": value.contiguous() for i, values in moments.items() for name, value in values.items()},
         aside / "optimizer.safetensors",
     )
-    state = {
-        "step": step,
-        "lr_scheduler": lr_scheduler.state_dict(),
-        "scaler": scaler.state_dict() if scaler is not None else None,
+    record = {
+        "step": state.step,
+        "lr_scheduler": state.lr_scheduler.state_dict(),
+        "scaler": state.scaler.state_dict() if state.scaler is not None else None,
         "settings": {name: getattr(config, name) for name in SETTINGS_OF_A_RUN},
     }
-    (aside / "state.json").write_text(json.dumps(state, indent=2), encoding="utf-8")
+    (aside / "state.json").write_text(json.dumps(record, indent=2), encoding="utf-8")
     shutil.rmtree(path, ignore_errors=True)
     aside.rename(path)
     if config.checkpoints_total_limit is not None:
@@ -130,40 +135,29 @@ def save_checkpoint(
             shutil.rmtree(old)
 
 
-def load_checkpoint(
-    path: Path,
-    config: TrainConfig,
-    unet: torch.nn.Module,
-    ema: EMAModel | None,
-    optimizer: torch.optim.Optimizer,
-    lr_scheduler: torch.optim.lr_scheduler.LRScheduler,
-    scaler: torch.amp.GradScaler | None,
-) -> int:
-    """
-    Put everything back as `save_checkpoint` found it, and return the number of steps done. Raises UserError if the run
-    was another one.
-    """
-    state = json.loads((path / "state.json").read_text(encoding="utf-8"))
-    changed = {name: old for name, old in state["settings"].items() if getattr(config, name) != old}
+def load_checkpoint(path: Path, config: TrainConfig, state: TrainState) -> None:
+    """Put everything back as `save_checkpoint` found it. Raises UserError if the checkpoint is of another network."""
+    record = json.loads((path / "state.json").read_text(encoding="utf-8"))
+    changed = {name: old for name, old in record["settings"].items() if getattr(config, name) != old}
     if changed:
         listed = ", ".join(f"{name} {old} -> {getattr(config, name)}" for name, old in changed.items())
         logger.warning("%s was written with other settings: %s. The run will not be the same.", path, listed)
     try:
-        unet.load_state_dict(load_file(path / "unet" / "diffusion_pytorch_model.safetensors"))
-        if ema is not None:
+        state.unet.load_state_dict(load_file(path / "unet" / "diffusion_pytorch_model.safetensors"))
+        if state.ema is not None:
             averages = load_file(path / "unet_ema" / "diffusion_pytorch_model.safetensors")
-            ema.shadow_params = [averages[name].to(value.device) for name, value in unet.named_parameters()]
-            ema.optimization_step = state["step"]
+            state.ema.shadow_params = [averages[name].to(p.device) for name, p in state.unet.named_parameters()]
+            state.ema.optimization_step = record["step"]
     except (OSError, RuntimeError, KeyError) as error:
         raise UserError(f"{path} does not hold the weights of this model and run: {error}") from error
     moments: dict[int, dict[str, torch.Tensor]] = {}
     for key, value in load_file(path / "optimizer.safetensors").items():
         index, name = key.split(".", 1)
         moments.setdefault(int(index), {})[name] = value
-    optimizer.load_state_dict({"state": moments, "param_groups": optimizer.state_dict()["param_groups"]})
-    lr_scheduler.load_state_dict(state["lr_scheduler"])
-    for group, learning_rate in zip(optimizer.param_groups, lr_scheduler.get_last_lr(), strict=True):
+    state.optimizer.load_state_dict({"state": moments, "param_groups": state.optimizer.state_dict()["param_groups"]})
+    state.lr_scheduler.load_state_dict(record["lr_scheduler"])
+    for group, learning_rate in zip(state.optimizer.param_groups, state.lr_scheduler.get_last_lr(), strict=True):
         group["lr"] = learning_rate
-    if scaler is not None:
-        scaler.load_state_dict(state["scaler"])
-    return state["step"]
+    if state.scaler is not None:
+        state.scaler.load_state_dict(record["scaler"])
+    state.step = record["step"]

@@ -3,9 +3,9 @@
 import io
 import logging
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from contextlib import contextmanager
 from itertools import repeat
 from pathlib import Path
 from typing import NamedTuple
@@ -31,31 +31,35 @@ class Batch(NamedTuple):
     unreadable: list[str]  # names of the images that could not be read, and were replaced by another
 
 
-@dataclass
 class LabelledImages:
     """
     What there is to train on, before it is decoded.
 
     Args:
-        open_image: the image at an index, as PIL opens it. May raise anything.
-        name_image: what to call it in a message.
         class_labels (`numpy.ndarray` of shape `(images,)`): int64, `0 … num_classes - 1`, or -1 for unlabelled.
         id2label (`dict[int, str]`): name of each class.
+
+    Raises:
+        UserError: there are fewer than two classes.
     """
 
-    open_image: Callable[[int], Image.Image]
-    name_image: Callable[[int], str]
-    class_labels: np.ndarray
-    id2label: dict[int, str]
-
-    def __post_init__(self) -> None:
-        present = np.unique(self.class_labels[self.class_labels != UNLABELLED])
+    def __init__(self, class_labels: np.ndarray, id2label: dict[int, str]):
+        self.class_labels, self.id2label = class_labels, id2label
+        present = np.unique(class_labels[class_labels != UNLABELLED])
         if len(present) < 2:
-            names = [self.id2label[i] for i in present.tolist()]
             raise UserError(
-                f"The data has {len(present)} class{'' if names else 'es'} {names}, but class-conditional training "
-                "needs at least two: check --label_column, or that each class has a folder of its own."
+                f"Class-conditional training needs at least two classes, but the data has {len(present)} "
+                f"{[id2label[i] for i in present.tolist()]}: check --label_column, or that each class has a folder of "
+                "its own."
             )
+
+    def open_image(self, index: int) -> Image.Image:
+        """The image at an index, as PIL opens it. May raise anything."""
+        raise NotImplementedError
+
+    def name_image(self, index: int) -> str:
+        """What to call it in a message."""
+        raise NotImplementedError
 
     def __len__(self) -> int:
         return len(self.class_labels)
@@ -72,79 +76,100 @@ class LabelledImages:
         return 1
 
 
-# ----- sources -----
+class Digits(LabelledImages):
+    """scikit-learn's 1,797 handwritten digits, 8×8, grey; they are part of that package."""
+
+    def __init__(self):
+        from sklearn.datasets import load_digits
+
+        digits = load_digits()
+        self.images = (digits.images * (255 / 16)).round().astype(np.uint8)
+        names = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"]
+        super().__init__(digits.target.astype(np.int64), dict(enumerate(names)))
+
+    def open_image(self, index: int) -> Image.Image:
+        return Image.fromarray(self.images[index])
+
+    def name_image(self, index: int) -> str:
+        return f"digit {index}"
+
+
+class DatasetImages(LabelledImages):
+    """The images of a `datasets.Dataset`, its labels made ids. Raises UserError for a column that does not fit."""
+
+    def __init__(self, dataset, image_column: str, label_column: str):
+        from datasets import Image as EncodedImage
+
+        kinds = {name: type(feature).__name__ for name, feature in dataset.features.items()}
+        for flag, column in (("--image_column", image_column), ("--label_column", label_column)):
+            if column not in kinds:
+                raise UserError(f"The data set has no column {column!r}: {flag} can be one of {sorted(kinds)}.")
+        if kinds[image_column] != "Image":
+            raise UserError(
+                f"The column {image_column!r} holds {kinds[image_column]}, not images: --image_column can be one of "
+                f"{[name for name, kind in kinds.items() if kind == 'Image']}."
+            )
+        names = getattr(dataset.features[label_column], "names", None)
+        super().__init__(*class_ids(dataset[label_column][:], names))
+        self.column = image_column
+        self.encoded = dataset.select_columns(image_column).cast_column(image_column, EncodedImage(decode=False))
+
+    def open_image(self, index: int) -> Image.Image:
+        row = self.encoded[index][self.column]
+        return Image.open(row["path"] if row["bytes"] is None else io.BytesIO(row["bytes"]))
+
+    def name_image(self, index: int) -> str:
+        path = self.encoded[index][self.column]["path"]
+        return f"row {index}" + (f" ({path})" if path else "")
+
+
+# ----- where they come from -----
 
 
 def load_labelled_images(config: DataConfig) -> LabelledImages:
     """The data that the settings name. Raises UserError if it cannot be found or does not have what training needs."""
-    if config.dataset_name is None and config.train_data_dir is None:
-        return load_digits()
-    return load_with_datasets(config)
+    if config.train_data_dir is not None:
+        return DatasetImages(load_class_folders(config), config.image_column, config.label_column)
+    if config.dataset_name is not None:
+        return DatasetImages(load_dataset(config), config.image_column, config.label_column)
+    return Digits()
 
 
-def load_digits() -> LabelledImages:
-    """scikit-learn's 1,797 handwritten digits, 8×8, grey; they are part of that package."""
-    from sklearn import datasets
-
-    digits = datasets.load_digits()
-    images = (digits.images * (255 / 16)).round().astype(np.uint8)
-    names = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"]
-    return LabelledImages(
-        open_image=lambda index: Image.fromarray(images[index]),
-        name_image=lambda index: f"digit {index}",
-        class_labels=digits.target.astype(np.int64),
-        id2label=dict(enumerate(names)),
-    )
-
-
-def load_with_datasets(config: DataConfig) -> LabelledImages:
-    """A data set in any form that `datasets` reads."""
+def load_class_folders(config: DataConfig):
     import datasets
 
-    source = config.dataset_name or config.train_data_dir
-    try:
-        if config.train_data_dir is not None:
-            if not Path(config.train_data_dir).is_dir():
-                raise UserError(f"--train_data_dir {config.train_data_dir} is not a folder.")
-            dataset = datasets.load_dataset(
-                "imagefolder", data_dir=config.train_data_dir, split=config.dataset_split, cache_dir=config.cache_dir
-            )
-        elif (Path(source) / "dataset_dict.json").is_file():  # written by save_to_disk
-            dataset = datasets.load_from_disk(source)[config.dataset_split]
-        elif (Path(source) / "state.json").is_file():
-            dataset = datasets.load_from_disk(source)
-        else:
-            dataset = datasets.load_dataset(
-                source, config.dataset_config_name, split=config.dataset_split, cache_dir=config.cache_dir
-            )
-    except (OSError, KeyError, ValueError) as error:
-        raise UserError(f"The data set {source!r} cannot be loaded: {error}") from error
-
-    columns = {name: type(feature).__name__ for name, feature in dataset.features.items()}
-    for flag, column in (("--image_column", config.image_column), ("--label_column", config.label_column)):
-        if column not in columns:
-            hint = " Each class needs a folder of its own." if config.train_data_dir is not None else ""
-            raise UserError(f"{source!r} has no column {column!r}. {flag} can be one of {sorted(columns)}.{hint}")
-    if columns[config.image_column] != "Image":
-        raise UserError(
-            f"The column {config.image_column!r} of {source!r} holds {columns[config.image_column]}, not images. "
-            f"Set --image_column to one of {[name for name, kind in columns.items() if kind == 'Image']}."
+    folder = Path(config.train_data_dir)
+    if not folder.is_dir():
+        raise UserError(f"--train_data_dir {folder} is not a folder.")
+    if not any(path.is_dir() for path in folder.iterdir()):
+        raise UserError(f"--train_data_dir {folder} has no folders in it, but each class needs a folder of its own.")
+    with named_errors(folder):
+        return datasets.load_dataset(
+            "imagefolder", data_dir=str(folder), split=config.dataset_split, cache_dir=config.cache_dir
         )
 
-    class_labels, id2label = class_ids(
-        dataset[config.label_column][:], getattr(dataset.features[config.label_column], "names", None)
-    )
-    encoded = dataset.select_columns(config.image_column).cast_column(config.image_column, datasets.Image(decode=False))
 
-    def open_image(index: int) -> Image.Image:
-        row = encoded[index][config.image_column]
-        return Image.open(row["path"] if row["bytes"] is None else io.BytesIO(row["bytes"]))
+def load_dataset(config: DataConfig):
+    import datasets
 
-    def name_image(index: int) -> str:
-        path = encoded[index][config.image_column]["path"]
-        return f"row {index}" + (f" ({path})" if path else "")
+    source = config.dataset_name
+    with named_errors(source):
+        if (Path(source) / "dataset_dict.json").is_file():  # written by save_to_disk
+            return datasets.load_from_disk(source)[config.dataset_split]
+        if (Path(source) / "state.json").is_file():
+            return datasets.load_from_disk(source)
+        return datasets.load_dataset(
+            source, config.dataset_config_name, split=config.dataset_split, cache_dir=config.cache_dir
+        )
 
-    return LabelledImages(open_image, name_image, class_labels, id2label)
+
+@contextmanager
+def named_errors(source: str | Path) -> Iterator[None]:
+    """What goes wrong inside is the data set's fault."""
+    try:
+        yield
+    except (OSError, KeyError, ValueError) as error:
+        raise UserError(f"The data set {str(source)!r} cannot be loaded: {error}") from error
 
 
 def class_ids(labels: list, names: list[str] | None) -> tuple[np.ndarray, dict[int, str]]:

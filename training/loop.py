@@ -1,23 +1,23 @@
 """The training loop: batches, steps, logs, checkpoints, samples. What a step learns is its caller's business."""
 
 import logging
+import math
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, PartialState
 from accelerate.utils import ProjectConfiguration
-from checkpoint import averaged_weights, find_checkpoint, load_checkpoint, prepare_output_dir, save_checkpoint
+from checkpoint import TrainState, averaged_weights, load_checkpoint, prepare_output_dir, save_checkpoint
 from config import TrainConfig, UserError
-from data import Batch, check_unreadable, keep_batch, to_float
+from data import CachedImages, check_unreadable, keep_batch, to_float
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
-from randomness import Draws, GlobalBatchSampler, seeded_generator
+from randomness import Draws, GlobalBatchSampler
 from samples import sample_grid
 from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
@@ -26,34 +26,107 @@ from diffusers_cfg import CFGPipeline
 
 logger = logging.getLogger(__name__)
 
-# (unet, images in [-1, 1], class_labels, draws, generator) -> loss of each sample
-Loss = Callable[[torch.nn.Module, torch.Tensor, torch.Tensor, Draws, torch.Generator], torch.Tensor]
+# (network, images in [-1, 1], class_labels, draws) -> loss of each sample
+Loss = Callable[[torch.nn.Module, torch.Tensor, torch.Tensor, Draws], torch.Tensor]
+
+
+def train(
+    config: TrainConfig,
+    accelerator: Accelerator,
+    dataset: Dataset,
+    pipeline: CFGPipeline,
+    loss_of: Loss,
+    checkpoint: Path | None,
+) -> None:
+    """Minimise the mean of `loss_of` over the data, from a checkpoint on, and leave the pipeline with the weights."""
+    batch_size = config.train_batch_size * accelerator.num_processes * config.gradient_accumulation_steps
+    if len(dataset) < batch_size:
+        raise UserError(
+            f"There are {len(dataset)} images, but a step takes {batch_size} ({config.train_batch_size} on each of "
+            f"{accelerator.num_processes} processes, {config.gradient_accumulation_steps} times): lower "
+            "--train_batch_size."
+        )
+    total_steps = config.max_train_steps or config.num_train_epochs * len(dataset) // batch_size
+    pipeline.to(accelerator.device)
+    state = make_state(config, pipeline.unet, total_steps)
+    model, state.optimizer = accelerator.prepare(state.unet, state.optimizer)
+    state.scaler = accelerator.scaler
+    if checkpoint is not None:
+        load_checkpoint(checkpoint, config, state)
+        logger.info("Resumed from %s", checkpoint)
+    if accelerator.is_main_process:
+        prepare_output_dir(config)
+    log = Log(config, accelerator, state.step, total_steps, batch_size)
+    logger.info(
+        "%d images, %d classes, %.1f M parameters, %d steps of %d images (%.1f epochs) on %d × %s",
+        len(dataset), state.unet.num_classes, sum(p.numel() for p in state.unet.parameters()) / 1e6, total_steps,
+        batch_size, total_steps * batch_size / len(dataset), accelerator.num_processes, accelerator.device.type,
+    )  # fmt: skip
+
+    for step in step_batches(config, accelerator, dataset, state.unet, range(state.step, total_steps)):
+        step_loss = torch.zeros((), device=accelerator.device)
+        for images, class_labels, draws in step:
+            with accelerator.accumulate(model):
+                loss = loss_of(model, images, class_labels, draws).mean()
+                accelerator.backward(loss)
+                if accelerator.sync_gradients:
+                    accelerator.clip_grad_norm_(model.parameters(), config.max_grad_norm)
+                state.optimizer.step()
+                state.optimizer.zero_grad()
+            step_loss += loss.detach() / config.gradient_accumulation_steps
+        state.lr_scheduler.step()
+        if state.ema is not None:
+            state.ema.step(state.unet.parameters())
+        state.step += 1
+
+        last = state.step == total_steps
+        log.step(state.step, step_loss, state.lr_scheduler.get_last_lr()[0])
+        if config.checkpointing_steps and (last or state.step % config.checkpointing_steps == 0):
+            if accelerator.is_main_process:
+                save_checkpoint(config, state)
+            accelerator.wait_for_everyone()
+        if last or (config.validation_steps and state.step % config.validation_steps == 0):
+            with averaged_weights(state.unet, state.ema):
+                save_samples(config, accelerator, pipeline, state.step)
+
+    log.close()
+    if state.ema is not None:
+        state.ema.copy_to(state.unet.parameters())
+    state.unet.eval()
 
 
 def make_accelerator(config: TrainConfig) -> Accelerator:
     """The processes and the device that `accelerate launch` gave. Raises UserError for a tracker that is missing."""
-    accelerator = Accelerator(
-        mixed_precision=config.mixed_precision,
-        gradient_accumulation_steps=config.gradient_accumulation_steps,
-        log_with=None if config.report_to == "none" else config.report_to,
-        project_dir=config.output_dir,
-        project_config=ProjectConfiguration(logging_dir=str(Path(config.output_dir) / config.logging_dir)),
-    )
+    # Unless it is told that there is no GPU, accelerate takes several processes without one for several runs.
+    cpu = not torch.accelerator.is_available()
+    state = PartialState(cpu=cpu)
     logging.basicConfig(
-        format="%(levelname)s %(message)s", level=logging.INFO if accelerator.is_main_process else logging.ERROR
+        format="%(levelname)s %(message)s", level=logging.INFO if state.is_main_process else logging.ERROR
     )
     for chatty in ("httpx", "datasets", "fsspec"):
         logging.getLogger(chatty).setLevel(logging.WARNING)
-    if config.report_to != "none" and not accelerator.log_with:
-        raise UserError(f"--report_to {config.report_to}: that tracker is not installed. Install it, or say none.")
-    if accelerator.device.type == "cpu" and accelerator.mixed_precision != "no":
-        logger.warning("Training in fp32: on a CPU %s is many times slower.", accelerator.mixed_precision)
-        accelerator.state._mixed_precision = "no"
-    if accelerator.device.type == "cpu":
+
+    mixed_precision = config.mixed_precision or os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
+    if cpu:
+        if mixed_precision != "no":
+            logger.warning("Training in fp32: on a CPU %s is many times slower.", mixed_precision)
+        mixed_precision = "no"
         # `accelerate launch` leaves one thread to a process unless it is told that there is no GPU.
         torch.set_num_threads(max(1, available_cpus() // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
     if config.allow_tf32:
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
+
+    accelerator = Accelerator(
+        cpu=cpu,
+        mixed_precision=mixed_precision,
+        gradient_accumulation_steps=config.gradient_accumulation_steps,
+        log_with=None if config.report_to == "none" else config.report_to,
+        project_config=ProjectConfiguration(
+            project_dir=config.output_dir, logging_dir=str(Path(config.output_dir) / config.logging_dir)
+        ),
+    )
+    if config.report_to != "none" and not accelerator.log_with:
+        raise UserError(f"--report_to {config.report_to}: that tracker is not installed. Install it, or say none.")
     return accelerator
 
 
@@ -62,22 +135,8 @@ def available_cpus() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def train(
-    config: TrainConfig, accelerator: Accelerator, dataset: Dataset, pipeline: CFGPipeline, loss_of: Loss
-) -> None:
-    """Minimise the mean of `loss_of` over the data, and leave the pipeline with the trained weights."""
-    unet, device = pipeline.unet, accelerator.device
-    batch_size, accumulation = config.train_batch_size, config.gradient_accumulation_steps
-    rank, world_size = accelerator.process_index, accelerator.num_processes
-    global_batch_size = batch_size * world_size * accumulation
-    if len(dataset) < global_batch_size:
-        raise UserError(
-            f"There are {len(dataset)} images, but a step takes {global_batch_size} ({batch_size} on each of "
-            f"{world_size} processes, {accumulation} times): lower --train_batch_size."
-        )
-    total_steps = config.max_train_steps or config.num_train_epochs * len(dataset) // global_batch_size
-
-    pipeline.to(device)
+def make_state(config: TrainConfig, unet: torch.nn.Module, total_steps: int) -> TrainState:
+    """The network ready to train, its average, the optimizer and the learning rate, before the first step."""
     unet.train()
     if config.gradient_checkpointing:
         unet.enable_gradient_checkpointing()
@@ -101,111 +160,91 @@ def train(
         eps=config.adam_epsilon,
         fused=True,
     )
-    # Not prepared by accelerate, which would step it once for each process.
+    # accelerate is not to prepare it: it would step it once for each process.
     lr_scheduler = get_scheduler(
         config.lr_scheduler, optimizer, num_warmup_steps=config.lr_warmup_steps, num_training_steps=total_steps
     )
-    model, optimizer = accelerator.prepare(unet, optimizer)
-    state = (config, unet, ema, optimizer, lr_scheduler, accelerator.scaler)
+    return TrainState(unet, ema, optimizer, lr_scheduler)
 
-    first_step = 0
-    if (checkpoint := find_checkpoint(config)) is not None:
-        first_step = load_checkpoint(checkpoint, *state)
-        logger.info("Resumed from %s at step %d", checkpoint, first_step)
-    if accelerator.is_main_process:
-        prepare_output_dir(config)
-    accelerator.init_trackers("train_cfg", {name: loggable(value) for name, value in asdict(config).items()})
-    steps = range(first_step, total_steps)
+
+def step_batches(
+    config: TrainConfig, accelerator: Accelerator, dataset: Dataset, unet: torch.nn.Module, steps: range
+) -> Iterator[Iterator[tuple[torch.Tensor, torch.Tensor, Draws]]]:
+    """
+    For each step the batches of this process: images, float32 in [-1, 1], flipped if that was drawn; their labels; and
+    their share of the global batch's random numbers. All on the device.
+    """
+    device, rank, world_size = accelerator.device, accelerator.process_index, accelerator.num_processes
+    batch_size, accumulation = config.train_batch_size, config.gradient_accumulation_steps
     loader = DataLoader(
         dataset,
         batch_sampler=GlobalBatchSampler(len(dataset), batch_size, config.seed, steps, rank, world_size, accumulation),
         collate_fn=keep_batch,
-        num_workers=config.dataloader_num_workers if not hasattr(dataset, "class_labels") else 0,
+        num_workers=0 if isinstance(dataset, CachedImages) else config.dataloader_num_workers,
         pin_memory=device.type == "cuda",
     )
-    logger.info(
-        "%d images, %d classes, %.1f M parameters, %d steps of %d images (%.1f epochs) on %d × %s",
-        len(dataset), pipeline.unet.num_classes, sum(p.numel() for p in unet.parameters()) / 1e6, total_steps,
-        global_batch_size, total_steps * global_batch_size / len(dataset), world_size, device.type,
-    )  # fmt: skip
-
-    batches = iter(loader)
-    unreadable: set[str] = set()
-    losses, last_log = torch.zeros((), device=device), (first_step, time.perf_counter())
     sample_shape = (unet.config.in_channels, *np.broadcast_to(unet.config.sample_size, 2).tolist())
-    progress = tqdm(
-        total=total_steps, initial=first_step, desc="Training", unit="step", disable=not accelerator.is_main_process
-    )
-    for step in steps:
-        draws = Draws.of_step(config.seed, step, (global_batch_size, *sample_shape), device)
-        for micro_step in range(accumulation):
-            first_row = (micro_step * world_size + rank) * batch_size
-            rows = draws[first_row : first_row + batch_size]
-            images, class_labels = next_batch(batches, rows, config, device, unreadable, len(dataset))
-            generator = seeded_generator(device, config.seed, "encode", step, micro_step, rank)
-            with accelerator.accumulate(model):
-                loss = loss_of(model, images, class_labels, rows, generator).mean()
-                accelerator.backward(loss)
-                if accelerator.sync_gradients:
-                    accelerator.clip_grad_norm_(model.parameters(), config.max_grad_norm)
-                optimizer.step()
-                optimizer.zero_grad()
-            losses += loss.detach() / accumulation
-        lr_scheduler.step()
-        if ema is not None:
-            ema.step(unet.parameters())
-        progress.update()
+    batches, unreadable = iter(loader), set()
 
-        done = step + 1
-        last = done == total_steps
-        if last or done % config.logging_steps == 0:
-            since, then = last_log
-            last_log = (done, time.perf_counter())
-            loss = accelerator.reduce(losses / (done - since), reduction="mean").item()
-            losses.zero_()
-            if not np.isfinite(loss):
-                raise FloatingPointError(
-                    f"The loss became {loss} by step {done}. Lower --learning_rate (now {config.learning_rate}), and "
-                    "go on from the last good checkpoint with --resume_from_checkpoint."
-                )
-            images_per_second = (done - since) * global_batch_size / (last_log[1] - then)
-            progress.set_postfix(loss=f"{loss:.4f}", images_per_second=f"{images_per_second:.0f}")
-            accelerator.log(
-                {"loss": loss, "lr": lr_scheduler.get_last_lr()[0], "images_per_second": images_per_second}, step=done
-            )
-        if config.checkpointing_steps and (last or done % config.checkpointing_steps == 0):
-            if accelerator.is_main_process:
-                save_checkpoint(done, *state)
-            accelerator.wait_for_everyone()
-        if last or (config.validation_steps and done % config.validation_steps == 0):
-            progress.clear()
-            with averaged_weights(unet, ema):
-                save_samples(config, accelerator, pipeline, done)
-    progress.close()
+    def one_step(step: int):
+        draws = Draws.of_step(config.seed, step, (accumulation * world_size * batch_size, *sample_shape), device)
+        for micro_step in range(accumulation):
+            first = (micro_step * world_size + rank) * batch_size
+            rows, batch = draws[first : first + batch_size], next(batches)
+            if batch.unreadable:
+                unreadable.update(batch.unreadable)
+                check_unreadable(unreadable, len(dataset), config.max_unreadable_fraction)
+            images = to_float(batch.images.to(device, non_blocking=True))
+            if config.random_flip:
+                images = torch.where(rows.flip.view(-1, 1, 1, 1), images.flip(-1), images)
+            yield images, batch.class_labels.to(device, non_blocking=True), rows
+
+    yield from map(one_step, steps)
     if unreadable:
         logger.warning("%d images could not be read: %s", len(unreadable), ", ".join(sorted(unreadable)[:20]))
-    if ema is not None:
-        ema.copy_to(unet.parameters())
-    unet.eval()
 
 
-def loggable(value: Any) -> int | float | str | bool:
-    """A setting as TensorBoard accepts it."""
-    return value if isinstance(value, (int, float, str, bool)) else str(value)
+class Log:
+    """The progress bar, and the trackers every `logging_steps`. Raises FloatingPointError if the loss goes wrong."""
 
+    def __init__(
+        self, config: TrainConfig, accelerator: Accelerator, first_step: int, total_steps: int, batch_size: int
+    ):
+        self.config, self.accelerator, self.batch_size = config, accelerator, batch_size
+        self.total_steps, self.since, self.then = total_steps, first_step, time.perf_counter()
+        self.loss = torch.zeros((), device=accelerator.device)
+        # TensorBoard accepts no lists, and no None.
+        settings = {k: v if isinstance(v, (int, float, str)) else str(v) for k, v in asdict(config).items()}
+        accelerator.init_trackers("train_cfg", settings)
+        self.progress = tqdm(
+            total=total_steps,
+            initial=first_step,
+            desc="Training",
+            unit="step",
+            disable=not accelerator.is_main_process,
+        )
 
-def next_batch(
-    batches, draws: Draws, config: TrainConfig, device: torch.device, unreadable: set[str], num_images: int
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """The next images, float32 in [-1, 1] and flipped as drawn, and their labels, on the device."""
-    batch: Batch = next(batches)
-    if batch.unreadable:
-        unreadable.update(batch.unreadable)
-        check_unreadable(unreadable, num_images, config.max_unreadable_fraction)
-    images = to_float(batch.images.to(device, non_blocking=True))
-    if config.random_flip:
-        images = torch.where(draws.flip.view(-1, 1, 1, 1), images.flip(-1), images)
-    return images, batch.class_labels.to(device, non_blocking=True)
+    def step(self, step: int, loss: torch.Tensor, learning_rate: float) -> None:
+        """Take note of a step. The loss is read off the device only when it is logged."""
+        self.loss += loss
+        self.progress.update()
+        if step % self.config.logging_steps and step != self.total_steps:
+            return
+        steps, now = step - self.since, time.perf_counter()
+        loss = self.accelerator.reduce(self.loss / steps, reduction="mean").item()
+        if not math.isfinite(loss):
+            raise FloatingPointError(
+                f"The loss became {loss} by step {step}. Lower --learning_rate (now {self.config.learning_rate}), and "
+                "go on from the last good checkpoint with --resume_from_checkpoint."
+            )
+        images_per_second = steps * self.batch_size / (now - self.then)
+        self.loss.zero_()
+        self.since, self.then = step, now
+        self.progress.set_postfix(loss=f"{loss:.4f}", images_per_second=f"{images_per_second:.0f}")
+        self.accelerator.log({"loss": loss, "lr": learning_rate, "images_per_second": images_per_second}, step=step)
+
+    def close(self) -> None:
+        self.progress.close()
 
 
 def save_samples(config: TrainConfig, accelerator: Accelerator, pipeline: CFGPipeline, step: int) -> None:
@@ -220,9 +259,7 @@ def save_samples(config: TrainConfig, accelerator: Accelerator, pipeline: CFGPip
     folder.mkdir(exist_ok=True)
     grid.save(folder / f"step-{step}.png")
     for tracker in accelerator.trackers:
-        if hasattr(tracker, "log_images"):
-            tracker.log_images({"samples": np.asarray(grid)[None]}, step=step, **TRACKER_IMAGES.get(tracker.name, {}))
-
-
-# TensorBoard must be told the order of the axes.
-TRACKER_IMAGES = {"tensorboard": {"dataformats": "NHWC"}}
+        if tracker.name == "tensorboard":
+            tracker.log_images({"samples": np.asarray(grid)[None]}, step=step, dataformats="NHWC")
+        elif hasattr(tracker, "log_images"):
+            tracker.log_images({"samples": [grid]}, step=step)

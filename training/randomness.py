@@ -20,21 +20,30 @@ def seeded_generator(device: torch.device | str, *key: int | str) -> torch.Gener
 
 @dataclass
 class Draws:
-    """The random numbers of one global batch, a row for each example."""
+    """The random numbers of a batch, a row for each example."""
 
     u: torch.Tensor  # (batch,)  U[0, 1], the noise level
     noise: torch.Tensor  # (batch, channels, height, width)  ε ~ N(0, I)
     dropout: torch.Tensor  # (batch,)  U[0, 1), whether the label is dropped
     flip: torch.Tensor  # (batch,)  bool, whether the image is flipped
+    key: tuple[int | str, ...]  # names these rows
 
     @classmethod
     def of_step(cls, seed: int, step: int, shape: tuple[int, ...], device: torch.device) -> "Draws":
+        """Those of a step's whole global batch, of the given shape."""
         generator = seeded_generator(device, seed, "draws", step)
         u, dropout, flip = torch.rand(3, shape[0], generator=generator, device=device)
-        return cls(u, torch.randn(shape, generator=generator, device=device), dropout, flip < 0.5)
+        noise = torch.randn(shape, generator=generator, device=device)
+        return cls(u, noise, dropout, flip < 0.5, (seed, step))
 
     def __getitem__(self, rows: slice) -> "Draws":
-        return Draws(self.u[rows], self.noise[rows], self.dropout[rows], self.flip[rows])
+        key = (*self.key, rows.start)
+        return Draws(self.u[rows], self.noise[rows], self.dropout[rows], self.flip[rows], key)
+
+    @property
+    def generator(self) -> torch.Generator:
+        """For what else is random about these rows: the draw from an autoencoder's posterior."""
+        return seeded_generator(self.u.device, "posterior", *self.key)
 
 
 class GlobalBatchSampler(Sampler[list[int]]):

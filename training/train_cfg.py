@@ -23,8 +23,8 @@ def train_cfg(config: TrainConfig) -> None:
 
     # Everything that can be wrong is found before anything is written
     check_output_dir(config)
-    find_checkpoint(config)
     accelerator = make_accelerator(config)
+    checkpoint = find_checkpoint(config)
     with accelerator.main_process_first():  # the others find the data in the cache
         images = load_labelled_images(config)
     vae = load_vae(config)
@@ -40,16 +40,16 @@ def train_cfg(config: TrainConfig) -> None:
     )
     pipeline = CFGPipeline(unet, scheduler, vae, images.id2label, config.conditioning_dropout_prob)
 
-    def loss_of(unet, x, c, draws, generator):
+    def loss_of(unet, x, c, draws):
         """Algorithm 1, for a batch: the loss of each sample."""
-        x = pipeline.encode(x, generator)
+        x = pipeline.encode(x, draws.generator)
         c = drop_class_labels(c, config.conditioning_dropout_prob, pipeline.unet.null_class_label, draws.dropout)
         t = scheduler.timestep(draws.u)  # λ ~ p(λ), by way of u ~ U[0, 1]
         z = scheduler.add_noise(x, draws.noise, t)  # z = αx + σε
         pred = unet(z, t, class_labels=c).sample
         return squared_error(pred, prediction_target(scheduler, x, draws.noise, t))
 
-    train(config, accelerator, dataset, pipeline, loss_of)
+    train(config, accelerator, dataset, pipeline, loss_of, checkpoint)
 
     if accelerator.is_main_process:
         pipeline.save_pretrained(config.output_dir)

@@ -85,14 +85,22 @@ def test_from_config_keeps_the_process(name, reloaded, tmp_path):
     assert stock.config.timestep_spacing == "trailing"
 
     back = LogSNRScheduler.from_config(stock.config)
-    assert {**back.config, "_use_default_values": []} == {**scheduler.config, **back.config, "_use_default_values": []}
     assert (back.config.log_snr_min, back.config.variance_interpolation) == (-18.0, 0.3)
+    assert torch.equal(back.alphas_cumprod, scheduler.alphas_cumprod)
 
 
 def test_a_changed_process_is_passed_on():
     changed = LogSNRScheduler.from_config(LogSNRScheduler().config, log_snr_min=-10.0)
     stock = diffusers.DDIMScheduler.from_config(changed.config)
     assert stock.alphas_cumprod[-1].item() == pytest.approx(1 / (1 + math.exp(10)), rel=1e-3)
+
+
+def test_solvers_that_step_in_sigma_start_within_the_process():
+    for low, sigma_max in ((-20.0, 80.0), (-4.0, math.exp(2))):
+        stock = diffusers.EulerDiscreteScheduler.from_config(LogSNRScheduler(log_snr_min=low).config)
+        stock.set_timesteps(20)
+        assert stock.sigmas[0].item() == pytest.approx(sigma_max, rel=1e-5)
+        assert stock.sigmas[-2].item() == pytest.approx(0.01, rel=1e-5)
 
 
 def test_without_clipping_the_others_do_not_clip_either():
@@ -113,19 +121,15 @@ def test_timesteps_go_from_noise_to_data_evenly_in_u():
     assert scheduler.timesteps.tolist() == [999]
 
 
-def posterior_step(v: float, draws: int = 200_000) -> tuple[torch.Tensor, LogSNRScheduler, float, float, float]:
-    """Many draws of one step from the same z and x, of unit size, in the middle of five steps."""
-    scheduler = LogSNRScheduler(prediction_type="sample", variance_interpolation=v, clip_sample=False)
-    scheduler.set_timesteps(5)
-    z, x = torch.full((draws, 1), 0.7), torch.full((draws, 1), -0.4)
-    out = scheduler.step(x, scheduler.timesteps[2], z, generator=torch.Generator().manual_seed(0)).prev_sample
-    low, high = paper_log_snr(torch.tensor([0.5, 0.25], dtype=F64)).tolist()
-    return out.double(), scheduler, low, high, draws
-
-
 @pytest.mark.parametrize("v", [0.0, 0.3, 1.0])
 def test_step_has_the_posteriors_mean_and_the_interpolated_variance(v):
-    out, _, low, high, draws = posterior_step(v)
+    scheduler = LogSNRScheduler(prediction_type="sample", variance_interpolation=v, clip_sample=False)
+    scheduler.set_timesteps(5)
+    draws, generator = 200_000, torch.Generator().manual_seed(0)
+    z, x = torch.full((draws, 1), 0.7), torch.full((draws, 1), -0.4)
+    out = scheduler.step(x, scheduler.timesteps[2], z, generator=generator).prev_sample.double()
+
+    low, high = paper_log_snr(torch.tensor([0.5, 0.25], dtype=F64)).tolist()  # λ and λ'
     alpha, alpha_next = (math.sqrt(1 / (1 + math.exp(-value))) for value in (low, high))
     sigma2, sigma2_next = (1 / (1 + math.exp(value)) for value in (low, high))
     ratio = math.exp(low - high)

@@ -1,0 +1,197 @@
+"""A saved folder loads by two doors: plain diffusers with remote code, and this package without."""
+
+import json
+import os
+import subprocess
+import sys
+
+import diffusers
+import pytest
+import torch
+from conftest import generators, make_pipeline, make_unet
+from diffusers import DiffusionPipeline
+
+from diffusers_cfg import CFGPipeline, LogSNRScheduler, UNet2DCFGModel
+
+# Run in a process of its own, in an environment where the package is not to be had: editable installs are found through
+# hooks that no directory can hide, so the import itself is made to fail.
+DOOR_ONE = """
+import sys
+import torch
+
+class Blocked:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] == "diffusers_cfg":
+            raise ModuleNotFoundError(name)
+
+sys.meta_path.insert(0, Blocked())
+try:
+    import diffusers_cfg
+except ModuleNotFoundError:
+    pass
+else:
+    raise AssertionError("the package is there")
+
+from diffusers import DiffusionPipeline
+
+source, target, copy = sys.argv[1:]
+pipe = DiffusionPipeline.from_pretrained(source, trust_remote_code=True)
+pipe.save_pretrained(copy)
+pipe = DiffusionPipeline.from_pretrained(copy, trust_remote_code=True)
+assert type(pipe.unet).__name__ == "UNet2DCFGModel", type(pipe.unet)
+generator = [torch.Generator().manual_seed(seed) for seed in (0, 1)]
+images = pipe(["two", 1], [0.0, 2.5], num_inference_steps=4, generator=generator, output_type="pt").images
+torch.save(images, target)
+"""
+
+
+def run_python(*args: str, cwd, **env: str) -> subprocess.CompletedProcess:
+    env = {**os.environ, "HF_HOME": str(cwd / "hf"), "HF_HUB_OFFLINE": "1", **env}
+    return subprocess.run([sys.executable, *args], cwd=cwd, env=env, capture_output=True, text=True, timeout=300)
+
+
+def draw(pipeline) -> torch.Tensor:
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline(["two", 1], [0.0, 2.5], num_inference_steps=4, generator=generators(0, 1), output_type="pt").images
+
+
+@pytest.fixture
+def folder(pipeline, tmp_path):
+    pipeline.save_pretrained(tmp_path / "model")
+    return tmp_path / "model"
+
+
+def test_the_folder_holds_the_code_and_names_it(folder):
+    index = json.loads((folder / "model_index.json").read_text())
+    assert index["_class_name"] == ["pipeline_cfg", "CFGPipeline"]
+    assert index["unet"] == ["unet_2d_cfg", "UNet2DCFGModel"]
+    assert index["scheduler"] == ["scheduling_log_snr", "LogSNRScheduler"]
+    assert index["id2label"] == {"0": "zero", "1": "one", "2": "two"}
+    assert sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()) == [
+        "model_index.json",
+        "pipeline_cfg.py",
+        "scheduler/scheduler_config.json",
+        "scheduler/scheduling_log_snr.py",
+        "unet/config.json",
+        "unet/diffusion_pytorch_model.safetensors",
+        "unet/unet_2d_cfg.py",
+    ]
+
+
+@pytest.mark.slow
+def test_door_one_without_the_package(pipeline, folder, tmp_path):
+    result = run_python("-c", DOOR_ONE, str(folder), "images.pt", "copy", cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    assert torch.equal(torch.load(tmp_path / "images.pt"), draw(pipeline))
+    for path in folder.rglob("*.py"):
+        assert (tmp_path / "copy" / path.relative_to(folder)).read_text() == path.read_text()
+
+
+def test_door_one_asks_for_trust(folder):
+    with pytest.raises(ValueError, match="trust_remote_code"):
+        DiffusionPipeline.from_pretrained(folder)
+
+
+def test_door_two(pipeline, folder):
+    loaded = CFGPipeline.from_pretrained(folder)
+    assert type(loaded) is CFGPipeline
+    assert type(loaded.unet) is UNet2DCFGModel
+    assert type(loaded.scheduler) is LogSNRScheduler
+    assert loaded.id2label == {0: "zero", 1: "one", 2: "two"}
+    assert torch.equal(draw(loaded), draw(pipeline))
+
+
+def test_door_two_runs_no_code_of_the_folder(pipeline, folder, monkeypatch):
+    for path in folder.rglob("*.py"):
+        path.write_text("raise SystemExit('the code of the folder was run')")
+    monkeypatch.setattr(diffusers.utils.dynamic_modules_utils, "DIFFUSERS_DISABLE_REMOTE_CODE", True)
+    assert torch.equal(draw(CFGPipeline.from_pretrained(folder)), draw(pipeline))
+
+
+def test_what_was_loaded_can_be_saved_and_loaded(pipeline, folder, tmp_path):
+    once = CFGPipeline.from_pretrained(folder)
+    once.save_pretrained(tmp_path / "again")
+    files = {path.relative_to(folder): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    again = tmp_path / "again"
+    assert {path.relative_to(again): path.read_bytes() for path in again.rglob("*") if path.is_file()} == files
+    assert torch.equal(draw(CFGPipeline.from_pretrained(again)), draw(pipeline))
+
+
+def test_remote_code_saves_its_own_text(folder, tmp_path):
+    """Two folders share the path of their code in the cache; the one loaded first must not save the other's."""
+    code = folder / "unet" / "unet_2d_cfg.py"
+    own_text = code.read_text()
+    first = DiffusionPipeline.from_pretrained(folder, trust_remote_code=True)
+    code.write_text(own_text + "\n# another version\n")
+    second = DiffusionPipeline.from_pretrained(folder, trust_remote_code=True)
+    first.save_pretrained(tmp_path / "first")
+    second.save_pretrained(tmp_path / "second")
+    assert (tmp_path / "first" / "unet" / "unet_2d_cfg.py").read_text() == own_text
+    assert (tmp_path / "second" / "unet" / "unet_2d_cfg.py").read_text() == own_text + "\n# another version\n"
+
+
+def test_facts_of_the_training_survive(tmp_path):
+    make_pipeline(conditioning_dropout_prob=0.25).save_pretrained(tmp_path)
+    assert CFGPipeline.from_pretrained(tmp_path).config.conditioning_dropout_prob == 0.25
+
+
+def test_a_compiled_network_is_saved_as_itself(pipeline, tmp_path):
+    images = draw(pipeline)
+    pipeline.unet = torch.compile(pipeline.unet, backend="eager")
+    pipeline.save_pretrained(tmp_path)
+    assert torch.equal(draw(CFGPipeline.from_pretrained(tmp_path)), images)
+
+
+def test_a_scheduler_of_diffusers_is_loaded_as_such(pipeline, tmp_path):
+    pipeline.scheduler = diffusers.DDIMScheduler.from_config(pipeline.scheduler.config)
+    pipeline.save_pretrained(tmp_path)
+    loaded = CFGPipeline.from_pretrained(tmp_path)
+    assert type(loaded.scheduler) is diffusers.DDIMScheduler
+    assert torch.equal(draw(loaded), draw(pipeline))
+    back = LogSNRScheduler.from_config(loaded.scheduler.config)
+    assert back.config.log_snr_min == -20
+
+
+def test_a_latent_model_survives(tmp_path):
+    vae = diffusers.AutoencoderKL(
+        block_out_channels=(8,), norm_num_groups=4, latent_channels=2, scaling_factor=0.5, sample_size=8
+    )
+    pipeline = make_pipeline(make_unet(in_channels=2, out_channels=2), LogSNRScheduler(clip_sample=False), vae=vae)
+    pipeline.save_pretrained(tmp_path)
+    assert torch.equal(draw(CFGPipeline.from_pretrained(tmp_path)), draw(pipeline))
+
+
+def test_components_can_be_passed(pipeline, folder):
+    unet = make_unet()
+    assert CFGPipeline.from_pretrained(folder, unet=unet).unet is unet
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"unet": ["os", "system"]}, "wants system from os for its unet"),
+        ({"unet": ["../unet_2d_cfg", "UNet2DCFGModel"]}, "wants UNet2DCFGModel from ../unet_2d_cfg"),
+        ({"scheduler": ["evil", "Scheduler"]}, "wants Scheduler from evil for its scheduler"),
+        ({"_class_name": ["pipeline_cfg", "OtherPipeline"]}, "describes a OtherPipeline"),
+        ({"_class_name": "DiTPipeline"}, "describes a DiTPipeline"),
+    ],
+)
+def test_a_strangers_index_is_refused(folder, change, message):
+    index = json.loads((folder / "model_index.json").read_text())
+    (folder / "model_index.json").write_text(json.dumps({**index, **change}))
+    with pytest.raises(ValueError, match=message):
+        CFGPipeline.from_pretrained(folder)
+
+
+@pytest.mark.slow
+def test_importing_is_cheap(tmp_path):
+    """What the package adds to the diffusers classes that it is made of."""
+    script = (
+        "import time, torch\n"
+        "from diffusers import AutoencoderKL, DiffusionPipeline, SchedulerMixin, UNet2DModel\n"
+        "from diffusers.image_processor import VaeImageProcessor\n"
+        "then = time.perf_counter()\nimport diffusers_cfg\nprint(time.perf_counter() - then)"
+    )
+    result = run_python("-c", script, cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    assert float(result.stdout) < 0.3

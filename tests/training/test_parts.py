@@ -1,0 +1,153 @@
+"""Conditioning, objectives, randomness, networks: the parts of a step."""
+
+import json
+import math
+from itertools import chain
+
+import pytest
+import torch
+from conditioning import drop_class_labels
+from config import TrainConfig, UserError
+from metrics import precision_recall
+from model import build_unet
+from objectives import prediction_target, squared_error
+from randomness import Draws, GlobalBatchSampler, seeded_generator
+
+from diffusers_cfg import LogSNRScheduler
+
+# ----- conditioning -----
+
+
+@pytest.mark.parametrize("p", [0.0, 0.1, 0.5])
+def test_labels_are_dropped_at_the_rate_asked_for(p):
+    n = 100_000
+    labels = torch.arange(n) % 10
+    before = labels.clone()
+    dropped = drop_class_labels(labels, p, 10, torch.rand(n, generator=torch.Generator().manual_seed(0)))
+    rate = (dropped == 10).float().mean().item()
+    assert rate == pytest.approx(p, abs=5 * math.sqrt(p * (1 - p) / n))
+    assert torch.equal(labels, before)
+    assert torch.equal(dropped[dropped != 10], labels[dropped != 10])
+
+
+def test_labels_are_dropped_one_by_one():
+    dropped = drop_class_labels(torch.tensor([1, 2, 3]), 0.5, 9, torch.tensor([0.49, 0.51, 0.5]))
+    assert dropped.tolist() == [9, 2, 3]
+
+
+# ----- objectives -----
+
+
+@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction", "sample"])
+def test_the_target_is_what_the_sampler_inverts(prediction_type):
+    scheduler = LogSNRScheduler(prediction_type=prediction_type, clip_sample=False)
+    x, noise = torch.randn(2, 1, 1, 4, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    t = scheduler.timestep(torch.tensor([0.6], dtype=torch.float64))
+    z, target = scheduler.add_noise(x, noise, t), prediction_target(scheduler, x, noise, t)
+    log_snr = scheduler.log_snr(scheduler.u(t)).item()
+    torch.testing.assert_close(scheduler.predict_original_sample(target, z, log_snr), x)
+
+
+def test_the_error_is_the_mean_square_of_each_sample():
+    error = squared_error(torch.tensor([[1.0, 3.0], [0.0, 0.0]]).half(), torch.zeros(2, 2))
+    assert error.tolist() == [5.0, 0.0]
+    assert error.dtype == torch.float32
+
+
+# ----- randomness -----
+
+
+def indices(**settings) -> list[list[int]]:
+    return list(GlobalBatchSampler(**{"num_examples": 10, "batch_size": 4, "seed": 0, "steps": range(6), **settings}))
+
+
+def test_every_epoch_has_every_example_in_another_order():
+    flat = list(chain.from_iterable(indices(batch_size=5)))
+    epochs = [flat[start : start + 10] for start in (0, 10, 20)]
+    assert [sorted(epoch) for epoch in epochs] == [list(range(10))] * 3
+    assert epochs[0] != epochs[1] != epochs[2]
+
+
+def test_the_order_goes_on_where_it_stopped():
+    assert indices(steps=range(3, 6)) == indices()[3:]
+
+
+def test_the_order_does_not_depend_on_how_a_step_is_cut_up():
+    whole = indices()
+    accumulated = indices(batch_size=2, accumulation=2)
+    assert [a + b for a, b in zip(accumulated[::2], accumulated[1::2], strict=True)] == whole
+    ranks = [indices(batch_size=2, rank=rank, world_size=2) for rank in (0, 1)]
+    assert [a + b for a, b in zip(*ranks, strict=True)] == whole
+
+
+def test_draws_are_a_function_of_seed_and_step():
+    def draws(seed, step):
+        return Draws.of_step(seed, step, (1000, 1, 2, 2), torch.device("cpu"))
+
+    assert torch.equal(draws(0, 3).noise, draws(0, 3).noise)
+    assert not torch.equal(draws(0, 3).noise, draws(0, 4).noise)
+    assert not torch.equal(draws(0, 3).u, draws(1, 3).u)
+    assert torch.equal(draws(0, 3)[10:20].u, draws(0, 3).u[10:20])
+    sample = draws(0, 0)
+    for uniform in (sample.u, sample.dropout):
+        assert uniform.min() >= 0
+        assert uniform.max() <= 1
+        assert uniform.mean().item() == pytest.approx(0.5, abs=0.05)
+    assert sample.flip.float().mean().item() == pytest.approx(0.5, abs=0.08)
+    assert sample.noise.std().item() == pytest.approx(1, abs=0.05)
+    assert abs(torch.corrcoef(torch.stack([sample.u, sample.dropout]))[0, 1].item()) < 0.15
+
+
+def test_generators_of_different_purposes_differ():
+    first = [torch.rand(1, generator=seeded_generator("cpu", *key)).item() for key in ((0, "a"), (0, "b"), (1, "a"))]
+    assert len(set(first)) == 3
+
+
+# ----- networks -----
+
+
+def test_the_network_is_the_one_the_settings_describe():
+    config = TrainConfig(resolution=16, block_out_channels=[16, 32, 64], layers_per_block=1, attention_resolutions=[8])
+    unet = build_unet(config, None, channels=3, num_classes=7)
+    assert unet.num_classes == 7
+    assert (unet.config.sample_size, unet.config.in_channels, unet.config.out_channels) == (16, 3, 3)
+    assert unet.config.down_block_types == ["DownBlock2D", "AttnDownBlock2D", "DownBlock2D"]
+    assert unet.config.up_block_types == ["UpBlock2D", "AttnUpBlock2D", "UpBlock2D"]
+    assert unet.config.norm_num_groups == 4
+    again = build_unet(config, None, channels=3, num_classes=7)
+    assert all(torch.equal(a, b) for a, b in zip(unet.parameters(), again.parameters(), strict=True))
+
+
+def test_a_config_file_describes_the_network(tmp_path):
+    path = tmp_path / "config.json"
+    settings = {
+        "block_out_channels": [8, 8], "norm_num_groups": 4, "in_channels": 7,
+        "down_block_types": ["DownBlock2D"] * 2, "up_block_types": ["UpBlock2D"] * 2,
+    }  # fmt: skip
+    path.write_text(json.dumps(settings))
+    unet = build_unet(TrainConfig(model_config_name_or_path=str(path), resolution=8), None, 1, 2)
+    assert (unet.config.block_out_channels, unet.config.in_channels, unet.num_classes) == ([8, 8], 1, 2)
+    with pytest.raises(UserError, match="9×9, which cannot be halved 1 times"):
+        build_unet(TrainConfig(model_config_name_or_path=str(path), resolution=9), None, 1, 2)
+    with pytest.raises(UserError, match="nowhere"):
+        build_unet(TrainConfig(model_config_name_or_path=str(tmp_path / "nowhere")), None, 1, 2)
+
+
+# ----- metrics -----
+
+
+def test_precision_and_recall_of_known_sets():
+    generator = torch.Generator().manual_seed(0)
+    modes = torch.tensor([[0.0, 0.0], [100.0, 0.0]])
+    real = modes.repeat_interleave(200, 0) + torch.randn(400, 2, generator=generator)
+    one_mode = modes[:1].repeat(400, 1) + torch.randn(400, 2, generator=generator)
+    precision, recall = precision_recall(real, one_mode)
+    assert precision > 0.9
+    assert recall == pytest.approx(0.5, abs=0.06)
+    precision, recall = precision_recall(one_mode, real)
+    assert precision == pytest.approx(0.5, abs=0.06)
+    assert recall > 0.9
+    assert precision_recall(real, real + 1000) == (0.0, 0.0)
+    assert precision_recall(real, real) == (1.0, 1.0)
+    with pytest.raises(ValueError, match="2 and 400"):
+        precision_recall(real[:2], real)

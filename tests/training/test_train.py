@@ -1,0 +1,266 @@
+"""The training script, driven through its command line."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from accelerate.state import AcceleratorState, GradientState
+from checkpoint import checkpoints
+from config import TrainConfig, UserError, parse_config
+from model import build_unet
+from PIL import Image
+from safetensors.torch import load_file
+from train_cfg import train_cfg
+
+from diffusers_cfg import CFGPipeline
+
+TRAINING = Path(__file__).parents[2] / "training"
+WEIGHTS = "diffusion_pytorch_model.safetensors"
+# The digits, a network of 20 thousand parameters, seconds.
+TINY = [
+    "--block_out_channels", "8", "16", "--train_batch_size", "8", "--max_train_steps", "4", "--lr_warmup_steps", "1",
+    "--learning_rate", "1e-3", "--checkpointing_steps", "2", "--validation_steps", "0", "--num_inference_steps", "2",
+    "--validation_guidance_scales", "0", "1", "--logging_steps", "1", "--report_to", "none",
+    "--checkpoints_total_limit", "9",
+]  # fmt: skip
+
+
+def train(output_dir: Path, *argv: str) -> TrainConfig:
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
+    config = parse_config([*TINY, "--output_dir", str(output_dir), *argv])
+    train_cfg(config)
+    return config
+
+
+def assert_same_tensors(first: Path, second: Path, **tolerance: float) -> None:
+    a, b = load_file(first), load_file(second)
+    assert a.keys() == b.keys()
+    for name in a:
+        torch.testing.assert_close(a[name], b[name], **(tolerance or {"rtol": 0, "atol": 0}), msg=name)
+
+
+def test_a_run_leaves_a_pipeline_that_loads(tmp_path, capsys):
+    config = train(tmp_path / "out")
+    out = tmp_path / "out"
+    assert sorted(path.name for path in out.iterdir()) == [
+        "checkpoint-2", "checkpoint-4", "model_index.json", "pipeline_cfg.py", "samples", "scheduler",
+        "train_config.yaml", "unet",
+    ]  # fmt: skip
+    assert TrainConfig.load(out / "train_config.yaml") == config
+    assert [path.name for path in (out / "samples").iterdir()] == ["step-4.png"]
+    width, height = Image.open(out / "samples" / "step-4.png").size
+    assert width > 2 * 64
+    assert height > 10 * 64
+    said = capsys.readouterr().out
+    assert f'DiffusionPipeline.from_pretrained("{out}", trust_remote_code=True)' in said
+
+    pipeline = CFGPipeline.from_pretrained(out)
+    assert pipeline.id2label[3] == "three"
+    assert pipeline.config.conditioning_dropout_prob == 0.1
+    assert len(pipeline(["three", 7], [0.0, 2.5], num_inference_steps=2).images) == 2
+    # What is sampled is the average.
+    assert_same_tensors(out / "unet" / WEIGHTS, out / "checkpoint-4" / "unet_ema" / WEIGHTS)
+
+
+@pytest.mark.parametrize("accumulation", ["1", "2"])
+def test_every_parameter_moves_and_the_null_row_too(tmp_path, accumulation):
+    config = train(
+        tmp_path, "--no_use_ema", "--conditioning_dropout_prob", "0.5", "--train_batch_size", "64",
+        "--gradient_accumulation_steps", accumulation,
+    )  # fmt: skip
+    before = dict(build_unet(config, None, channels=1, num_classes=10).named_parameters())
+    after = load_file(tmp_path / "unet" / WEIGHTS)
+    assert before.keys() == after.keys()
+    assert [name for name in before if torch.equal(before[name], after[name])] == []
+    rows = (before["class_embedding.weight"] != after["class_embedding.weight"]).any(dim=1)
+    assert rows.tolist() == [True] * 11
+
+
+def test_without_dropout_the_null_row_stays(tmp_path):
+    config = train(tmp_path, "--no_use_ema", "--conditioning_dropout_prob", "0", "--train_batch_size", "64")
+    before = build_unet(config, None, channels=1, num_classes=10).class_embedding.weight
+    after = load_file(tmp_path / "unet" / WEIGHTS)["class_embedding.weight"]
+    assert (before != after).any(dim=1).tolist() == [True] * 10 + [False]
+
+
+@pytest.mark.parametrize("argv", [[], ["--gradient_accumulation_steps", "2", "--random_flip"], ["--no_use_ema"]])
+def test_a_resumed_run_is_the_run_that_never_stopped(tmp_path, argv):
+    train(tmp_path / "whole", *argv)
+    (tmp_path / "resumed").mkdir()
+    shutil.copytree(tmp_path / "whole" / "checkpoint-2", tmp_path / "resumed" / "checkpoint-2")
+    train(tmp_path / "resumed", *argv, "--resume_from_checkpoint", "latest")
+
+    files = [path.relative_to(tmp_path / "whole") for path in (tmp_path / "whole").rglob("*.safetensors")]
+    assert len(files) == (5 if "--no_use_ema" in argv else 7)
+    for file in files:
+        assert_same_tensors(tmp_path / "whole" / file, tmp_path / "resumed" / file)
+    states = [json.loads((tmp_path / run / "checkpoint-4" / "state.json").read_text()) for run in ("whole", "resumed")]
+    assert states[0]["lr_scheduler"] == states[1]["lr_scheduler"]
+    grids = [(tmp_path / run / "samples" / "step-4.png").read_bytes() for run in ("whole", "resumed")]
+    assert grids[0] == grids[1]
+
+
+def test_accumulated_batches_are_one_batch(tmp_path):
+    train(tmp_path / "whole")
+    train(tmp_path / "parts", "--train_batch_size", "4", "--gradient_accumulation_steps", "2")
+    assert_same_tensors(
+        tmp_path / "whole" / "unet" / WEIGHTS, tmp_path / "parts" / "unet" / WEIGHTS, rtol=1e-4, atol=1e-6
+    )
+
+
+@pytest.mark.parametrize("prediction_type", ["v_prediction", "sample"])
+def test_other_prediction_types_train(tmp_path, prediction_type):
+    train(tmp_path, "--prediction_type", prediction_type)
+    assert CFGPipeline.from_pretrained(tmp_path).scheduler.config.prediction_type == prediction_type
+
+
+def test_a_latent_model_trains(tmp_path):
+    import diffusers
+
+    diffusers.AutoencoderKL(
+        in_channels=1, out_channels=1, block_out_channels=(8, 8), norm_num_groups=4, latent_channels=2,
+        down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2, scaling_factor=0.5,
+    ).save_pretrained(tmp_path / "vae")  # fmt: skip
+    train(tmp_path / "out", "--pretrained_vae_model_name_or_path", str(tmp_path / "vae"))
+    pipeline = CFGPipeline.from_pretrained(tmp_path / "out")
+    assert (pipeline.unet.config.in_channels, pipeline.unet.config.sample_size) == (2, 4)
+    assert not pipeline.scheduler.config.clip_sample
+    assert pipeline(0, num_inference_steps=2).images[0].size == (8, 8)
+
+
+def test_the_oldest_checkpoints_go(tmp_path):
+    train(tmp_path, "--checkpointing_steps", "1", "--checkpoints_total_limit", "2")
+    assert [path.name for path in checkpoints(tmp_path)] == ["checkpoint-3", "checkpoint-4"]
+
+
+def test_tensorboard_gets_losses_and_samples(tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    train(tmp_path, "--report_to", "tensorboard")
+    events = EventAccumulator(str(tmp_path / "logs" / "train_cfg")).Reload()
+    assert [event.step for event in events.Scalars("loss")] == [1, 2, 3, 4]
+    assert all(event.value > 0 for event in events.Scalars("loss"))
+    assert [event.step for event in events.Images("samples")] == [4]
+
+
+# ----- bad input -----
+
+
+def test_a_folder_with_another_run_is_not_touched(tmp_path):
+    train(tmp_path)
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    with pytest.raises(UserError, match=r"is not empty.*--resume_from_checkpoint latest.*--overwrite_output_dir"):
+        train(tmp_path)
+    # Nor where something else is wrong
+    with pytest.raises(UserError, match="train_batch_size"):
+        train(tmp_path, "--overwrite_output_dir", "--train_batch_size", "9999")
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
+
+    train(tmp_path, "--overwrite_output_dir", "--max_train_steps", "3")
+    assert [path.name for path in checkpoints(tmp_path)] == ["checkpoint-2", "checkpoint-3"]
+
+
+def test_overwriting_leaves_what_is_not_of_a_run(tmp_path):
+    (tmp_path / "thesis.tex").write_text("years of work")
+    train(tmp_path, "--overwrite_output_dir")
+    assert (tmp_path / "thesis.tex").read_text() == "years of work"
+
+
+def test_a_checkpoint_that_does_not_exist(tmp_path):
+    train(tmp_path, "--overwrite_output_dir")
+    with pytest.raises(UserError, match="checkpoint-77 does not exist.*checkpoint-2, checkpoint-4"):
+        train(tmp_path, "--resume_from_checkpoint", "checkpoint-77")
+
+
+def test_a_checkpoint_of_another_network(tmp_path):
+    train(tmp_path)
+    with pytest.raises(UserError, match="checkpoint-4 does not hold the weights of this model"):
+        train(tmp_path, "--resume_from_checkpoint", "latest", "--block_out_channels", "8", "8")
+
+
+def test_other_settings_are_pointed_out(tmp_path, caplog):
+    train(tmp_path)
+    train(tmp_path, "--resume_from_checkpoint", "latest", "--seed", "5", "--max_train_steps", "5")
+    assert "seed 0 -> 5" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["--train_batch_size", "2000"], "1797 images, but a step takes 2000"),
+        (["--train_batch_size", "1000", "--gradient_accumulation_steps", "2"], "1797 images, but a step takes 2000"),
+        (["--resolution", "9"], "resolution 9 cannot be halved 1 times"),
+        (["--train_data_dir", "/nowhere", "--resolution", "8"], "/nowhere is not a folder"),
+        (["--report_to", "wandb"], "wandb.*not installed"),
+    ],
+)
+def test_what_cannot_work_is_named_before_anything_is_written(tmp_path, argv, message):
+    with pytest.raises(UserError, match=message):
+        train(tmp_path / "out", *argv)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(tmp_path):
+    with pytest.raises(FloatingPointError, match=r"The loss became (nan|inf).*learning_rate"):
+        train(tmp_path, "--learning_rate", "1e30", "--max_train_steps", "20", "--lr_warmup_steps", "0")
+
+
+# ----- as a user runs it -----
+
+
+def launch(*argv: str, cwd: Path, processes: int = 1) -> subprocess.CompletedProcess:
+    """`accelerate launch` in a process of its own. (Two processes on a CPU need torchrun, or --multi_gpu.)"""
+    launcher = ["accelerate.commands.launch", "--num_processes", "1"]
+    if processes > 1:
+        launcher = ["torch.distributed.run", "--nproc_per_node", str(processes)]
+    return subprocess.run(
+        [sys.executable, "-m", *launcher, str(TRAINING / "train_cfg.py"), *argv],
+        cwd=cwd, env={**os.environ, "HF_HUB_OFFLINE": "1"}, capture_output=True, text=True, timeout=600,
+    )  # fmt: skip
+
+
+@pytest.mark.slow
+def test_the_command_line_from_end_to_end(tmp_path):
+    result = launch(*TINY, "--output_dir", "out", cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    assert 'DiffusionPipeline.from_pretrained("out", trust_remote_code=True)' in result.stdout
+    script = (
+        "from diffusers import DiffusionPipeline\n"
+        'pipe = DiffusionPipeline.from_pretrained("out", trust_remote_code=True)\n'
+        'pipe(class_labels=["three"], guidance_scale=1.0, num_inference_steps=2).images[0].save("three.png")'
+    )
+    loaded = subprocess.run([sys.executable, "-c", script], cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    assert loaded.returncode == 0, loaded.stderr
+    assert Image.open(tmp_path / "three.png").size == (8, 8)
+
+    evaluated = subprocess.run(
+        [sys.executable, str(TRAINING / "evaluate_cfg.py"), "--model", "out", "--num_samples", "20",
+         "--num_inference_steps", "2", "--guidance_scales", "0", "1"],
+        cwd=tmp_path, capture_output=True, text=True, timeout=300,
+    )  # fmt: skip
+    assert evaluated.returncode == 0, evaluated.stderr
+    record = json.loads((tmp_path / "out" / "evaluation.json").read_text())
+    assert [row["guidance_scale"] for row in record["results"]] == [0, 1]
+    assert record["classifier_held_out_accuracy"] > 0.95
+
+    again = launch(*TINY, "--output_dir", "out", cwd=tmp_path)
+    assert again.returncode != 0
+    assert "train_cfg.py: error: --output_dir out is not empty" in again.stderr
+
+
+@pytest.mark.slow
+def test_two_processes_train_the_same_model(tmp_path):
+    one = launch(*TINY, "--output_dir", "one", cwd=tmp_path)
+    two = launch(*TINY, "--output_dir", "two", "--train_batch_size", "4", cwd=tmp_path, processes=2)
+    assert one.returncode == 0, one.stderr
+    assert two.returncode == 0, two.stderr
+    assert "4 steps of 8 images (0.0 epochs) on 2 × cpu" in two.stderr
+    assert_same_tensors(tmp_path / "one" / "unet" / WEIGHTS, tmp_path / "two" / "unet" / WEIGHTS, rtol=1e-4, atol=1e-6)
+    sizes = {Image.open(tmp_path / name / "samples" / "step-4.png").size for name in ("one", "two")}
+    assert len(sizes) == 1
