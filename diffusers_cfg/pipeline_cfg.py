@@ -9,6 +9,7 @@ import json
 import math
 import operator
 import sys
+from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -79,7 +80,7 @@ class CFGPipeline(DiffusionPipeline):
             unknown = [class_id for class_id in id2label if not 0 <= int(class_id) < unet.num_classes]
             if unknown:
                 raise ValueError(f"id2label names the classes {unknown}, but the UNet has 0 … {unet.num_classes - 1}.")
-            repeated = sorted({name for name in id2label.values() if list(id2label.values()).count(name) > 1})
+            repeated = sorted(name for name, count in Counter(id2label.values()).items() if count > 1)
             if repeated:
                 raise ValueError(f"id2label gives the names {repeated} to more than one class.")
         self.register_to_config(id2label=id2label, conditioning_dropout_prob=conditioning_dropout_prob)
