@@ -1,6 +1,6 @@
 """Classifier-free guidance (Ho & Salimans 2022) for Hugging Face Diffusers."""
 
-from .pipeline_cfg import CFGPipeline
+from .hub import CFGPipeline
 from .scheduling_log_snr import LogSNRScheduler
 from .unet_2d_cfg import UNet2DCFGModel
 

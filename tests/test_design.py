@@ -65,9 +65,9 @@ def test_the_package_knows_nothing_of_training():
 @pytest.mark.parametrize(
     ("library", "homes"),
     [
-        ("accelerate", {"loop.py", "samples.py", "checkpoint.py", "train_cfg.py", "evaluate_cfg.py"}),
+        ("accelerate", {"loop.py", "samples.py", "record.py", "checkpoint.py", "train_cfg.py", "evaluate_cfg.py"}),
         ("datasets", {"data.py"}),
-        ("huggingface_hub", set()),
+        ("huggingface_hub", {"hub.py", "model_card.py"}),
         ("torchvision", set()),
     ],
 )

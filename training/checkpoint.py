@@ -19,7 +19,8 @@ logger = logging.getLogger(__name__)
 CONFIG_FILE = "train_config.yaml"
 # All that a run writes into its folder, and all that --overwrite_output_dir deletes.
 RUN_FILES = [
-    CONFIG_FILE, "model_index.json", "pipeline_cfg.py", "unet", "scheduler", "vae", "samples", "checkpoint-*", "tmp-*",
+    CONFIG_FILE, "run.json", "evaluation.json", "model_index.json", "pipeline_cfg.py", "unet", "scheduler", "vae",
+    "samples", "checkpoint-*", "tmp-*",
 ]  # fmt: skip
 # Settings that a run cannot go on without: another value means other batches, other noise or other weights.
 SETTINGS_OF_A_RUN = [
@@ -38,6 +39,7 @@ class TrainState:
     lr_scheduler: torch.optim.lr_scheduler.LRScheduler
     scaler: torch.amp.GradScaler | None = None
     step: int = 0
+    seconds: float = 0.0
 
 
 @contextmanager
@@ -123,6 +125,7 @@ def save_checkpoint(config: TrainConfig, state: TrainState) -> None:
     )
     record = {
         "step": state.step,
+        "seconds": state.seconds,
         "lr_scheduler": state.lr_scheduler.state_dict(),
         "scaler": state.scaler.state_dict() if state.scaler is not None else None,
         "settings": {name: getattr(config, name) for name in SETTINGS_OF_A_RUN},
@@ -160,4 +163,4 @@ def load_checkpoint(path: Path, config: TrainConfig, state: TrainState) -> None:
         group["lr"] = learning_rate
     if state.scaler is not None:
         state.scaler.load_state_dict(record["scaler"])
-    state.step = record["step"]
+    state.step, state.seconds = record["step"], record["seconds"]

@@ -55,6 +55,9 @@ class ModelConfig:
     layers_per_block: int = flag(2, "Residual blocks in each level.")
     attention_resolutions: list[int] = flag([16, 8], "Resolutions with self-attention; 0 for none.")
     dropout: float = flag(0.0, "Dropout inside the residual blocks.")
+    pretrained_model_name_or_path: str | None = flag(
+        None, "Go on from this pipeline, of the Hub or a folder: its network, noise process and autoencoder."
+    )
     pretrained_vae_model_name_or_path: str | None = flag(None, "Train on the latents of this AutoencoderKL.")
     prediction_type: Literal["epsilon", "v_prediction", "sample"] = flag("epsilon", "What the network predicts.")
     log_snr_min: float = flag(-20.0, "λ_min, the noisy end of the noise process.")
@@ -113,7 +116,24 @@ class RunConfig:
 
 
 @dataclass
-class TrainConfig(RunConfig, OptimizationConfig, ModelConfig, DataConfig):
+class HubConfig:
+    _argument_group_name = "Hub"
+
+    push_to_hub: bool = flag(False, "Publish the model when the run ends.")
+    hub_model_id: str | None = flag(None, "The repository, NAMESPACE/NAME. By default the name of --output_dir.")
+    hub_private_repo: bool = flag(False, "Make the repository a private one, if it is made.")
+    hub_token: str | None = flag(
+        None, "A token that can write; by default that of `hf auth login`. Never written down."
+    )
+    hub_strategy: Literal["end", "checkpoint"] = flag(
+        "end", "Publish at the end, or in the background at every checkpoint too."
+    )
+    overwrite_hub_repo: bool = flag(False, "Publish into a repository that holds something else.")
+    license: str | None = flag(None, "The license of the model, for its card, such as apache-2.0.")
+
+
+@dataclass
+class TrainConfig(HubConfig, RunConfig, OptimizationConfig, ModelConfig, DataConfig):
     """All settings of a run. Raises UserError for one that cannot work; the message names it."""
 
     def __post_init__(self) -> None:
@@ -149,12 +169,21 @@ class TrainConfig(RunConfig, OptimizationConfig, ModelConfig, DataConfig):
             raise UserError(f"validation_guidance_scales must be finite, but are {self.validation_guidance_scales}.")
         if not self.log_snr_min < self.log_snr_max:
             raise UserError(f"log_snr_min={self.log_snr_min} must be below log_snr_max={self.log_snr_max}.")
+        if self.pretrained_model_name_or_path and (
+            self.model_config_name_or_path or self.pretrained_vae_model_name_or_path
+        ):
+            raise UserError(
+                "--pretrained_model_name_or_path brings its own network and autoencoder: give no "
+                "--model_config_name_or_path and no --pretrained_vae_model_name_or_path with it."
+            )
         if self.dataset_name is not None and self.train_data_dir is not None:
             raise UserError("Give --dataset_name or --train_data_dir, not both.")
 
     def _check_resolution(self) -> None:
         """Each level but the last halves the image. (With a VAE or a config file the size is known only later.)"""
         if self.model_config_name_or_path or self.pretrained_vae_model_name_or_path:
+            return
+        if self.pretrained_model_name_or_path:
             return
         halvings = len(self.block_out_channels) - 1
         if self.resolution % 2**halvings:
@@ -164,9 +193,13 @@ class TrainConfig(RunConfig, OptimizationConfig, ModelConfig, DataConfig):
                 f"does: use a multiple of {2**halvings} (such as {fitting}), or fewer --block_out_channels."
             )
 
+    def public(self) -> dict[str, Any]:
+        """The settings by name, without the one that is a secret."""
+        return {name: value for name, value in dataclasses.asdict(self).items() if name != "hub_token"}
+
     def save(self, path: Path) -> None:
         """Write the settings as YAML, for `--config`."""
-        path.write_text(yaml.safe_dump(dataclasses.asdict(self), sort_keys=False, allow_unicode=True), encoding="utf-8")
+        path.write_text(yaml.safe_dump(self.public(), sort_keys=False, allow_unicode=True), encoding="utf-8")
 
     @classmethod
     def load(cls, path: Path) -> "TrainConfig":
@@ -197,7 +230,7 @@ def parse_config(argv: list[str] | None = None) -> TrainConfig:
     from transformers.hf_argparser import HfArgumentParser
 
     argv = sys.argv[1:] if argv is None else argv
-    groups = [DataConfig, ModelConfig, OptimizationConfig, RunConfig]
+    groups = [DataConfig, ModelConfig, OptimizationConfig, RunConfig, HubConfig]
     parser = HfArgumentParser(
         groups,
         prog="train_cfg.py",

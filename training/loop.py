@@ -5,7 +5,6 @@ import math
 import os
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -37,8 +36,12 @@ def train(
     pipeline: CFGPipeline,
     loss_of: Loss,
     checkpoint: Path | None,
-) -> None:
-    """Minimise the mean of `loss_of` over the data, from a checkpoint on, and leave the pipeline with the weights."""
+    after_checkpoint: Callable[[TrainState], None] | None = None,
+) -> TrainState:
+    """
+    Minimise the mean of `loss_of` over the data, from a checkpoint on, and leave the pipeline with the weights.
+    `after_checkpoint` is called on the main process, while the pipeline has the averaged weights.
+    """
     batch_size = config.train_batch_size * accelerator.num_processes * config.gradient_accumulation_steps
     if len(dataset) < batch_size:
         raise UserError(
@@ -56,6 +59,7 @@ def train(
         logger.info("Resumed from %s", checkpoint)
     if accelerator.is_main_process:
         prepare_output_dir(config)
+    started = time.perf_counter() - state.seconds
     log = Log(config, accelerator, state.step, total_steps, batch_size)
     logger.info(
         "%d images, %d classes, %.1f M parameters, %d steps of %d images (%.1f epochs) on %d × %s",
@@ -79,11 +83,15 @@ def train(
             state.ema.step(state.unet.parameters())
         state.step += 1
 
+        state.seconds = time.perf_counter() - started
         last = state.step == total_steps
         log.step(state.step, step_loss, state.lr_scheduler.get_last_lr()[0])
         if config.checkpointing_steps and (last or state.step % config.checkpointing_steps == 0):
             if accelerator.is_main_process:
                 save_checkpoint(config, state)
+                if after_checkpoint is not None and not last:
+                    with averaged_weights(state.unet, state.ema):
+                        after_checkpoint(state)
             accelerator.wait_for_everyone()
         if last or (config.validation_steps and state.step % config.validation_steps == 0):
             with averaged_weights(state.unet, state.ema):
@@ -93,6 +101,7 @@ def train(
     if state.ema is not None:
         state.ema.copy_to(state.unet.parameters())
     state.unet.eval()
+    return state
 
 
 def make_accelerator(config: TrainConfig) -> Accelerator:
@@ -214,7 +223,7 @@ class Log:
         self.total_steps, self.since, self.then = total_steps, first_step, time.perf_counter()
         self.loss = torch.zeros((), device=accelerator.device)
         # TensorBoard accepts no lists, and no None.
-        settings = {k: v if isinstance(v, (int, float, str)) else str(v) for k, v in asdict(config).items()}
+        settings = {k: v if isinstance(v, (int, float, str)) else str(v) for k, v in config.public().items()}
         accelerator.init_trackers("train_cfg", settings)
         self.progress = tqdm(
             total=total_steps,

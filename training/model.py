@@ -1,27 +1,110 @@
 """The network and the pipeline that a run trains and saves."""
 
 import json
+import logging
 import math
 from pathlib import Path
 
 import torch
 from config import ModelConfig, TrainConfig, UserError
+from data import LabelledImages
 from diffusers import AutoencoderKL
 
-from diffusers_cfg import UNet2DCFGModel
+from diffusers_cfg import CFGPipeline, LogSNRScheduler, UNet2DCFGModel
+
+logger = logging.getLogger(__name__)
+
+
+def build_pipeline(config: TrainConfig, images: LabelledImages) -> CFGPipeline:
+    """What the run trains: new, or a published pipeline to go on from. Raises UserError if it does not fit the data."""
+    if config.pretrained_model_name_or_path is not None:
+        return load_pipeline(config, images)
+    vae = load_vae(config)
+    unet = build_unet(config, vae, images.channels, num_classes=len(images.id2label))
+    scheduler = LogSNRScheduler(
+        log_snr_min=config.log_snr_min,
+        log_snr_max=config.log_snr_max,
+        prediction_type=config.prediction_type,
+        clip_sample=vae is None,  # latents have no fixed range
+    )
+    return CFGPipeline(unet, scheduler, vae, images.id2label, config.conditioning_dropout_prob)
+
+
+def image_channels(pipeline: CFGPipeline) -> int:
+    """Channels of the images that a pipeline draws."""
+    return pipeline.unet.config.in_channels if pipeline.vae is None else pipeline.vae.config.in_channels
+
+
+# ----- from a published pipeline -----
+
+
+def load_pipeline(config: TrainConfig, images: LabelledImages) -> CFGPipeline:
+    """The pipeline to go on from, with the classes of the data. Its noise process stays what it is."""
+    source = config.pretrained_model_name_or_path
+    try:
+        pretrained = CFGPipeline.from_pretrained(source)
+    except (OSError, ValueError) as error:
+        raise UserError(f"--pretrained_model_name_or_path {source} cannot be loaded: {error}") from error
+    unet, vae = pretrained.unet, pretrained.vae
+    replace_classes(unet, pretrained.id2label, images.id2label)
+    unet.register_to_config(sample_size=check_sample_size(unet, sample_size(config, vae)))
+    if vae is not None:
+        vae.eval().requires_grad_(False)
+    scheduler = LogSNRScheduler.from_config(pretrained.scheduler.config)
+    if (channels := image_channels(pretrained)) != images.channels:
+        logger.warning("The images are converted to the %d channels that %s draws.", channels, source)
+    return CFGPipeline(unet, scheduler, vae, images.id2label, config.conditioning_dropout_prob)
+
+
+def replace_classes(unet: UNet2DCFGModel, old: dict[int, str], new: dict[int, str]) -> None:
+    """
+    Give the network one class-embedding row for each new class, and say so. A class of a known name keeps its row, any
+    other starts from that of the null class, which is kept.
+    """
+    if old == new:
+        return
+    rows, null_row = unet.class_embedding.weight.data, unet.class_embedding.weight.data[unet.null_class_label]
+    known = {name: class_id for class_id, name in old.items()}
+    kept = [name for name in new.values() if name in known]
+    chosen = [rows[known[name]] if name in known else null_row for _, name in sorted(new.items())]
+    unet.class_embedding = torch.nn.Embedding.from_pretrained(torch.stack([*chosen, null_row]), freeze=False)
+    unet.register_to_config(num_class_embeds=len(new) + 1)
+    logger.warning(
+        "The model's %d classes were replaced by the %d of the data: %d of the same name keep their rows, the others "
+        "start from the null class, which is kept.",
+        len(rows) - 1, len(new), len(kept),
+    )  # fmt: skip
+
+
+# ----- from nothing -----
 
 
 def load_vae(config: ModelConfig) -> AutoencoderKL | None:
     """The frozen autoencoder whose latents are trained on, if the settings name one."""
-    if config.pretrained_vae_model_name_or_path is None:
+    name_or_path = config.pretrained_vae_model_name_or_path
+    if name_or_path is None:
         return None
     try:
-        vae = AutoencoderKL.from_pretrained(config.pretrained_vae_model_name_or_path)
+        vae = AutoencoderKL.from_pretrained(name_or_path)
     except OSError as error:
-        raise UserError(
-            f"--pretrained_vae_model_name_or_path {config.pretrained_vae_model_name_or_path}: {error}"
-        ) from error
+        raise UserError(f"--pretrained_vae_model_name_or_path {name_or_path} cannot be loaded: {error}") from error
     return vae.eval().requires_grad_(False)
+
+
+def sample_size(config: TrainConfig, vae: AutoencoderKL | None) -> int:
+    """Height and width of what the UNet sees: images of the run's resolution, or their latents."""
+    return config.resolution // (2 ** (len(vae.config.block_out_channels) - 1) if vae is not None else 1)
+
+
+def check_sample_size(unet: UNet2DCFGModel, size: int) -> int:
+    """Raises UserError if the levels of the UNet cannot halve it."""
+    halvings = len(unet.config.block_out_channels) - 1
+    if size % 2**halvings or size == 0:
+        raise UserError(
+            f"The UNet sees samples of {size}×{size}, which cannot be halved {halvings} times, as its {halvings + 1} "
+            f"levels do: choose a --resolution that makes them a multiple of {2**halvings}."
+        )
+    return size
 
 
 def build_unet(config: TrainConfig, vae: AutoencoderKL | None, channels: int, num_classes: int) -> UNet2DCFGModel:
@@ -30,9 +113,8 @@ def build_unet(config: TrainConfig, vae: AutoencoderKL | None, channels: int, nu
     their latents. Raises UserError if its levels do not fit.
     """
     torch.manual_seed(config.seed)
-    sample_size = config.resolution
+    size = sample_size(config, vae)
     if vae is not None:
-        sample_size //= 2 ** (len(vae.config.block_out_channels) - 1)
         channels = vae.config.latent_channels
     if config.model_config_name_or_path is not None:
         settings = load_model_config(config.model_config_name_or_path)
@@ -41,22 +123,17 @@ def build_unet(config: TrainConfig, vae: AutoencoderKL | None, channels: int, nu
             "block_out_channels": config.block_out_channels,
             "layers_per_block": config.layers_per_block,
             "dropout": config.dropout,
-            **attention(config.attention_resolutions, sample_size, len(config.block_out_channels)),
+            **attention(config.attention_resolutions, size, len(config.block_out_channels)),
             **normalization(config.block_out_channels),
         }
     settings |= {
-        "sample_size": sample_size,
+        "sample_size": size,
         "in_channels": channels,
         "out_channels": channels,
         "num_class_embeds": num_classes + 1,
     }
     unet = UNet2DCFGModel.from_config(settings)
-    halvings = len(unet.config.block_out_channels) - 1
-    if sample_size % 2**halvings:
-        raise UserError(
-            f"The UNet sees samples of {sample_size}×{sample_size}, which cannot be halved {halvings} times, as its "
-            f"{halvings + 1} levels do: choose a --resolution that makes them a multiple of {2**halvings}."
-        )
+    check_sample_size(unet, size)
     return unet
 
 

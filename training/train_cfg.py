@@ -8,6 +8,7 @@ accelerate launch training/train_cfg.py --config training/configs/mnist.yaml --o
 import sys
 
 from config import TrainConfig, UserError, parse_config
+from publish import EXIT_NOT_PUBLISHED, BackgroundPublisher
 
 
 def train_cfg(config: TrainConfig) -> None:
@@ -16,50 +17,88 @@ def train_cfg(config: TrainConfig) -> None:
     from conditioning import drop_class_labels
     from data import load_labelled_images, training_dataset
     from loop import make_accelerator, train
-    from model import build_unet, load_vae
+    from model import build_pipeline, image_channels
     from objectives import prediction_target, squared_error
-
-    from diffusers_cfg import CFGPipeline, LogSNRScheduler
+    from record import write_run_record
 
     # Everything that can be wrong is found before anything is written
     check_output_dir(config)
     accelerator = make_accelerator(config)
     checkpoint = find_checkpoint(config)
+    if config.push_to_hub and accelerator.is_main_process:
+        check_hub(config)
     with accelerator.main_process_first():  # the others find the data in the cache
         images = load_labelled_images(config)
-    vae = load_vae(config)
-    channels = images.channels if vae is None else vae.config.in_channels
-    unet = build_unet(config, vae, channels, num_classes=len(images.id2label))
-    dataset = training_dataset(images, config, channels, show_progress=accelerator.is_main_process)
-
-    scheduler = LogSNRScheduler(
-        log_snr_min=config.log_snr_min,
-        log_snr_max=config.log_snr_max,
-        prediction_type=config.prediction_type,
-        clip_sample=vae is None,  # latents have no fixed range
-    )
-    pipeline = CFGPipeline(unet, scheduler, vae, images.id2label, config.conditioning_dropout_prob)
+    pipeline = build_pipeline(config, images)
+    dataset = training_dataset(images, config, image_channels(pipeline), show_progress=accelerator.is_main_process)
+    scheduler, null_class_label = pipeline.scheduler, pipeline.unet.null_class_label
 
     def loss_of(unet, x, c, draws):
         """Algorithm 1, for a batch: the loss of each sample."""
         x = pipeline.encode(x, draws.generator)
-        c = drop_class_labels(c, config.conditioning_dropout_prob, pipeline.unet.null_class_label, draws.dropout)
+        c = drop_class_labels(c, config.conditioning_dropout_prob, null_class_label, draws.dropout)
         t = scheduler.timestep(draws.u)  # λ ~ p(λ), by way of u ~ U[0, 1]
         z = scheduler.add_noise(x, draws.noise, t)  # z = αx + σε
         pred = unet(z, t, class_labels=c).sample
         return squared_error(pred, prediction_target(scheduler, x, draws.noise, t))
 
-    train(config, accelerator, dataset, pipeline, loss_of, checkpoint)
+    publisher = None
+    if config.push_to_hub and config.hub_strategy == "checkpoint" and accelerator.is_main_process:
+        publisher = BackgroundPublisher(config.hub_model_id, config.hub_token)
+    state = train(
+        config,
+        accelerator,
+        dataset,
+        pipeline,
+        loss_of,
+        checkpoint,
+        after_checkpoint=publisher and (lambda state: publisher.publish(pipeline, state.step)),
+    )
 
     if accelerator.is_main_process:
         pipeline.save_pretrained(config.output_dir)
+        write_run_record(config, accelerator, state, len(dataset))
         some_class = images.id2label[0]
         print(
             f"\nSaved to {config.output_dir}; a grid of samples is in {config.output_dir}/samples. Load and guide it:\n"
             f'  pipe = DiffusionPipeline.from_pretrained("{config.output_dir}", trust_remote_code=True)\n'
             f'  pipe(class_labels=["{some_class}"], guidance_scale=1.0).images[0].save("{some_class}.png")'
         )
+        if publisher is not None:
+            publisher.close()
+        if config.push_to_hub:
+            publish_run(config)
     accelerator.end_training()
+
+
+def check_hub(config: TrainConfig) -> None:
+    """Find out now, and not after a month, whether the model can be published; the repository gets its full name."""
+    from pathlib import Path
+
+    from diffusers_cfg.hub import PublishError, prepare_repository
+
+    name = config.hub_model_id or Path(config.output_dir).resolve().name
+    try:
+        config.hub_model_id = prepare_repository(
+            name, config.hub_private_repo or None, config.hub_token, config.overwrite_hub_repo
+        )
+    except PublishError as error:
+        raise UserError(f"--push_to_hub: {error}") from error
+
+
+def publish_run(config: TrainConfig) -> None:
+    from diffusers_cfg.hub import PublishError, publish
+
+    try:
+        url = publish(config.output_dir, config.hub_model_id, token=config.hub_token, overwrite=True)
+    except PublishError as error:
+        print(
+            f"train_cfg.py: {error}\nThe run is done and its model is safe in {config.output_dir}. Publish it with:\n"
+            f"  python training/publish.py {config.output_dir} --repo_id {config.hub_model_id}",
+            file=sys.stderr,
+        )
+        sys.exit(EXIT_NOT_PUBLISHED)
+    print(f"Published, and checked that it draws the same image: {url}")
 
 
 if __name__ == "__main__":

@@ -49,7 +49,7 @@ def test_a_run_leaves_a_pipeline_that_loads(tmp_path, capsys):
     config = train(tmp_path / "out")
     out = tmp_path / "out"
     assert sorted(path.name for path in out.iterdir()) == [
-        "checkpoint-2", "checkpoint-4", "model_index.json", "pipeline_cfg.py", "samples", "scheduler",
+        "checkpoint-2", "checkpoint-4", "model_index.json", "pipeline_cfg.py", "run.json", "samples", "scheduler",
         "train_config.yaml", "unet",
     ]  # fmt: skip
     assert TrainConfig.load(out / "train_config.yaml") == config

@@ -1,0 +1,227 @@
+"""A model card, filled from the files of a saved pipeline and of the run that made it, and from nothing else."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
+
+# Files that a run and an evaluation leave beside the pipeline.
+RUN, EVALUATION, SAMPLES = "run.json", "evaluation.json", "samples.png"
+FACTS = (RUN, EVALUATION)
+
+# What stands between these is written anew at every push; the rest of a card is its author's.
+BEGIN = (
+    "<!-- Written by diffusers-cfg, and written anew at the next push. Your own words belong below the end mark. -->"
+)
+END = "<!-- End of what diffusers-cfg writes. -->"
+
+CITATION = """```bibtex
+@article{ho2022classifier,
+  title   = {Classifier-Free Diffusion Guidance},
+  author  = {Ho, Jonathan and Salimans, Tim},
+  journal = {arXiv:2207.12598},
+  year    = {2022}
+}
+```"""
+
+
+def model_card(folder: Path, repo_id: str, existing: str | None = None) -> str:
+    """
+    The card of a saved pipeline.
+
+    Args:
+        folder (`Path`): the pipeline; `run.json`, `evaluation.json` and samples are read if they are there.
+        repo_id (`str`): the name that it is to be loaded by.
+        existing (`str`, *optional*): the card that the repository has. Its text outside the marks is kept, and the
+            metadata that this function knows nothing of.
+
+    Returns:
+        `str`: metadata in YAML, and Markdown. What is not known is left out.
+    """
+    index, run, evaluation = (read_json(folder / name) for name in ("model_index.json", RUN, EVALUATION))
+    unet, scheduler = (
+        read_json(folder / "unet" / "config.json"),
+        read_json(folder / "scheduler" / "scheduler_config.json"),
+    )
+    has_samples = (folder / SAMPLES).is_file() or any((folder / "samples").glob("step-*.png"))
+
+    metadata = card_metadata(repo_id, run, evaluation, has_samples)
+    sections = [
+        introduction(repo_id, index, unet, run, has_samples),
+        how_to_load(repo_id, index),
+        the_scale(index),
+        classes(index),
+        training(index, unet, scheduler, run),
+        results(evaluation),
+        LIMITS,
+        f"## Citation\n\n{CITATION}",
+    ]
+    body = "\n\n".join([BEGIN, *(section for section in sections if section), END])
+    if existing is None:
+        return f"---\n{metadata.to_yaml()}\n---\n\n{body}\n"
+
+    card = ModelCard(existing, ignore_metadata_errors=True)
+    metadata = ModelCardData(**{**card.data.to_dict(), **metadata.to_dict()}, ignore_metadata_errors=True)
+    before, begin, rest = card.text.partition(BEGIN)
+    _, end, after = rest.partition(END)
+    if begin and end:
+        text = f"{before.strip()}\n\n{body}\n\n{after.strip()}".strip()
+    else:  # somebody's own card, or the Hub's empty one
+        text = f"{body}\n\n{card.text.strip()}".strip()
+    return f"---\n{metadata.to_yaml()}\n---\n\n{text}\n"
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a JSON file; empty if there is no such file."""
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+
+
+def card_metadata(repo_id: str, run: dict, evaluation: dict, has_samples: bool) -> ModelCardData:
+    facts: dict[str, Any] = {}
+    if run.get("license"):
+        facts["license"] = run["license"]
+    if run.get("dataset_id"):
+        facts["datasets"] = [run["dataset_id"]]
+    if run.get("base_model"):
+        facts["base_model"] = run["base_model"]
+    if has_samples:
+        facts["widget"] = [{"text": "A row for each class, a column for each w", "output": {"url": SAMPLES}}]
+    if evaluation and run.get("dataset"):
+        facts["model_name"] = repo_id.split("/")[-1]
+        facts["eval_results"] = [
+            EvalResult(
+                task_type="unconditional-image-generation",
+                dataset_type=run.get("dataset_id") or run["dataset"],
+                dataset_name=run["dataset"],
+                metric_type=metric,
+                metric_name=f"{name} at w = {row['guidance_scale']:g}, {evaluation['num_samples']} samples, "
+                f"{network_evaluations(evaluation, row)} network evaluations{note}",
+                metric_value=round(row[metric], 4),
+            )
+            for row in evaluation["results"]
+            for metric, name, note in (
+                ("class_accuracy", "class accuracy", ""),
+                ("precision", "precision", ", pixels"),
+                ("recall", "recall", ", pixels"),
+            )
+        ]
+    return ModelCardData(
+        library_name="diffusers",
+        pipeline_tag="unconditional-image-generation",
+        tags=["diffusers", "diffusers-cfg", "classifier-free-guidance", "class-conditional", "image-generation"],
+        **facts,
+    )
+
+
+def network_evaluations(evaluation: dict, row: dict) -> int:
+    """Passes of the network for one image: a guided step takes two."""
+    return evaluation["num_inference_steps"] * (1 if row["guidance_scale"] in (0, -1) else 2)
+
+
+def introduction(repo_id: str, index: dict, unet: dict, run: dict, has_samples: bool) -> str:
+    size, channels = unet["sample_size"], unet["in_channels"]
+    height, width = (size, size) if isinstance(size, int) else size
+    kind = "latents" if index.get("vae", [None])[0] else {1: "grey images", 3: "colour images"}.get(channels, "images")
+    data = f" of {run['dataset']}" if run.get("dataset") else ""
+    text = (
+        f"# {repo_id.split('/')[-1]}\n\nA class-conditional diffusion model of {height}×{width} {kind}{data}, "
+        f"{unet['num_class_embeds'] - 1} classes, trained for "
+        "[classifier-free guidance](https://arxiv.org/abs/2207.12598) with diffusers-cfg."
+    )
+    if has_samples:
+        text += f"\n\n![A row for each class, a column for each guidance scale w]({SAMPLES})\n\n<Gallery />"
+    return text
+
+
+def how_to_load(repo_id: str, index: dict) -> str:
+    label = json.dumps(next(iter((index.get("id2label") or {}).values()), 0), ensure_ascii=False)
+    return f"""## Use
+
+With diffusers alone. The repository's own code is run; read it first:
+
+```python
+from diffusers import DiffusionPipeline
+
+pipe = DiffusionPipeline.from_pretrained("{repo_id}", trust_remote_code=True)
+image = pipe(class_labels=[{label}], guidance_scale=1.0).images[0]
+```
+
+With the package diffusers-cfg installed. No code of the repository is run:
+
+```python
+from diffusers_cfg import CFGPipeline
+
+pipe = CFGPipeline.from_pretrained("{repo_id}")
+image = pipe(class_labels=[{label}], guidance_scale=1.0).images[0]
+```"""
+
+
+def the_scale(index: dict) -> str:
+    text = (
+        "`guidance_scale` is the paper's w: ε̃ = (1 + w) ε(z, c) − w ε(z). 0 is the plain conditional model and −1 the "
+        "plain unconditional one. Most other pipelines of diffusers take s = 1 + w."
+    )
+    if index.get("conditioning_dropout_prob") == 0:
+        text += " **This model was trained without dropping labels: it cannot be guided. Use 0.**"
+    return text
+
+
+def classes(index: dict, most: int = 1000) -> str:
+    id2label = index.get("id2label") or {}
+    if not id2label:
+        return ""
+    rows = [f"| {class_id} | {name} |" for class_id, name in sorted(id2label.items(), key=lambda item: int(item[0]))]
+    more = f"\n\n… {len(rows)} in all." if len(rows) > most else ""
+    return "## Classes\n\n| id | name |\n|---|---|\n" + "\n".join(rows[:most]) + more
+
+
+def training(index: dict, unet: dict, scheduler: dict, run: dict) -> str:
+    seconds = run.get("seconds")
+    facts = {
+        "data": run.get("dataset"),
+        "images": run.get("num_images"),
+        "started from": run.get("base_model"),
+        "label dropout p_uncond": index.get("conditioning_dropout_prob"),
+        "prediction": scheduler.get("prediction_type"),
+        "log-SNR λ": f"{scheduler['log_snr_min']:g} … {scheduler['log_snr_max']:g}"
+        if "log_snr_min" in scheduler
+        else None,
+        "parameters": f"{run['num_parameters'] / 1e6:.1f} M" if "num_parameters" in run else None,
+        "channels": ", ".join(map(str, unet["block_out_channels"])),
+        "steps": run.get("steps"),
+        "images a step": run.get("batch_size"),
+        "peak learning rate": run.get("learning_rate"),
+        "average of the weights (EMA)": run.get("ema"),
+        "precision": run.get("mixed_precision"),
+        "hardware": run.get("hardware"),
+        "time": f"{seconds / 3600:.1f} h" if seconds and seconds > 5400 else seconds and f"{seconds / 60:.0f} min",
+        "seed": run.get("seed"),
+    }
+    rows = [f"| {name} | {value} |" for name, value in facts.items() if value is not None]
+    return "## Training\n\n| | |\n|---|---|\n" + "\n".join(rows)
+
+
+def results(evaluation: dict) -> str:
+    if not evaluation:
+        return ""
+    rows = [
+        f"| {row['guidance_scale']:g} | {row['class_accuracy']:.3f} | {row['precision']:.3f} | {row['recall']:.3f} | "
+        f"{network_evaluations(evaluation, row)} |"
+        for row in evaluation["results"]
+    ]
+    return (
+        f"## Results\n\n{evaluation['num_samples']} samples for each w, {evaluation['num_inference_steps']} steps. "
+        "Class accuracy is the share that a classifier fitted to the real images (itself right on "
+        f"{evaluation['classifier_held_out_accuracy']:.1%} of images it has not seen) assigns to the class asked for; "
+        "precision and recall are in pixel space.\n\n"
+        "| w | class accuracy | precision | recall | network evaluations an image |\n|---|---|---|---|---|\n"
+        + "\n".join(rows)
+    )
+
+
+LIMITS = """## Intended use and limits
+
+For research and for learning. The model draws what its training data holds, with its gaps and its biases. A larger w
+makes samples truer to their class and less varied. `from_pipe` and `device_map="balanced"` do not work where the model
+is loaded as remote code."""

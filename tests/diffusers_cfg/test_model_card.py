@@ -1,0 +1,111 @@
+import json
+import re
+
+import pytest
+import yaml
+from conftest import make_pipeline, make_unet
+from PIL import Image
+
+from diffusers_cfg.model_card import BEGIN, END, model_card
+
+RUN = {
+    "dataset": "someone/scribbles", "dataset_id": "someone/scribbles", "num_images": 100, "num_parameters": 1_500_000,
+    "steps": 7, "batch_size": 64, "learning_rate": 0.001, "seconds": 600, "hardware": "2 × CPU", "license": "mit",
+    "base_model": "someone/older", "seed": 0, "ema": 0.9999,
+}  # fmt: skip
+EVALUATION = {
+    "num_samples": 1000, "num_inference_steps": 64, "classifier_held_out_accuracy": 0.98,
+    "results": [
+        {"guidance_scale": 0.0, "class_accuracy": 0.975, "precision": 0.9, "recall": 0.8},
+        {"guidance_scale": 1.0, "class_accuracy": 0.999, "precision": 0.95, "recall": 0.6},
+    ],
+}  # fmt: skip
+
+
+def parse(card: str) -> tuple[dict, str]:
+    _, metadata, text = card.split("---\n", 2)
+    return yaml.safe_load(metadata), text
+
+
+@pytest.fixture
+def folder(tmp_path):
+    make_pipeline(conditioning_dropout_prob=0.1).save_pretrained(tmp_path)
+    return tmp_path
+
+
+@pytest.fixture
+def full(folder):
+    (folder / "run.json").write_text(json.dumps(RUN))
+    (folder / "evaluation.json").write_text(json.dumps(EVALUATION))
+    (folder / "samples").mkdir()
+    Image.new("L", (4, 4)).save(folder / "samples" / "step-7.png")
+    return folder
+
+
+def test_a_full_card(full):
+    metadata, text = parse(model_card(full, "me/scribbles"))
+    assert metadata["library_name"] == "diffusers"
+    assert metadata["pipeline_tag"] == "unconditional-image-generation"
+    assert metadata["license"] == "mit"
+    assert metadata["datasets"] == ["someone/scribbles"]
+    assert metadata["base_model"] == "someone/older"
+    assert metadata["widget"][0]["output"]["url"] == "samples.png"
+    metrics = metadata["model-index"][0]["results"][0]["metrics"]
+    assert len(metrics) == 6
+    by_name = {metric["name"]: metric["value"] for metric in metrics}
+    assert by_name["class accuracy at w = 1, 1000 samples, 128 network evaluations"] == 0.999
+    assert by_name["class accuracy at w = 0, 1000 samples, 64 network evaluations"] == 0.975
+    for line in (
+        "| 2 | two |", "| label dropout p_uncond | 0.1 |", "| time | 10 min |", "| parameters | 1.5 M |",
+        "| hardware | 2 × CPU |", "| 1 | 0.999 | 0.950 | 0.600 | 128 |", "s = 1 + w",
+        "8×8 grey images of someone/scribbles, 3 classes", "![A row for each class", "@article{ho2022classifier",
+    ):  # fmt: skip
+        assert line in text
+
+
+def test_what_is_not_known_is_left_out(folder):
+    metadata, text = parse(model_card(folder, "me/scribbles"))
+    assert set(metadata) == {"library_name", "pipeline_tag", "tags"}
+    assert "None" not in text
+    for heading in ("## Results", "samples.png", "| data |", "| hardware |", "| time |"):
+        assert heading not in text
+
+
+def test_a_model_without_names_and_without_dropout(tmp_path):
+    make_pipeline(make_unet(), id2label=None, conditioning_dropout_prob=0.0).save_pretrained(tmp_path)
+    _, text = parse(model_card(tmp_path, "me/scribbles"))
+    assert "## Classes" not in text
+    assert "class_labels=[0]" in text
+    assert "it cannot be guided" in text
+
+
+def test_the_code_in_the_card_runs(folder, monkeypatch):
+    """Both ways to load, with the folder in the place of the repository."""
+    _, text = parse(model_card(folder, str(folder)))
+    blocks = re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL)
+    assert len(blocks) == 2
+    for block in blocks:
+        names = {}
+        exec(block.replace("guidance_scale=1.0", "guidance_scale=1.0, num_inference_steps=2"), names)
+        assert names["image"].size == (8, 8)
+
+
+def test_a_persons_words_are_kept(folder, full):
+    card = model_card(full, "me/scribbles")
+    edited = card.replace(BEGIN, f"Read this first.\n\n{BEGIN}").replace(END, f"{END}\n\nAnd this last.")
+    edited = edited.replace("license: mit", "license: mit\nlanguage: en")
+    (full / "run.json").write_text(json.dumps({**RUN, "steps": 8}))
+    again = model_card(full, "me/scribbles", edited)
+    metadata, text = parse(again)
+    assert metadata["language"] == "en"
+    assert text.index("Read this first.") < text.index("| steps | 8 |") < text.index("And this last.")
+    assert "| steps | 7 |" not in text
+    assert model_card(full, "me/scribbles", again) == again
+
+
+@pytest.mark.parametrize("own", ["# Mine\n\nAll my own words.\n", "---\nlicense: mit\n---\n\nAll my own words.\n"])
+def test_a_card_of_another_hand_is_kept_below(folder, own):
+    metadata, text = parse(model_card(folder, "me/scribbles", own))
+    assert text.rstrip().endswith("All my own words.")
+    assert metadata["library_name"] == "diffusers"
+    assert ("license" in metadata) == ("license" in own)

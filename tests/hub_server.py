@@ -1,0 +1,288 @@
+"""
+A stand-in for the Hub on loopback: what the real `huggingface_hub` client needs to make, fill and read model
+repositories, with private ones, tokens, revisions and faults on demand. Everything is kept in memory.
+"""
+
+import base64
+import hashlib
+import json
+import re
+import threading
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from urllib.parse import unquote, urlparse
+
+LFS_SUFFIXES = (".safetensors", ".png", ".bin")
+
+
+@dataclass
+class Commit:
+    oid: str
+    message: str
+    files: dict[str, bytes]
+
+
+@dataclass
+class Repository:
+    private: bool
+    commits: list[Commit]
+    branches: dict[str, str] = field(default_factory=dict)
+
+    def at(self, revision: str) -> Commit | None:
+        oid = self.branches.get(revision, revision)
+        return next((commit for commit in self.commits if commit.oid == oid), None)
+
+
+@dataclass
+class Fault:
+    """Answer the next `times` requests whose method and path match with a status, or by hanging up (status 0)."""
+
+    pattern: str
+    status: int
+    times: int = 1
+    headers: dict[str, str] = field(default_factory=dict)
+
+
+class Hub:
+    """The state, and what tests look at."""
+
+    def __init__(self):
+        self.tokens = {"writer": "write", "reader": "read"}
+        self.repositories: dict[str, Repository] = {}
+        self.uploads: dict[str, bytes] = {}
+        self.faults: list[Fault] = []
+        self.requests: list[str] = []
+
+    def create(self, repo_id: str, files: dict[str, bytes] | None = None, private: bool = False) -> Repository:
+        repository = Repository(private, [])
+        self.repositories[repo_id] = repository
+        self.commit(repo_id, "initial commit", {".gitattributes": b"", **(files or {})})
+        return repository
+
+    def commit(self, repo_id: str, message: str, files: dict[str, bytes], branch: str = "main") -> Commit:
+        repository = self.repositories[repo_id]
+        oid = hashlib.sha1(f"{repo_id}{len(repository.commits)}".encode()).hexdigest()
+        commit = Commit(oid, message, files)
+        repository.commits.append(commit)
+        repository.branches[branch] = oid
+        return commit
+
+    def files(self, repo_id: str, revision: str = "main") -> dict[str, bytes]:
+        return self.repositories[repo_id].at(revision).files
+
+    @contextmanager
+    def serve(self):
+        server = ThreadingHTTPServer(("127.0.0.1", 0), type("Handler", (Handler,), {"hub": self}))
+        server.daemon_threads = True
+        thread = threading.Thread(target=server.serve_forever, daemon=True)
+        thread.start()
+        try:
+            yield f"http://127.0.0.1:{server.server_port}"
+        finally:
+            server.shutdown()
+            server.server_close()
+            thread.join()
+
+
+class Handler(BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+    hub: Hub
+
+    def log_message(self, *_):
+        pass
+
+    def handle_any(self) -> None:
+        url = urlparse(self.path)
+        path = unquote(url.path)
+        self.body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
+        if self.headers.get("Transfer-Encoding") == "chunked":
+            self.body = self.read_chunks()
+        line = f"{self.command} {path}"
+        self.hub.requests.append(line)
+        for fault in self.hub.faults:
+            if fault.times > 0 and re.search(fault.pattern, line):
+                fault.times -= 1
+                if fault.status == 0:
+                    self.close_connection = True
+                    self.connection.close()
+                    return
+                return self.answer(fault.status, {"error": "fault"}, fault.headers)
+        for pattern, handler in ROUTES:
+            match = re.fullmatch(pattern, line)
+            if match:
+                return handler(self, **match.groupdict())
+        self.answer(404, {"error": f"no such endpoint: {line}"})
+
+    do_GET = do_HEAD = do_POST = do_PUT = handle_any
+
+    def read_chunks(self) -> bytes:
+        body = b""
+        while size := int(self.rfile.readline().strip(), 16):
+            body += self.rfile.read(size)
+            self.rfile.readline()
+        self.rfile.readline()
+        return body
+
+    def answer(self, status: int, content: object = None, headers: dict[str, str] | None = None) -> None:
+        body = content if isinstance(content, bytes) else json.dumps(content).encode()
+        self.send_response(status)
+        for name, value in {"Content-Length": str(len(body)), **(headers or {})}.items():
+            self.send_header(name, value)
+        self.end_headers()
+        if self.command != "HEAD":
+            self.wfile.write(body)
+
+    # ----- who is asking -----
+
+    @property
+    def role(self) -> str | None:
+        return self.hub.tokens.get(self.headers.get("Authorization", "").removeprefix("Bearer "))
+
+    def find(self, repo_id: str, revision: str = "main", write: bool = False) -> tuple[Repository, Commit] | None:
+        """The repository and the commit; answers with the error if the asker is not to have them."""
+        if self.headers.get("Authorization") and self.role is None:
+            return self.answer(401, {"error": "Invalid credentials"})
+        if write and self.role != "write":
+            return self.answer(403, {"error": "Forbidden"})
+        repository = self.hub.repositories.get(repo_id)
+        if repository is None or (repository.private and self.role is None):
+            return self.answer(404 if self.role else 401, {"error": "x"}, {"X-Error-Code": "RepoNotFound"})
+        commit = repository.at(revision)
+        if commit is None:
+            return self.answer(404, {"error": "x"}, {"X-Error-Code": "RevisionNotFound"})
+        return repository, commit
+
+    # ----- endpoints -----
+
+    def whoami(self) -> None:
+        if self.role is None:
+            return self.answer(401, {"error": "Invalid user token."})
+        token = {"displayName": "test", "role": self.role}
+        self.answer(200, {"name": "me", "type": "user", "auth": {"accessToken": token}, "orgs": []})
+
+    def create_repo(self) -> None:
+        if self.role != "write":
+            return self.answer(401 if self.role is None else 403, {"error": "no"})
+        request = json.loads(self.body)
+        repo_id = f"{request.get('organization') or 'me'}/{request['name']}"
+        url = f"http://{self.headers['Host']}/{repo_id}"
+        if repo_id in self.hub.repositories:
+            return self.answer(409, {"error": "You already created this model repo", "url": url})
+        private = request.get("private") or request.get("visibility") == "private"
+        self.hub.create(repo_id, private=bool(private))
+        self.answer(200, {"url": url, "name": repo_id, "id": repo_id})
+
+    def validate_yaml(self) -> None:
+        self.answer(200, {"errors": [], "warnings": []})
+
+    def info(self, repo_id: str, revision: str = "main") -> None:
+        if found := self.find(repo_id, revision):
+            repository, commit = found
+            siblings = [{"rfilename": name} for name in sorted(commit.files)]
+            self.answer(
+                200, {"id": repo_id, "sha": commit.oid, "private": repository.private, "siblings": siblings, "tags": []}
+            )
+
+    def tree(self, repo_id: str, revision: str) -> None:
+        if found := self.find(repo_id, revision):
+            files = found[1].files.items()
+            self.answer(
+                200,
+                [
+                    {"type": "file", "path": name, "size": len(data), "oid": git_oid(data)}
+                    for name, data in sorted(files)
+                ],
+            )
+
+    def preupload(self, repo_id: str, revision: str) -> None:
+        if found := self.find(repo_id, revision, write=True):
+            there = found[1].files
+            self.answer(
+                200,
+                {
+                    "files": [
+                        {
+                            "path": file["path"],
+                            "uploadMode": "lfs" if file["path"].endswith(LFS_SUFFIXES) else "regular",
+                            "shouldIgnore": False,
+                            "oid": git_oid(there[file["path"]]) if file["path"] in there else None,
+                        }
+                        for file in json.loads(self.body)["files"]
+                    ]
+                },
+            )
+
+    def lfs_batch(self, repo_id: str) -> None:
+        if self.find(repo_id, write=True):
+            objects = []
+            for asked in json.loads(self.body)["objects"]:
+                entry = {"oid": asked["oid"], "size": asked["size"]}
+                if asked["oid"] not in self.hub.uploads:
+                    entry["actions"] = {"upload": {"href": f"http://{self.headers['Host']}/lfs/{asked['oid']}"}}
+                objects.append(entry)
+            self.answer(200, {"transfer": "basic", "objects": objects})
+
+    def lfs_put(self, oid: str) -> None:
+        if hashlib.sha256(self.body).hexdigest() != oid:
+            return self.answer(400, {"error": "the content is not that of its oid"})
+        self.hub.uploads[oid] = self.body
+        self.answer(200, {})
+
+    def commit(self, repo_id: str, revision: str) -> None:
+        if found := self.find(repo_id, revision, write=True):
+            files, message = dict(found[1].files), ""
+            for line in self.body.decode().splitlines():
+                entry = json.loads(line)
+                value = entry["value"]
+                match entry["key"]:
+                    case "header":
+                        message = value["summary"]
+                    case "file":
+                        files[value["path"]] = base64.b64decode(value["content"])
+                    case "lfsFile":
+                        if value["oid"] not in self.hub.uploads:
+                            return self.answer(400, {"error": f"{value['path']} was not uploaded"})
+                        files[value["path"]] = self.hub.uploads[value["oid"]]
+            commit = self.hub.commit(repo_id, message, files, revision)
+            url = f"http://{self.headers['Host']}/{repo_id}/commit/{commit.oid}"
+            self.answer(200, {"success": True, "commitOid": commit.oid, "commitUrl": url, "hookOutput": ""})
+
+    def resolve(self, repo_id: str, revision: str, file: str) -> None:
+        if found := self.find(repo_id, revision):
+            commit = found[1]
+            if file not in commit.files:
+                headers = {"X-Error-Code": "EntryNotFound", "X-Repo-Commit": commit.oid}
+                return self.answer(404, {"error": "Entry not found"}, headers)
+            data = commit.files[file]
+            headers = {
+                "X-Repo-Commit": commit.oid,
+                "ETag": f'"{hashlib.sha256(data).hexdigest()}"',
+                "Accept-Ranges": "bytes",
+            }
+            ranges = re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", ""))
+            if ranges:
+                start, end = int(ranges[1]), int(ranges[2] or len(data) - 1)
+                headers["Content-Range"] = f"bytes {start}-{end}/{len(data)}"
+                return self.answer(206, data[start : end + 1], headers)
+            self.answer(200, data, headers)
+
+
+def git_oid(data: bytes) -> str:
+    return hashlib.sha1(b"blob %d\0" % len(data) + data).hexdigest()
+
+
+REPO, REVISION = r"(?P<repo_id>[^/]+/[^/]+)", r"(?P<revision>[^/]+)"
+ROUTES = [
+    (r"GET /api/whoami-v2", Handler.whoami),
+    (r"POST /api/repos/create", Handler.create_repo),
+    (r"POST /api/validate-yaml", Handler.validate_yaml),
+    (rf"GET /api/models/{REPO}", Handler.info),
+    (rf"GET /api/models/{REPO}/revision/{REVISION}", Handler.info),
+    (rf"GET /api/models/{REPO}/tree/{REVISION}", Handler.tree),
+    (rf"POST /api/models/{REPO}/preupload/{REVISION}", Handler.preupload),
+    (rf"POST /api/models/{REPO}/commit/{REVISION}", Handler.commit),
+    (rf"POST /{REPO}\.git/info/lfs/objects/batch", Handler.lfs_batch),
+    (r"PUT /lfs/(?P<oid>[0-9a-f]+)", Handler.lfs_put),
+    (rf"(?:GET|HEAD) /{REPO}/resolve/{REVISION}/(?P<file>.+)", Handler.resolve),
+]

@@ -1,0 +1,47 @@
+"""What a run has to say about itself, for the model card."""
+
+import json
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from checkpoint import TrainState
+from config import TrainConfig
+
+
+def write_run_record(config: TrainConfig, accelerator: Accelerator, state: TrainState, num_images: int) -> None:
+    """Write `run.json`: facts that others may know, so no paths of this machine and no secrets."""
+    device = accelerator.device
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type.upper()
+    dataset = public_name(config.dataset_name)
+    record = {
+        "dataset": dataset or local_name(config),
+        "dataset_id": dataset,
+        "num_images": num_images,
+        "base_model": public_name(config.pretrained_model_name_or_path),
+        "license": config.license,
+        "num_parameters": sum(parameter.numel() for parameter in state.unet.parameters()),
+        "steps": state.step,
+        "batch_size": config.train_batch_size * accelerator.num_processes * config.gradient_accumulation_steps,
+        "learning_rate": config.learning_rate,
+        "ema": config.ema_max_decay if config.use_ema else None,
+        "mixed_precision": accelerator.mixed_precision,
+        "hardware": f"{accelerator.num_processes} × {name}",
+        "seconds": round(state.seconds),
+        "seed": config.seed,
+    }
+    path = Path(config.output_dir) / "run.json"
+    path.write_text(json.dumps({k: v for k, v in record.items() if v is not None}, indent=2) + "\n", encoding="utf-8")
+
+
+def public_name(name_or_path: str | None) -> str | None:
+    """A name on the Hub, if it is one and not a path."""
+    if name_or_path is None or Path(name_or_path).exists() or name_or_path.count("/") > 1 or name_or_path[0] in "./~":
+        return None
+    return name_or_path
+
+
+def local_name(config: TrainConfig) -> str:
+    """What to call data that is not on the Hub: the last part of its path."""
+    path = config.dataset_name or config.train_data_dir
+    return "scikit-learn's digits" if path is None else Path(path).resolve().name
