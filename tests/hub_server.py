@@ -48,7 +48,7 @@ class Hub:
     """The state, and what tests look at."""
 
     def __init__(self):
-        self.tokens = {"writer": "write", "reader": "read"}
+        self.tokens = {"hf_writer": "write", "hf_reader": "read"}
         self.repositories: dict[str, Repository] = {}
         self.uploads: dict[str, bytes] = {}
         self.faults: list[Fault] = []

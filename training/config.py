@@ -122,8 +122,10 @@ class HubConfig:
     push_to_hub: bool = flag(False, "Publish the model when the run ends.")
     hub_model_id: str | None = flag(None, "The repository, NAMESPACE/NAME. By default the name of --output_dir.")
     hub_private_repo: bool = flag(False, "Make the repository a private one, if it is made.")
-    hub_token: str | None = flag(
-        None, "A token that can write; by default that of `hf auth login`. Never written down."
+    hub_token: str | None = field(
+        default=None,
+        repr=False,
+        metadata={"help": "A token that can write; by default that of `hf auth login`. Never written down."},
     )
     hub_strategy: Literal["end", "checkpoint"] = flag(
         "end", "Publish at the end, or in the background at every checkpoint too."

@@ -16,7 +16,7 @@ from config import TrainConfig, UserError
 from data import CachedImages, check_unreadable, keep_batch, to_float
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
-from randomness import Draws, GlobalBatchSampler
+from randomness import Draws, GlobalBatchSampler, seed_of
 from samples import sample_grid
 from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
@@ -206,6 +206,8 @@ def step_batches(
             images = to_float(batch.images.to(device, non_blocking=True))
             if config.random_flip:
                 images = torch.where(rows.flip.view(-1, 1, 1, 1), images.flip(-1), images)
+            # What the network itself draws, its dropout, comes from torch's own generator.
+            torch.manual_seed(seed_of(config.seed, "network", step, micro_step, rank))
             yield images, batch.class_labels.to(device, non_blocking=True), rows
 
     yield from map(one_step, steps)

@@ -50,6 +50,11 @@ def load_pipeline(config: TrainConfig, images: LabelledImages) -> CFGPipeline:
     unet.register_to_config(sample_size=check_sample_size(unet, sample_size(config, vae)))
     if vae is not None:
         vae.eval().requires_grad_(False)
+    if "log_snr_min" not in pretrained.scheduler.config:
+        raise UserError(
+            f"--pretrained_model_name_or_path {source} has a {type(pretrained.scheduler).__name__} that was not made "
+            "from a LogSNRScheduler: the noise process of its training is not known."
+        )
     scheduler = LogSNRScheduler.from_config(pretrained.scheduler.config)
     if (channels := image_channels(pretrained)) != images.channels:
         logger.warning("The images are converted to the %d channels that %s draws.", channels, source)
@@ -62,6 +67,9 @@ def replace_classes(unet: UNet2DCFGModel, old: dict[int, str], new: dict[int, st
     other starts from that of the null class, which is kept.
     """
     if old == new:
+        return
+    if not old and len(new) == unet.num_classes:
+        logger.warning("The model's classes have no names: they are taken to be those of the data, in its order.")
         return
     rows, null_row = unet.class_embedding.weight.data, unet.class_embedding.weight.data[unet.null_class_label]
     known = {name: class_id for class_id, name in old.items()}

@@ -12,10 +12,14 @@ import torch
 from torch.utils.data import Sampler
 
 
+def seed_of(*key: int | str) -> int:
+    """A seed for one purpose, named by its key, such as `(seed, "noise", step)`."""
+    return int.from_bytes(hashlib.blake2b(repr(key).encode(), digest_size=8).digest()) >> 1
+
+
 def seeded_generator(device: torch.device | str, *key: int | str) -> torch.Generator:
-    """A generator for one purpose, named by its key, such as `(seed, "noise", step)`."""
-    digest = hashlib.blake2b(repr(key).encode(), digest_size=8).digest()
-    return torch.Generator(device).manual_seed(int.from_bytes(digest) >> 1)
+    """A generator with the seed of a key."""
+    return torch.Generator(device).manual_seed(seed_of(*key))
 
 
 @dataclass

@@ -45,7 +45,7 @@ def hub():
 def run(hub, tmp_path):
     """Run a script in an environment that knows the stand-in only."""
 
-    def run_script(script: str, *argv: str, token: str | None = "writer", fails: bool = False, **env: str) -> str:
+    def run_script(script: str, *argv: str, token: str | None = "hf_writer", fails: bool = False, **env: str) -> str:
         environment = {
             **{name: value for name, value in os.environ.items() if not name.startswith("HF_")},
             "HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "hf"), "HF_HUB_DISABLE_XET": "1",
@@ -237,7 +237,7 @@ def test_a_repository_that_is_something_else_is_not_overwritten(hub, run, model)
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("token", "message"),
-    [(None, "there is none"), ("wrong", "does not accept the token"), ("reader", "token can only read")],
+    [(None, "there is none"), ("wrong", "does not accept the token"), ("hf_reader", "token can only read")],
 )
 def test_a_token_that_will_not_do(hub, run, model, token, message):
     said = run("publish('model', 'me/scribbles')", token=token, fails=True)

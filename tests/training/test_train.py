@@ -89,7 +89,9 @@ def test_without_dropout_the_null_row_stays(tmp_path):
     assert (before != after).any(dim=1).tolist() == [True] * 10 + [False]
 
 
-@pytest.mark.parametrize("argv", [[], ["--gradient_accumulation_steps", "2", "--random_flip"], ["--no_use_ema"]])
+@pytest.mark.parametrize(
+    "argv", [["--dropout", "0.2"], ["--gradient_accumulation_steps", "2", "--random_flip"], ["--no_use_ema"]]
+)
 def test_a_resumed_run_is_the_run_that_never_stopped(tmp_path, argv):
     train(tmp_path / "whole", *argv)
     (tmp_path / "resumed").mkdir()
