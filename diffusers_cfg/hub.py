@@ -99,7 +99,12 @@ class CFGPipeline(pipeline_cfg.CFGPipeline):
         return folder
 
     def save_pretrained(self, save_directory: str | os.PathLike, push_to_hub: bool = False, **kwargs: Any) -> None:
-        """As `DiffusionPipeline.save_pretrained`; `push_to_hub=True` publishes the folder as `push_to_hub` would."""
+        """
+        As `DiffusionPipeline.save_pretrained`, in safetensors only; `push_to_hub=True` publishes the folder as
+        `push_to_hub` would, and takes its arguments.
+        """
+        if not kwargs.get("safe_serialization", True):
+            raise ValueError("safe_serialization=False: weights are written as safetensors only, which run no code.")
         names = ("repo_id", "commit_message", "private", "token", "create_pr", "overwrite")
         hub_arguments = {name: kwargs.pop(name) for name in names if name in kwargs}
         super().save_pretrained(save_directory, **kwargs)

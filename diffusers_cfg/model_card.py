@@ -130,7 +130,7 @@ def introduction(repo_id: str, index: dict, unet: dict, run: dict, has_samples: 
         "[classifier-free guidance](https://arxiv.org/abs/2207.12598) with diffusers-cfg."
     )
     if has_samples:
-        text += f"\n\n![A row for each class, a column for each guidance scale w]({SAMPLES})\n\n<Gallery />"
+        text += f"\n\n![A row for each class, a column for each guidance scale w]({SAMPLES})"
     return text
 
 
@@ -171,7 +171,8 @@ def classes(index: dict, most: int = 1000) -> str:
     id2label = index.get("id2label") or {}
     if not id2label:
         return ""
-    rows = [f"| {class_id} | {name} |" for class_id, name in sorted(id2label.items(), key=lambda item: int(item[0]))]
+    names = sorted((int(class_id), name.replace("|", r"\|")) for class_id, name in id2label.items())
+    rows = [f"| {class_id} | {name} |" for class_id, name in names]
     more = f"\n\n… {len(rows)} in all." if len(rows) > most else ""
     return "## Classes\n\n| id | name |\n|---|---|\n" + "\n".join(rows[:most]) + more
 
@@ -193,7 +194,7 @@ def training(index: dict, unet: dict, scheduler: dict, run: dict) -> str:
         "images a step": run.get("batch_size"),
         "peak learning rate": run.get("learning_rate"),
         "average of the weights (EMA)": run.get("ema"),
-        "precision": run.get("mixed_precision"),
+        "precision": {"no": "fp32"}.get(run.get("mixed_precision"), run.get("mixed_precision")),
         "hardware": run.get("hardware"),
         "time": f"{seconds / 3600:.1f} h" if seconds and seconds > 5400 else seconds and f"{seconds / 60:.0f} min",
         "seed": run.get("seed"),

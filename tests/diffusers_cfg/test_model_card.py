@@ -63,6 +63,11 @@ def test_a_full_card(full):
         assert line in text
 
 
+def test_names_do_not_break_the_table(tmp_path):
+    make_pipeline(make_unet(), id2label={0: "a|b", 1: "c", 2: "d"}).save_pretrained(tmp_path)
+    assert r"| 0 | a\|b |" in model_card(tmp_path, "me/scribbles")
+
+
 def test_what_is_not_known_is_left_out(folder):
     metadata, text = parse(model_card(folder, "me/scribbles"))
     assert set(metadata) == {"library_name", "pipeline_tag", "tags"}

@@ -130,6 +130,18 @@ def test_remote_code_saves_its_own_text(folder, tmp_path):
     assert (tmp_path / "second" / "unet" / "unet_2d_cfg.py").read_text() == own_text + "\n# another version\n"
 
 
+def test_two_versions_in_one_process_do_not_disturb_each_other(pipeline, folder):
+    code = folder / "unet" / "unet_2d_cfg.py"
+    first = DiffusionPipeline.from_pretrained(folder, trust_remote_code=True)
+    changed = code.read_text().replace("class_labels == -1", "class_labels >= -1")  # null, always
+    assert changed != code.read_text()
+    code.write_text(changed)
+    second = DiffusionPipeline.from_pretrained(folder, trust_remote_code=True)
+    assert torch.equal(draw(first), draw(pipeline))
+    assert not torch.equal(draw(second), draw(pipeline))
+    assert torch.equal(draw(first), draw(pipeline))
+
+
 def test_facts_of_the_training_survive(tmp_path):
     make_pipeline(conditioning_dropout_prob=0.25).save_pretrained(tmp_path)
     assert CFGPipeline.from_pretrained(tmp_path).config.conditioning_dropout_prob == 0.25
