@@ -210,12 +210,14 @@ def prepare_repository(repo_id: str, private: bool | None, token: str | None, ov
     if "/" not in repo_id:
         repo_id = f"{user['name']}/{repo_id}"
     try:
-        files = set(retry(lambda: api.list_repo_files(repo_id)))
-    except RepositoryNotFoundError:
-        return retry(lambda: api.create_repo(repo_id, private=private, exist_ok=True)).repo_id
-    except HfHubHTTPError as error:
-        raise PublishError(f"{repo_id} cannot be looked at: {error}") from error
-    if files - {".gitattributes", "README.md"} and not overwrite and not holds_pipeline(repo_id, files, token):
+        try:
+            files = set(retry(lambda: api.list_repo_files(repo_id)))
+        except RepositoryNotFoundError:
+            return retry(lambda: api.create_repo(repo_id, private=private, exist_ok=True)).repo_id
+        ours = overwrite or not files - {".gitattributes", "README.md"} or holds_pipeline(repo_id, files, token)
+    except Exception as error:
+        raise PublishError(f"{repo_id} cannot be made or looked at: {error}") from error
+    if not ours:
         raise PublishError(
             f"{repo_id} exists and holds something else ({', '.join(sorted(files)[:5])}, …). Choose another name, or "
             "ask for it to be overwritten."

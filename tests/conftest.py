@@ -1,5 +1,6 @@
 import pytest
 import torch
+from hub_server import Hub
 
 from diffusers_cfg import CFGPipeline, LogSNRScheduler, UNet2DCFGModel
 
@@ -33,6 +34,12 @@ def make_pipeline(unet=None, scheduler=None, **settings) -> CFGPipeline:
 
 def generators(*seeds: int) -> list[torch.Generator]:
     return [torch.Generator().manual_seed(seed) for seed in seeds]
+
+
+@pytest.fixture
+def hub():
+    with Hub().serve() as hub:
+        yield hub
 
 
 @pytest.fixture

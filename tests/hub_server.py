@@ -6,6 +6,7 @@ repositories, with private ones, tokens, revisions and faults on demand. Everyth
 import base64
 import hashlib
 import json
+import os
 import re
 import threading
 from contextlib import contextmanager
@@ -71,14 +72,26 @@ class Hub:
     def files(self, repo_id: str, revision: str = "main") -> dict[str, bytes]:
         return self.repositories[repo_id].at(revision).files
 
+    def environment(self, home: str, token: str | None = None) -> dict[str, str]:
+        """Variables for a process that knows this Hub only, and has a cache of its own."""
+        return {
+            **{name: value for name, value in os.environ.items() if not name.startswith("HF_")},
+            "HF_ENDPOINT": self.url,
+            "HF_HOME": home,
+            "HF_HUB_DISABLE_XET": "1",
+            "HF_HUB_DISABLE_TELEMETRY": "1",
+            **({"HF_TOKEN": token} if token else {}),
+        }
+
     @contextmanager
     def serve(self):
         server = ThreadingHTTPServer(("127.0.0.1", 0), type("Handler", (Handler,), {"hub": self}))
         server.daemon_threads = True
         thread = threading.Thread(target=server.serve_forever, daemon=True)
         thread.start()
+        self.url = f"http://127.0.0.1:{server.server_port}"
         try:
-            yield f"http://127.0.0.1:{server.server_port}"
+            yield self
         finally:
             server.shutdown()
             server.server_close()

@@ -55,7 +55,8 @@ def train_cfg(config: TrainConfig) -> None:
         after_checkpoint=publisher and (lambda state: publisher.publish(pipeline, state.step)),
     )
 
-    if accelerator.is_main_process:
+    is_main_process = accelerator.is_main_process
+    if is_main_process:
         pipeline.save_pretrained(config.output_dir)
         write_run_record(config, accelerator, state, len(dataset))
         some_class = images.id2label[0]
@@ -64,11 +65,11 @@ def train_cfg(config: TrainConfig) -> None:
             f'  pipe = DiffusionPipeline.from_pretrained("{config.output_dir}", trust_remote_code=True)\n'
             f'  pipe(class_labels=["{some_class}"], guidance_scale=1.0).images[0].save("{some_class}.png")'
         )
-        if publisher is not None:
-            publisher.close()
-        if config.push_to_hub:
-            publish_run(config)
-    accelerator.end_training()
+    accelerator.end_training()  # nobody waits for the upload
+    if publisher is not None:
+        publisher.close()
+    if config.push_to_hub and is_main_process:
+        publish_run(config)
 
 
 def check_hub(config: TrainConfig) -> None:

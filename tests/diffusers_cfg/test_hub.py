@@ -1,7 +1,6 @@
 """Publishing and loading, through the real client, against a stand-in for the Hub on loopback."""
 
 import json
-import os
 import subprocess
 import sys
 import textwrap
@@ -11,7 +10,7 @@ import pytest
 import torch
 import yaml
 from conftest import generators, make_pipeline, make_unet
-from hub_server import Fault, Hub
+from hub_server import Fault
 from PIL import Image
 from test_save_and_load import DOOR_ONE
 
@@ -35,22 +34,11 @@ def draw(pipe):
 
 
 @pytest.fixture
-def hub():
-    hub = Hub()
-    with hub.serve() as hub.url:
-        yield hub
-
-
-@pytest.fixture
 def run(hub, tmp_path):
     """Run a script in an environment that knows the stand-in only."""
 
     def run_script(script: str, *argv: str, token: str | None = "hf_writer", fails: bool = False, **env: str) -> str:
-        environment = {
-            **{name: value for name, value in os.environ.items() if not name.startswith("HF_")},
-            "HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "hf"), "HF_HUB_DISABLE_XET": "1",
-            "HF_HUB_DISABLE_TELEMETRY": "1", **({"HF_TOKEN": token} if token else {}), **env,
-        }  # fmt: skip
+        environment = {**hub.environment(str(tmp_path / "hf"), token), **env}
         script = PRELUDE + textwrap.dedent(script) if "DOOR ONE" not in script else DOOR_ONE
         result = subprocess.run(
             [sys.executable, "-c", script, *argv],
@@ -247,6 +235,14 @@ def test_a_token_that_will_not_do(hub, run, model, token, message):
     said = run("publish('model', 'me/scribbles')", token=token, fails=True)
     assert message in said
     assert hub.repositories == {}
+
+
+@pytest.mark.slow
+def test_a_namespace_that_is_not_yours(hub, run, model):
+    hub.faults.append(Fault("POST /api/repos/create", 403))
+    said = run("publish('model', 'someone-else/scribbles')", fails=True)
+    assert "PublishError: someone-else/scribbles cannot be made or looked at" in said
+    assert "403" in said
 
 
 @pytest.mark.slow

@@ -1,7 +1,6 @@
 """From a training run to the Hub and on from there, against the stand-in."""
 
 import json
-import os
 import shutil
 import subprocess
 import sys
@@ -13,7 +12,7 @@ import torch
 from config import TrainConfig, UserError, parse_config
 from conftest import make_pipeline, make_unet
 from data import LabelledImages
-from hub_server import Fault, Hub
+from hub_server import Fault
 from model import build_pipeline, replace_classes
 from record import public_name
 from test_train import TINY, WEIGHTS, train
@@ -22,22 +21,11 @@ TRAINING = Path(__file__).parents[2] / "training"
 
 
 @pytest.fixture
-def hub():
-    hub = Hub()
-    with hub.serve() as hub.url:
-        yield hub
-
-
-@pytest.fixture
 def script(hub, tmp_path):
     """Run a training script in an environment that knows the stand-in only."""
 
     def run_script(name: str, *argv: str, token: str | None = None) -> subprocess.CompletedProcess:
-        environment = {
-            **{name: value for name, value in os.environ.items() if not name.startswith("HF_")},
-            "HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "hf"), "HF_HUB_DISABLE_XET": "1",
-            **({"HF_TOKEN": token} if token else {}),
-        }  # fmt: skip
+        environment = hub.environment(str(tmp_path / "hf"), token)
         return subprocess.run(
             [sys.executable, str(TRAINING / name), *argv],
             cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=600,
