@@ -245,6 +245,32 @@ def test_every_listed_scheduler_recovers_the_data(name):
     torch.testing.assert_close(images, (picture / 2 + 0.5).expand(2, -1, -1, -1), atol=0.02, rtol=0)
 
 
+@pytest.mark.parametrize("name", CFGPipeline.schedulers)
+def test_the_network_sees_samples_of_unit_variance(pipeline, name):
+    """At the first step there is noise only, whatever the scheduler calls its standard deviation."""
+    pipeline.scheduler = getattr(diffusers, name, LogSNRScheduler).from_config(pipeline.scheduler.config)
+    calls = Calls(pipeline.unet)
+    draw(pipeline, [0] * 64, 0.0, seeds=range(64), num_inference_steps=5)
+    assert calls.samples[0].std().item() == pytest.approx(1, abs=0.05)
+
+
+def test_ddim_steps_along_the_noise_of_the_clipped_sample(pipeline):
+    pipeline.scheduler = diffusers.DDIMScheduler.from_config(pipeline.scheduler.config)
+    latents = draw(pipeline, 0, 3.0, output_type="latent")
+    scheduler, (generator,) = diffusers.DDIMScheduler.from_config(pipeline.scheduler.config), generators(0)
+    scheduler.set_timesteps(4)
+    expected = {True: torch.randn(1, 1, 8, 8, generator=generator)}
+    expected[False] = expected[True]
+    for clipped, z in expected.items():
+        for t in scheduler.timesteps:
+            with torch.no_grad():
+                pred = pipeline.guided_prediction(z, t, torch.tensor([0]), torch.full((1, 1, 1, 1), 3.0))
+            z = scheduler.step(pred, t, z, use_clipped_model_output=clipped).prev_sample
+        expected[clipped] = z
+    assert torch.equal(latents, expected[True])
+    assert not torch.allclose(latents, expected[False], atol=1e-3)
+
+
 def test_the_lists_of_schedulers_agree():
     assert set(CFGPipeline.schedulers) == {"LogSNRScheduler", *LogSNRScheduler._compatibles}
 

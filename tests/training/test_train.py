@@ -1,23 +1,27 @@
 """The training script, driven through its command line."""
 
 import json
+import math
 import os
 import shutil
 import subprocess
 import sys
 from pathlib import Path
 
+import objectives
 import pytest
 import torch
 from accelerate.state import AcceleratorState, GradientState
 from checkpoint import checkpoints
 from config import TrainConfig, UserError, parse_config
+from data import Digits, stack_images
 from model import build_unet
 from PIL import Image
+from randomness import Draws, GlobalBatchSampler
 from safetensors.torch import load_file
 from train_cfg import train_cfg
 
-from diffusers_cfg import CFGPipeline
+from diffusers_cfg import CFGPipeline, UNet2DCFGModel
 
 TRAINING = Path(__file__).parents[2] / "training"
 WEIGHTS = "diffusion_pytorch_model.safetensors"
@@ -66,6 +70,43 @@ def test_a_run_leaves_a_pipeline_that_loads(tmp_path, capsys):
     assert len(pipeline(["three", 7], [0.0, 2.5], num_inference_steps=2).images) == 2
     # What is sampled is the average.
     assert_same_tensors(out / "unet" / WEIGHTS, out / "checkpoint-4" / "unet_ema" / WEIGHTS)
+
+
+@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction", "sample"])
+def test_a_step_is_algorithm_1(tmp_path, monkeypatch, prediction_type):
+    """What the network is shown in the first step, and what it is compared with, term by term."""
+    shown, compared = [], []
+    forward, error = UNet2DCFGModel.forward, objectives.squared_error
+
+    def spy_on_forward(self, z, t, class_labels, **kwargs):
+        shown.append((z, t, class_labels))
+        return forward(self, z, t, class_labels=class_labels, **kwargs)
+
+    def spy_on_error(pred, target):
+        compared.append((pred.detach(), target))
+        return error(pred, target)
+
+    monkeypatch.setattr(UNet2DCFGModel, "forward", spy_on_forward)
+    monkeypatch.setattr(objectives, "squared_error", spy_on_error)
+    config = train(
+        tmp_path, "--max_train_steps", "1", "--conditioning_dropout_prob", "0.5", "--prediction_type", prediction_type
+    )
+    (z, t, c), (pred, target) = shown[0], compared[0]
+
+    data = stack_images(Digits(), config, 1, show_progress=False)
+    (indices,) = GlobalBatchSampler(len(data), 8, config.seed, range(1))
+    x = data.images[indices].double() / 127.5 - 1
+    draws = Draws.of_step(config.seed, 0, (8, 1, 8, 8), torch.device("cpu"))
+    b = math.atan(math.exp(-10))
+    angle = ((math.pi / 2 - 2 * b) * draws.u.double() + b).view(-1, 1, 1, 1)  # a u + b
+    alpha, sigma, noise = torch.cos(angle), torch.sin(angle), draws.noise.double()
+    torch.testing.assert_close(z.double(), alpha * x + sigma * noise, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(t, 1000 * draws.u - 1)
+    assert c.tolist() == torch.where(draws.dropout < 0.5, 10, data.class_labels[indices]).tolist()
+    assert 0 < (c == 10).sum() < 8
+    expected = {"epsilon": noise, "v_prediction": alpha * noise - sigma * x, "sample": x}[prediction_type]
+    torch.testing.assert_close(target.double(), expected, rtol=1e-4, atol=1e-5)
+    assert pred.shape == x.shape
 
 
 @pytest.mark.parametrize("accumulation", ["1", "2"])
