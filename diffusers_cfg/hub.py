@@ -17,7 +17,7 @@ from huggingface_hub import CommitOperationAdd, HfApi, hf_hub_download, snapshot
 from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, RepositoryNotFoundError
 
 from . import pipeline_cfg
-from .model_card import FACTS, SAMPLES, model_card
+from .model_card import FACTS, SAMPLES, find_samples, model_card
 
 logger = logging.getLogger(__name__)
 
@@ -26,7 +26,7 @@ logger = logging.getLogger(__name__)
 COMPONENTS = ("unet", "scheduler", "vae")
 COMPONENT_FILES = ("config.json", "scheduler_config.json", "*.safetensors", "*.safetensors.index*.json", "*_cfg.py")
 COMPONENT_FILES += ("scheduling_log_snr.py",)
-ROOT_FILES = ("model_index.json", "pipeline_cfg.py", *FACTS, SAMPLES)
+ROOT_FILES = ("model_index.json", "pipeline_cfg.py", *FACTS)
 HUB_ARGUMENTS = ("revision", "token", "cache_dir", "local_files_only", "force_download")
 MAX_TRIES = 5
 
@@ -142,10 +142,11 @@ class CFGPipeline(pipeline_cfg.CFGPipeline):
         with tempfile.TemporaryDirectory() as folder:
             self.save_pretrained(folder, variant=variant)
             source = Path(self.name_or_path or folder)
-            for name in (*FACTS, SAMPLES):
+            for name in FACTS:
                 if (source / name).is_file():
                     shutil.copy(source / name, folder)
-            copy_newest_samples(source, Path(folder))
+            if (samples := find_samples(source)) is not None:
+                shutil.copy(samples, Path(folder) / SAMPLES)
             return publish(
                 folder, repo_id, commit_message, private, token, create_pr, variant=variant, overwrite=overwrite
             )
@@ -174,8 +175,7 @@ def publish(
         card = model_card(folder, repo_id, read_card(repo_id, token))
         operations = [CommitOperationAdd(str(path.relative_to(folder)), path) for path in allowed_files(folder)]
         operations.append(CommitOperationAdd("README.md", card.encode()))
-        samples = newest_samples(folder)
-        if samples is not None and not (folder / SAMPLES).is_file():
+        if (samples := find_samples(folder)) is not None:
             operations.append(CommitOperationAdd(SAMPLES, samples))
         commit = retry(
             lambda: HfApi(token=token).create_commit(
@@ -247,18 +247,6 @@ def allowed_files(folder: Path) -> list[Path]:
     found = [folder / name for name in ROOT_FILES]
     found += [path for name in COMPONENTS for pattern in COMPONENT_FILES for path in (folder / name).glob(pattern)]
     return [path for path in dict.fromkeys(found) if path.is_file()]
-
-
-def newest_samples(folder: Path) -> Path | None:
-    """The last grid that a training run drew of itself."""
-    grids = list((folder / "samples").glob("step-*.png"))
-    return max(grids, key=lambda path: int(path.stem.removeprefix("step-")), default=None)
-
-
-def copy_newest_samples(source: Path, folder: Path) -> None:
-    samples = newest_samples(source)
-    if samples is not None and not (folder / SAMPLES).is_file():
-        shutil.copy(samples, folder / SAMPLES)
 
 
 def verify_published(folder: Path, repo_id: str, revision: str, token: str | None, variant: str | None) -> None:

@@ -44,7 +44,7 @@ def model_card(folder: Path, repo_id: str, existing: str | None = None) -> str:
         read_json(folder / "unet" / "config.json"),
         read_json(folder / "scheduler" / "scheduler_config.json"),
     )
-    has_samples = (folder / SAMPLES).is_file() or any((folder / "samples").glob("step-*.png"))
+    has_samples = find_samples(folder) is not None
 
     metadata = card_metadata(repo_id, run, evaluation, has_samples)
     sections = [
@@ -75,6 +75,14 @@ def model_card(folder: Path, repo_id: str, existing: str | None = None) -> str:
 def read_json(path: Path) -> dict[str, Any]:
     """The object in a JSON file; empty if there is no such file."""
     return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+
+
+def find_samples(folder: Path) -> Path | None:
+    """The picture of samples that a repository has, or the last grid that a training run drew of itself."""
+    if (folder / SAMPLES).is_file():
+        return folder / SAMPLES
+    grids = (folder / "samples").glob("step-*.png")
+    return max(grids, key=lambda path: int(path.stem.removeprefix("step-")), default=None)
 
 
 def card_metadata(repo_id: str, run: dict, evaluation: dict, has_samples: bool) -> ModelCardData:

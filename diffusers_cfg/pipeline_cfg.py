@@ -283,15 +283,15 @@ class CFGPipeline(DiffusionPipeline):
         else:
             if isinstance(class_labels, str) or not hasattr(class_labels, "__iter__"):
                 class_labels = [class_labels]
-            ids = torch.tensor([self._class_id(label) for label in class_labels], dtype=torch.int64)
+            label2id = {name: class_id for class_id, name in self.id2label.items()}
+            ids = torch.tensor([self._class_id(label, label2id) for label in class_labels], dtype=torch.int64)
         if ids.numel() == 0:
             raise ValueError("class_labels is empty: give at least one class id or name.")
         self.unet.check_class_labels(ids, len(ids))
         return ids.to(torch.int64)
 
-    def _class_id(self, label: int | str) -> int:
+    def _class_id(self, label: int | str, label2id: dict[str, int]) -> int:
         if isinstance(label, str):
-            label2id = {name: class_id for class_id, name in self.id2label.items()}
             if not label2id:
                 raise ValueError(
                     f"class_labels has the name {label!r}, but this model's classes have no names: use ids."

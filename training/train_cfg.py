@@ -6,6 +6,7 @@ accelerate launch training/train_cfg.py --config training/configs/mnist.yaml --o
 """
 
 import sys
+from pathlib import Path
 
 from config import TrainConfig, UserError, parse_config
 from publish import EXIT_NOT_PUBLISHED, BackgroundPublisher
@@ -74,8 +75,6 @@ def train_cfg(config: TrainConfig) -> None:
 
 def check_hub(config: TrainConfig) -> None:
     """Find out now, and not after a month, whether the model can be published; the repository gets its full name."""
-    from pathlib import Path
-
     from diffusers_cfg.hub import PublishError, prepare_repository
 
     name = config.hub_model_id or Path(config.output_dir).resolve().name
