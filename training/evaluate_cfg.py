@@ -34,6 +34,7 @@ def evaluate_cfg(args: Namespace) -> list[dict]:
     from checkpoint import CONFIG_FILE
     from data import load_labelled_images, stack_images
     from metrics import precision_recall
+    from model import image_channels
     from randomness import seeded_generator
     from tqdm.auto import tqdm
 
@@ -46,8 +47,7 @@ def evaluate_cfg(args: Namespace) -> list[dict]:
     pipeline = CFGPipeline.from_pretrained(args.model)
     pipeline.to("cuda" if torch.cuda.is_available() else "cpu").set_progress_bar_config(disable=True)
 
-    source = load_labelled_images(config)
-    data = stack_images(source, config, channels=source.channels, show_progress=True)
+    data = stack_images(load_labelled_images(config), config, image_channels(pipeline), show_progress=True)
     order = torch.randperm(len(data), generator=seeded_generator("cpu", args.seed, "evaluation"))
     order = order[data.class_labels[order] >= 0]
     pixels, class_labels = data.images.flatten(1).float() / 255, data.class_labels
