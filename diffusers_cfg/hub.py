@@ -23,8 +23,15 @@ logger = logging.getLogger(__name__)
 
 # What a repository consists of, and all that is ever uploaded: a list of what is allowed, so that optimizer states,
 # logs, and settings with paths and tokens stay at home.
-COMPONENTS = ("unet", "scheduler", "vae")
-COMPONENT_FILES = ("config.json", "scheduler_config.json", "*.safetensors", "*.safetensors.index*.json", "*_cfg.py")
+COMPONENTS = ("unet", "scheduler", "vae", "guide_unet", "guider")
+COMPONENT_FILES = (
+    "config.json",
+    "scheduler_config.json",
+    "guider_config.json",
+    "*.safetensors",
+    "*.safetensors.index*.json",
+    "*_cfg.py",
+)
 COMPONENT_FILES += ("scheduling_log_snr.py",)
 ROOT_FILES = ("model_index.json", "pipeline_cfg.py", *FACTS)
 HUB_ARGUMENTS = ("revision", "token", "cache_dir", "local_files_only", "force_download")

@@ -16,6 +16,8 @@ from typing import Any
 
 import torch
 from diffusers import AutoencoderKL, DiffusionPipeline, ImagePipelineOutput, SchedulerMixin, UNet2DModel
+from diffusers.guiders import BaseGuidance
+from diffusers.guiders.guider_utils import rescale_noise_cfg
 from diffusers.image_processor import VaeImageProcessor
 from diffusers.utils import logging
 from diffusers.utils.torch_utils import randn_tensor
@@ -32,6 +34,9 @@ class CFGPipeline(DiffusionPipeline):
         unet (`UNet2DCFGModel`): predicts from (z, timestep, class_labels); has `num_classes` and `null_class_label`.
         scheduler (`SchedulerMixin`): `LogSNRScheduler`, or one of diffusers' made by `from_config` from its config.
         vae (`AutoencoderKL`, *optional*): for models that were trained on its latents.
+        guide_unet (`UNet2DCFGModel`, *optional*): a weaker network for the same classes, to guide away from instead of
+            from the null class: autoguidance (Karras et al. 2024, arXiv 2406.02507).
+        guider (`BaseGuidance`, *optional*): one of diffusers' guiders, in place of the rule above.
         id2label (`dict`, *optional*): name of each class id. Keys may be strings, as JSON makes them.
         conditioning_dropout_prob (`float`, *optional*): the p_uncond that the model was trained with.
 
@@ -39,8 +44,8 @@ class CFGPipeline(DiffusionPipeline):
         ValueError: `id2label` names a class that the UNet does not have, or gives one name to two classes.
     """
 
-    model_cpu_offload_seq = "unet->vae"
-    _optional_components = ["vae"]
+    model_cpu_offload_seq = "guide_unet->unet->vae"
+    _optional_components = ["vae", "guide_unet", "guider"]
     _callback_tensor_inputs = ["latents", "pred"]
 
     # Those that were seen to sample these models; the others draw noise from the same config.
@@ -61,6 +66,12 @@ class CFGPipeline(DiffusionPipeline):
         "UniPCMultistepScheduler",
     )
 
+    # Guiders that were seen not to do their work, and why.
+    refused_guiders = {
+        "MagnitudeAwareGuidance": "it takes sequences of tokens only, not images",
+        "SmoothedEnergyGuidance": "it never blurs the attention, and draws what ClassifierFreeGuidance draws",
+    }
+
     # The text of this very class, for `save_config`. It is read now and not when saving: repositories loaded as remote
     # code share one path, and the file there may by then hold another repository's text.
     remote_code = Path(__file__).read_text(encoding="utf-8")
@@ -72,9 +83,12 @@ class CFGPipeline(DiffusionPipeline):
         vae: AutoencoderKL | None = None,
         id2label: dict[int, str] | dict[str, str] | None = None,
         conditioning_dropout_prob: float | None = None,
+        guide_unet: UNet2DModel | None = None,
+        guider: BaseGuidance | None = None,
     ):
         super().__init__()
-        self.register_modules(unet=unet, scheduler=scheduler, vae=vae)
+        self.register_modules(unet=unet, scheduler=scheduler, vae=vae, guide_unet=guide_unet, guider=guider)
+        self._noise_process = self._noise_process_of(scheduler)  # of the network's training; others may be put in later
         if id2label is not None:
             id2label = {str(class_id): name for class_id, name in id2label.items()}
             unknown = [class_id for class_id in id2label if not 0 <= int(class_id) < unet.num_classes]
@@ -86,6 +100,13 @@ class CFGPipeline(DiffusionPipeline):
         self.register_to_config(id2label=id2label, conditioning_dropout_prob=conditioning_dropout_prob)
         self.image_processor = VaeImageProcessor()
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in self._optional_components and value is not None and self.config[name][0] is None:
+            # diffusers does not write down an optional component that is put in later, and would not save it.
+            self.register_modules(**{name: value})
+        else:
+            super().__setattr__(name, value)
+
     @property
     def id2label(self) -> dict[int, str]:
         """Name of each class id; empty if the classes have no names."""
@@ -94,12 +115,16 @@ class CFGPipeline(DiffusionPipeline):
     @torch.no_grad()
     def __call__(
         self,
-        class_labels: int | str | Sequence[int | str] | torch.Tensor,
-        guidance_scale: float | Sequence[float] | torch.Tensor = 1.0,
+        class_labels: int | str | dict[int | str, float] | Sequence[int | str | dict[int | str, float]] | torch.Tensor,
+        guidance_scale: float | Sequence[float] | torch.Tensor | Callable[[float], Any] | None = None,
         num_inference_steps: int = 64,
         num_images_per_label: int = 1,
         generator: torch.Generator | list[torch.Generator] | None = None,
         latents: torch.Tensor | None = None,
+        negative_class_labels: int | str | Sequence[int | str] | torch.Tensor | None = None,
+        guidance_interval: tuple[float, float] | None = None,
+        guidance_rescale: float = 0.0,
+        guider: BaseGuidance | None = None,
         output_type: str = "pil",
         return_dict: bool = True,
         callback_on_step_end: Callable[["CFGPipeline", int, torch.Tensor, dict], dict] | None = None,
@@ -109,9 +134,12 @@ class CFGPipeline(DiffusionPipeline):
         Draw images of the given classes.
 
         Args:
-            class_labels (`int`, `str`, a list of them or `torch.Tensor` of shape `(labels,)`): ids, names or a mix. -1
-                is the null class. Ids are what integers mean; a name is looked up in `id2label`.
-            guidance_scale (`float`, or a list of them, one per label or per image): the paper's w; s = 1 + w.
+            class_labels (`int`, `str`, `dict`, a list of them or `torch.Tensor`): ids, names or a mix. -1 is the null
+                class. Ids are what integers mean; a name is looked up in `id2label`. A `dict` such as
+                `{"three": 0.7, "eight": 0.3}` mixes classes: its weights, of 0 or more, add up to one, and so do the
+                class embeddings they weigh. A tensor holds ids, `(labels,)`, or weights, `(labels, num_classes)`.
+            guidance_scale (`float`, a list of them, one per label or per image, or `Callable`): the paper's w, 1 by
+                default; s = 1 + w. A callable gives it (or the list) at each step's log-SNR: w(λ), λ = log(α²/σ²).
             num_inference_steps (`int`): T. Each step evaluates the network on every image once if no image is guided
                 (w = 0 or w = -1 for all of them), else twice in one batch.
             num_images_per_label (`int`): images drawn for each label, next to each other in the output.
@@ -119,6 +147,15 @@ class CFGPipeline(DiffusionPipeline):
                 an image does not depend on the batch that it is drawn in.
             latents (`torch.Tensor` of shape `(images, channels, height, width)`, *optional*): z at λ_min, drawn from
                 N(0, I).
+            negative_class_labels (as `class_labels`, one or one per label, *optional*): what to guide away from. By
+                default the null class; with a `guide_unet` the same classes as that network sees them.
+            guidance_interval (`tuple[float, float]`, *optional*): guide only where σ_lo < σ/α ≤ σ_hi (Kynkäänniemi et
+                al. 2024, arXiv 2404.07724; σ/α = exp(-λ/2) is their σ). A step outside costs one evaluation.
+            guidance_rescale (`float`): φ in [0, 1] of Lin et al. 2023, arXiv 2305.08891, section 3.4, against
+                saturation: the guided prediction's standard deviation is drawn back to the conditional one's.
+            guider (`BaseGuidance`, *optional*): one of diffusers' guiders instead of the pipeline's own, with its own
+                scale and its own `start` and `stop`. Most of them take s = 1 + w unless told
+                `use_original_formulation=True`.
             output_type (`str`): `"pil"`; `"np"` (images, height, width, channels) or `"pt"` (images, channels, height,
                 width) with values in [0, 1]; `"latent"` for the last z.
             return_dict (`bool`): whether to return an `ImagePipelineOutput` instead of a tuple.
@@ -134,27 +171,37 @@ class CFGPipeline(DiffusionPipeline):
             FloatingPointError: the images came out with values that are not finite.
         """
         # 1. Check and lay out everything per image
+        guider = guider if guider is not None else self.guider
         self._check_arguments(num_inference_steps, num_images_per_label, output_type)
         self._check_callback_inputs(callback_on_step_end_tensor_inputs)
+        self._check_guidance(guider, guidance_scale, guidance_interval, guidance_rescale)
         self._check_scheduler()
         device = self._execution_device
-        class_labels = self._class_ids(class_labels).repeat_interleave(num_images_per_label)
-        guidance_scale = self._guidance_scales(guidance_scale, len(class_labels), num_images_per_label)
-        needs_cond = any(w != -1 for w in guidance_scale.tolist())
-        needs_uncond = any(w != 0 for w in guidance_scale.tolist())
-        self._warn_if_never_dropped(needs_uncond)
-        class_labels, w = class_labels.to(device), guidance_scale.view(-1, 1, 1, 1).to(device)
+        class_labels = self._class_labels(class_labels)
+        class_labels, guide_labels = self._guide_labels(class_labels, negative_class_labels)
+        class_labels = class_labels.repeat_interleave(num_images_per_label, 0).to(device)
+        guide_labels = guide_labels.repeat_interleave(num_images_per_label, 0).to(device)
+        num_images = len(class_labels)
 
-        # 2. z ~ N(0, I)
-        self.scheduler.set_timesteps(num_inference_steps, device=device)
-        self._check_first_sigma()
-        latents = self._prepare_latents(latents, len(class_labels), generator, device)
+        # 2. λ_min … λ_max, w at each of them, and z ~ N(0, I)
+        self._set_timesteps(num_inference_steps, device)
+        scales = self._guidance_scales(guidance_scale, guidance_interval, num_images, num_images_per_label)
+        needs_cond = (scales != -1).any(1).tolist()
+        needs_uncond = (scales != 0).any(1).tolist()
+        self._warn_if_never_dropped(guide_labels, any(needs_uncond))
+        scales = scales.view(*scales.shape, 1, 1, 1).to(device)  # (steps, images, 1, 1, 1)
+        latents = self._prepare_latents(latents, num_images, generator, device)
         step_kwargs = self._step_kwargs(generator)
 
         # 3. Algorithm 2
         for i, t in enumerate(self.progress_bar(self.scheduler.timesteps)):
             z = self.scheduler.scale_model_input(latents, t)
-            pred = self.guided_prediction(z, t, class_labels, w, needs_cond, needs_uncond)
+            if guider is None:
+                pred = self.guided_prediction(
+                    z, t, class_labels, guide_labels, scales[i], needs_cond[i], needs_uncond[i], guidance_rescale
+                )
+            else:
+                pred = self.guider_prediction(guider, z, t, i, class_labels, guide_labels)
             latents = self.scheduler.step(pred, t, latents, **step_kwargs).prev_sample
 
             if callback_on_step_end is not None:
@@ -167,7 +214,7 @@ class CFGPipeline(DiffusionPipeline):
         if not torch.isfinite(images).all():
             raise FloatingPointError(
                 f"The images hold values that are not finite: the UNet's predictions overflowed (dtype "
-                f"{self.unet.dtype}, guidance_scale {sorted(set(guidance_scale.tolist()))}). Try torch.bfloat16 or "
+                f"{self.unet.dtype}, guidance_scale up to {scales.max().item():g}). Try torch.bfloat16 or "
                 "torch.float32, or a smaller guidance_scale."
             )
         images = self.image_processor.postprocess(images, output_type=output_type)
@@ -181,9 +228,11 @@ class CFGPipeline(DiffusionPipeline):
         z: torch.Tensor,
         t: torch.Tensor,
         class_labels: torch.Tensor,
+        guide_labels: torch.Tensor,
         w: torch.Tensor,
         needs_cond: bool = True,
         needs_uncond: bool = True,
+        guidance_rescale: float = 0.0,
     ) -> torch.Tensor:
         r"""
         The guided prediction ε̃ = (1 + w) ε(z, c) - w ε(z), equation 6. It holds for ε, v and x alike: each is affine in
@@ -192,23 +241,52 @@ class CFGPipeline(DiffusionPipeline):
         Args:
             z (`torch.Tensor` of shape `(batch, channels, height, width)`): the scaled noisy samples.
             t (`torch.Tensor` of shape `()`): the network's time.
-            class_labels (`torch.Tensor` of shape `(batch,)`): c.
+            class_labels (`torch.Tensor` of shape `(batch,)`): c. Or weights, `(batch, num_classes + 1)`.
+            guide_labels (`torch.Tensor`, the same shape): what stands in the place of ∅, as `guide_unet` or else `unet`
+                sees it.
             w (`torch.Tensor` that broadcasts over z): the guidance scales.
             needs_cond (`bool`), needs_uncond (`bool`): `False` leaves that pass out, where w makes its weight zero.
+            guidance_rescale (`float`): φ.
 
         Returns:
             `torch.Tensor` of the shape of z, in float32.
         """
         z = z.to(self.unet.dtype)
+        guide = self.unet if self.guide_unet is None else self.guide_unet
         if not needs_uncond:
             return self.unet(z, t, class_labels=class_labels).sample.float()
-        null_labels = torch.full_like(class_labels, self.unet.null_class_label)
         if not needs_cond:
-            return self.unet(z, t, class_labels=null_labels).sample.float()
+            return guide(z, t, class_labels=guide_labels).sample.float()
 
-        pred = self.unet(torch.cat([z, z]), t, class_labels=torch.cat([class_labels, null_labels])).sample
-        pred_cond, pred_uncond = pred.float().chunk(2)
-        return (1 + w) * pred_cond - w * pred_uncond
+        if guide is self.unet:
+            pred = self.unet(torch.cat([z, z]), t, class_labels=torch.cat([class_labels, guide_labels])).sample
+            pred_cond, pred_uncond = pred.float().chunk(2)
+        else:
+            pred_cond = self.unet(z, t, class_labels=class_labels).sample.float()
+            pred_uncond = guide(z, t, class_labels=guide_labels).sample.float()
+        pred = (1 + w) * pred_cond - w * pred_uncond
+        return rescale_noise_cfg(pred, pred_cond, guidance_rescale) if guidance_rescale else pred
+
+    def guider_prediction(
+        self,
+        guider: BaseGuidance,
+        z: torch.Tensor,
+        t: torch.Tensor,
+        step: int,
+        class_labels: torch.Tensor,
+        guide_labels: torch.Tensor,
+    ) -> torch.Tensor:
+        """The prediction of one of diffusers' guiders at a step of the sampler, by as many passes as it asks for."""
+        z = z.to(self.unet.dtype)
+        guider.set_state(step=step, num_inference_steps=len(self.scheduler.timesteps), timestep=t)
+        batches = guider.prepare_inputs({"class_labels": (class_labels, guide_labels)})
+        for batch in batches:
+            guider.prepare_models(self.unet)
+            try:
+                batch.noise_pred = self.unet(z, t, class_labels=batch.class_labels).sample.float()
+            finally:
+                guider.cleanup_models(self.unet)
+        return guider(batches).pred
 
     # ----- latent models -----
 
@@ -252,6 +330,37 @@ class CFGPipeline(DiffusionPipeline):
                 f"callback_on_step_end_tensor_inputs {unknown} are not among {self._callback_tensor_inputs}."
             )
 
+    def _check_guidance(
+        self,
+        guider: BaseGuidance | None,
+        guidance_scale: Any,
+        guidance_interval: tuple[float, float] | None,
+        guidance_rescale: float,
+    ) -> None:
+        if guidance_interval is not None:
+            low, high = guidance_interval
+            if not 0 <= low < high:
+                raise ValueError(
+                    f"guidance_interval must be (σ_lo, σ_hi) with 0 ≤ σ_lo < σ_hi, but is ({low}, {high})."
+                )
+        if not 0 <= guidance_rescale <= 1:
+            raise ValueError(f"guidance_rescale must be in [0, 1], but is {guidance_rescale}.")
+        own = {"guidance_scale": guidance_scale, "guidance_interval": guidance_interval}
+        own |= {"guidance_rescale": guidance_rescale or None, "guide_unet": self.guide_unet}
+        given = [name for name, value in own.items() if value is not None]
+        if guider is not None and given:
+            raise ValueError(
+                f"{', '.join(given)} cannot be combined with the guider {type(guider).__name__}, which brings its own "
+                "rule: set its scale and its start and stop when you make it, or set pipe.guider = None."
+            )
+        if type(guider).__name__ in self.refused_guiders:
+            reason = self.refused_guiders[type(guider).__name__]
+            raise ValueError(f"{type(guider).__name__} cannot guide this model: in this diffusers {reason}.")
+        for name in ("num_classes", "dtype"):
+            ours, theirs = getattr(self.unet, name), getattr(self.guide_unet or self.unet, name)
+            if ours != theirs:
+                raise ValueError(f"guide_unet has {name} {theirs}, but the UNet has {ours}: they must be the same.")
+
     def _check_scheduler(self) -> None:
         """Refuse what would draw noise without complaint: most schedulers accept the config of any other."""
         config, name = self.scheduler.config, type(self.scheduler).__name__
@@ -267,28 +376,99 @@ class CFGPipeline(DiffusionPipeline):
                 f"{name}.from_config(pipe.scheduler.config)."
             )
 
+        network, (prediction_type, alphas_cumprod) = self._noise_process, self._noise_process_of(self.scheduler)
+        difference = (alphas_cumprod - network[1]).abs().max().item() if len(alphas_cumprod) == len(network[1]) else 1
+        if prediction_type != network[0] or difference > 1e-4:
+            raise ValueError(
+                f"The {name} has another noise process than the one that this pipeline came with (prediction_type "
+                f"{prediction_type!r} and {network[0]!r}; α² differs by up to {difference:.2g}), and the network knows "
+                f"no other. Make it with {name}.from_config(pipe.scheduler.config), from the scheduler that came."
+            )
+
+    @staticmethod
+    def _noise_process_of(scheduler: SchedulerMixin) -> tuple[str | None, torch.Tensor]:
+        alphas_cumprod = getattr(scheduler, "alphas_cumprod", torch.empty(0))
+        return scheduler.config.get("prediction_type"), alphas_cumprod.double().cpu()
+
+    def _set_timesteps(self, num_inference_steps: int, device: torch.device) -> None:
+        self.scheduler.set_timesteps(num_inference_steps, device=device)
+        if hasattr(self.scheduler, "set_begin_index"):
+            # Left to find its place by the timestep, a solver that rounds them takes the second of two equal ones.
+            self.scheduler.set_begin_index(0)
+        self._check_first_sigma()
+        self._check_stride(num_inference_steps)
+
     def _check_first_sigma(self) -> None:
         """Known after `set_timesteps`: the schedulers that step in σ/α must not start at the end of the process."""
         sigma = float(self.scheduler.init_noise_sigma)
         if sigma > 1000:
             raise ValueError(
                 f"{type(self.scheduler).__name__} starts at σ/α = {sigma:.0f}, where one step multiplies the network's "
-                "error by as much. Leave use_karras_sigmas and sigma_max as they are in pipe.scheduler.config."
+                "error by as much. Leave use_exponential_sigmas and sigma_max as they are in pipe.scheduler.config."
             )
 
-    def _class_ids(self, class_labels: int | str | Sequence[int | str] | torch.Tensor) -> torch.Tensor:
-        """Labels in any form to ids, int64 `(labels,)`."""
+    def _check_stride(self, num_inference_steps: int) -> None:
+        """DDIM steps by ⌊N / T⌋ timesteps whatever the distance to the next one is: a wrong picture, in silence."""
+        if "DDIM" not in type(self.scheduler).__name__:
+            return
+        num_train_timesteps, timesteps = self.scheduler.config.num_train_timesteps, self.scheduler.timesteps
+        stride = num_train_timesteps // num_inference_steps
+        if (timesteps[:-1] - timesteps[1:] != stride).any():
+            divisors = [steps for steps in range(1, num_train_timesteps + 1) if num_train_timesteps % steps == 0]
+            nearest = min(divisors, key=lambda steps: abs(steps - num_inference_steps))
+            raise ValueError(
+                f"{type(self.scheduler).__name__} cannot take {num_inference_steps} steps: it steps by {stride} "
+                f"timesteps, but its {num_inference_steps} timesteps are farther apart. Take num_inference_steps="
+                f"{nearest}, or another number that divides {num_train_timesteps}, or another scheduler."
+            )
+
+    def _class_labels(self, class_labels: Any) -> torch.Tensor:
+        """Labels in any form to ids, int64 `(labels,)`, or to weights, float32 `(labels, num_classes + 1)`."""
         if isinstance(class_labels, torch.Tensor):
-            ids = class_labels.reshape(1) if class_labels.ndim == 0 else class_labels
+            labels = class_labels.cpu().reshape(class_labels.shape or (1,))
+            if labels.is_floating_point() and labels.shape[1:] == (self.unet.num_classes,):
+                labels = torch.nn.functional.pad(labels, (0, 1))  # no weight on the null class
         else:
-            if isinstance(class_labels, str) or not hasattr(class_labels, "__iter__"):
+            if isinstance(class_labels, (str, dict)) or not hasattr(class_labels, "__iter__"):
                 class_labels = [class_labels]
             label2id = {name: class_id for class_id, name in self.id2label.items()}
-            ids = torch.tensor([self._class_id(label, label2id) for label in class_labels], dtype=torch.int64)
-        if ids.numel() == 0:
+            mixes = [label.items() if isinstance(label, dict) else [(label, 1.0)] for label in class_labels]
+            mixes = [[(self._class_id(label, label2id), weight) for label, weight in mix] for mix in mixes]
+            if any(isinstance(label, dict) for label in class_labels):
+                labels = torch.zeros(len(mixes), self.unet.num_classes + 1)
+                for row, mix in zip(labels, mixes, strict=True):
+                    for class_id, weight in mix:
+                        row[class_id] += weight
+            else:
+                labels = torch.tensor([class_id for mix in mixes for class_id, _ in mix], dtype=torch.int64)
+        if labels.numel() == 0:
             raise ValueError("class_labels is empty: give at least one class id or name.")
-        self.unet.check_class_labels(ids, len(ids))
-        return ids.to(torch.int64)
+        self.unet.check_class_labels(labels, len(labels))
+        return labels.float() if labels.is_floating_point() else labels.to(torch.int64)
+
+    def _guide_labels(self, class_labels: torch.Tensor, negative: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        """c and what stands in the place of ∅, in the same form: both ids, or both weights."""
+        if negative is not None:
+            guide_labels = self._class_labels(negative)
+            if len(guide_labels) not in (1, len(class_labels)):
+                raise ValueError(
+                    f"negative_class_labels has {len(guide_labels)} labels, but must have one, or one for each of the "
+                    f"{len(class_labels)} class_labels."
+                )
+            guide_labels = guide_labels.expand(len(class_labels), *guide_labels.shape[1:])
+        elif self.guide_unet is not None:
+            guide_labels = class_labels
+        else:
+            guide_labels = torch.full((len(class_labels),), self.unet.null_class_label)
+        if class_labels.ndim != guide_labels.ndim:
+            class_labels, guide_labels = self._weights(class_labels), self._weights(guide_labels)
+        return class_labels, guide_labels
+
+    def _weights(self, labels: torch.Tensor) -> torch.Tensor:
+        if labels.is_floating_point():
+            return labels
+        rows = self.unet.num_classes + 1
+        return torch.nn.functional.one_hot(labels % rows, rows).float()  # -1 is the last row, the null class
 
     def _class_id(self, label: int | str, label2id: dict[str, int]) -> int:
         if isinstance(label, str):
@@ -319,9 +499,34 @@ class CFGPipeline(DiffusionPipeline):
         return ", ".join(named[:50]) + (f", … ({len(named)} in all)" if len(named) > 50 else "")
 
     def _guidance_scales(
-        self, guidance_scale: float | Sequence[float] | torch.Tensor, num_images: int, num_images_per_label: int
+        self,
+        guidance_scale: float | Sequence[float] | torch.Tensor | Callable[[float], Any] | None,
+        guidance_interval: tuple[float, float] | None,
+        num_images: int,
+        num_images_per_label: int,
     ) -> torch.Tensor:
-        """w per image, float32 `(images,)`."""
+        """w at each step and for each image, float32 `(steps, images)` on the CPU; 0 outside the interval."""
+        log_snr = self._log_snr()
+        if callable(guidance_scale):
+            rows = [
+                self._scale_per_image(guidance_scale(x), num_images, num_images_per_label) for x in log_snr.tolist()
+            ]
+        else:
+            guidance_scale = 1.0 if guidance_scale is None else guidance_scale
+            rows = [self._scale_per_image(guidance_scale, num_images, num_images_per_label)] * len(log_snr)
+        scales = torch.stack(rows)
+        if guidance_interval is not None:
+            (low, high), sigma = guidance_interval, (-log_snr / 2).exp()
+            inside = (low < sigma) & (sigma <= high)
+            if not inside.any():
+                raise ValueError(
+                    f"None of the {len(sigma)} steps lies in guidance_interval ({low}, {high}]: σ/α goes from "
+                    f"{sigma.max():.4g} to {sigma.min():.4g}. Take a wider one, or more steps."
+                )
+            scales = torch.where(inside[:, None], scales, 0.0)
+        return scales
+
+    def _scale_per_image(self, guidance_scale: Any, num_images: int, num_images_per_label: int) -> torch.Tensor:
         w = torch.as_tensor(guidance_scale, dtype=torch.float32, device="cpu")
         num_labels = num_images // num_images_per_label
         if w.ndim == 0:
@@ -338,8 +543,18 @@ class CFGPipeline(DiffusionPipeline):
             raise ValueError(f"guidance_scale must be finite, but has {wrong}.")
         return w
 
-    def _warn_if_never_dropped(self, needs_uncond: bool) -> None:
-        if needs_uncond and self.config.conditioning_dropout_prob == 0:
+    def _log_snr(self) -> torch.Tensor:
+        """λ at each of the scheduler's timesteps, float64 `(steps,)` on the CPU."""
+        timesteps = self.scheduler.timesteps.double().cpu()
+        if hasattr(self.scheduler, "log_snr"):
+            return self.scheduler.log_snr(self.scheduler.u(timesteps))
+        log_snr = self.scheduler.alphas_cumprod.double().cpu().logit()
+        before = timesteps.floor().long().clamp(0, len(log_snr) - 2)
+        return torch.lerp(log_snr[before], log_snr[before + 1], timesteps - before)
+
+    def _warn_if_never_dropped(self, guide_labels: torch.Tensor, needs_uncond: bool) -> None:
+        null_class = guide_labels.ndim == 1 and bool((guide_labels == self.unet.null_class_label).any())
+        if needs_uncond and self.guide_unet is None and null_class and self.config.conditioning_dropout_prob == 0:
             logging.get_logger(__name__).warning(
                 "This model was trained with conditioning_dropout_prob = 0: its null class was never trained, so "
                 "guidance and unconditional samples mean nothing. Use guidance_scale=0, or train with 0.1 to 0.2."

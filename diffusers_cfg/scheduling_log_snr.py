@@ -57,10 +57,11 @@ class LogSNRScheduler(SchedulerMixin, ConfigMixin):
             to ±1, in the one form of it that `DPMSolverMultistepScheduler` and `UniPCMultistepScheduler` know.
         dynamic_thresholding_ratio (`float`): the quantile.
         sample_max_value (`float`): the largest bound.
-        timestep_spacing (`str`), use_karras_sigmas (`bool`), sigma_min (`float`), sigma_max (`float`),
+        timestep_spacing (`str`), use_exponential_sigmas (`bool`), sigma_min (`float`), sigma_max (`float`),
         lambda_min_clipped (`float`): read by diffusers' own schedulers only; this one always goes from λ_min to λ_max.
             Those that step in σ/α cannot start at its 22026, where the same amplification awaits them and nothing clips
-            it: they get the spacing of EDM (arXiv 2206.00364, equation 5), from 80 to about one level of 8 bits.
+            it: they start at EDM's 80 (arXiv 2206.00364, table 1) and end at about one level of 8 bits. Even steps in
+            λ between the two were the closest to the exact solution, see `training/EXACTNESS.md`.
         trained_betas (`list[float]`, *optional*): derived from the arguments above, for diffusers' own schedulers; a
             value passed in is replaced.
 
@@ -104,7 +105,7 @@ class LogSNRScheduler(SchedulerMixin, ConfigMixin):
         dynamic_thresholding_ratio: float = 0.995,
         sample_max_value: float = 1.0,
         timestep_spacing: str = "trailing",
-        use_karras_sigmas: bool = True,
+        use_exponential_sigmas: bool = True,
         sigma_min: float = 0.01,
         sigma_max: float = 80.0,
         lambda_min_clipped: float = -5.1,

@@ -51,13 +51,19 @@ class UNet2DCFGModel(UNet2DModel):
         (`CFGPipeline`, the training data); `forward` calls it on the CPU only, where it costs nothing.
 
         Args:
-            class_labels (`torch.Tensor` of shape `(batch_size,)`): integers in `-1 … num_classes`.
+            class_labels (`torch.Tensor` of shape `(batch_size,)`): integers in `-1 … num_classes`. Or weights of the
+                classes, the null class last, `(batch_size, num_classes + 1)`: 0 or more, and one in all.
             batch_size (`int`): number of samples that the labels are for.
 
         Raises:
-            ValueError: the labels are not integers, are not one per sample, or one of them is out of range.
+            ValueError: the labels are neither integers nor weights, are not one per sample, or one is out of range.
         """
         self._check_class_labels_layout(class_labels, batch_size)
+        if class_labels.is_floating_point():
+            wrong = [row for row in class_labels.tolist() if not (min(row) >= 0 and abs(sum(row) - 1) < 1e-3)]
+            if wrong:
+                raise ValueError(f"The weights of the classes must be 0 or more and add up to one, but are {wrong[0]}.")
+            return
         wrong = sorted({label for label in class_labels.tolist() if not -1 <= label <= self.null_class_label})
         if wrong:
             raise ValueError(
@@ -66,8 +72,13 @@ class UNet2DCFGModel(UNet2DModel):
             )
 
     def _check_class_labels_layout(self, class_labels: torch.Tensor, batch_size: int) -> None:
+        if class_labels.is_floating_point() and class_labels.shape == (batch_size, self.num_classes + 1):
+            return
         if class_labels.is_floating_point() or class_labels.is_complex() or class_labels.dtype == torch.bool:
-            raise ValueError(f"class_labels must be integers, but their dtype is {class_labels.dtype}.")
+            raise ValueError(
+                f"class_labels must be integers, or weights of shape ({batch_size}, {self.num_classes + 1}), but their "
+                f"dtype is {class_labels.dtype} and their shape {tuple(class_labels.shape)}."
+            )
         if class_labels.shape != (batch_size,):
             raise ValueError(
                 f"class_labels must hold one label per sample, shape ({batch_size},), but their shape is "
@@ -87,15 +98,17 @@ class UNet2DCFGModel(UNet2DModel):
             timestep (`torch.Tensor` of shape `()` or `(batch,)`): the network's time. Pass a tensor: diffusers cuts a
                 Python float to an integer.
             class_labels (`torch.Tensor` of shape `(batch,)`, *optional*): integers; `-1` is the null class for that
-                sample, `None` is the null class for the whole batch.
+                sample, `None` is the null class for the whole batch. Or weights, `(batch, num_classes + 1)`, which mix
+                the rows of the class embedding.
             return_dict (`bool`): whether to return a `UNet2DOutput` instead of a tuple.
 
         Returns:
             `UNet2DOutput` or `tuple`: the prediction, of the shape of `sample`.
 
         Raises:
-            ValueError: the labels are not integers, or not one per sample. A label out of range raises on the CPU; on
-                other devices reading it would stall every step, and `check_class_labels` is there to be called before.
+            ValueError: the labels are neither integers nor weights, or not one per sample. A label out of range raises
+                on the CPU; on other devices reading it would stall every step, and `check_class_labels` is there to be
+                called before.
         """
         batch_size = sample.shape[0]
         if class_labels is None:
@@ -104,5 +117,17 @@ class UNet2DCFGModel(UNet2DModel):
             self.check_class_labels(class_labels, batch_size)
         else:
             self._check_class_labels_layout(class_labels, batch_size)
+        if class_labels.is_floating_point():
+            return self._forward_mixed(sample, timestep, class_labels, return_dict)
         class_labels = torch.where(class_labels == -1, self.null_class_label, class_labels)
         return super().forward(sample, timestep, class_labels=class_labels, return_dict=return_dict)
+
+    def _forward_mixed(self, sample, timestep, weights: torch.Tensor, return_dict: bool) -> UNet2DOutput | tuple:
+        """The parent looks a label's row up; for this call the layer answers with the weighted sum of its rows."""
+        mixed = weights.to(self.class_embedding.weight.dtype) @ self.class_embedding.weight
+        hook = self.class_embedding.register_forward_hook(lambda *_: mixed)
+        try:
+            any_labels = torch.zeros(len(sample), dtype=torch.int64, device=sample.device)
+            return super().forward(sample, timestep, class_labels=any_labels, return_dict=return_dict)
+        finally:
+            hook.remove()

@@ -5,10 +5,12 @@ import numpy as np
 import pytest
 import torch
 from conftest import generators, make_pipeline, make_unet
+from diffusers import guiders
 from diffusers.guiders import ClassifierFreeGuidance
+from diffusers.hooks import LayerSkipConfig
 from diffusers.models.unets.unet_2d import UNet2DOutput
 
-from diffusers_cfg import CFGPipeline, LogSNRScheduler
+from diffusers_cfg import CFGPipeline, LogSNRScheduler, UNet2DCFGModel
 
 
 def draw(pipeline: CFGPipeline, class_labels, guidance_scale=1.0, seeds=(0,), **settings) -> torch.Tensor:
@@ -40,7 +42,7 @@ def test_the_rule_is_diffusers_original_formulation(pipeline, w):
     pred_uncond = pipeline.unet(z, t).sample
     guider = ClassifierFreeGuidance(guidance_scale=w, use_original_formulation=True)
     expected = guider.forward(pred_cond, pred_uncond).pred
-    actual = pipeline.guided_prediction(z, t, labels, torch.full((2, 1, 1, 1), w))
+    actual = pipeline.guided_prediction(z, t, labels, torch.tensor([3, 3]), torch.full((2, 1, 1, 1), w))
     torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-6)
 
 
@@ -83,8 +85,231 @@ def test_an_image_does_not_depend_on_its_batch(pipeline):
 def test_the_prediction_is_float32_whatever_the_network_computes_in(pipeline):
     pipeline.to(torch.bfloat16)
     z, w = torch.randn(1, 1, 8, 8), torch.ones(1, 1, 1, 1)
-    assert pipeline.guided_prediction(z, torch.tensor(5.0), torch.tensor([0]), w).dtype == torch.float32
+    assert (
+        pipeline.guided_prediction(z, torch.tensor(5.0), torch.tensor([0]), torch.tensor([3]), w).dtype == torch.float32
+    )
     assert draw(pipeline, 0).isfinite().all()
+
+
+# ----- guidance over time -----
+
+
+def test_steps_outside_the_interval_cost_one_pass(pipeline):
+    calls = Calls(pipeline.unet)
+    latents = draw(pipeline, 1, 2.0, guidance_interval=(0.1, 1.1), num_inference_steps=9, output_type="latent")
+    u = torch.linspace(1, 0, 9, dtype=torch.float64)
+    sigma = (-LogSNRScheduler().log_snr(u) / 2).exp()
+    inside = [0.1 < value <= 1.1 for value in sigma.tolist()]
+    assert inside == [False, False, False, False, True, True, True, True, False]
+    assert calls.labels == [[1, 3] if guided else [1] for guided in inside]
+
+    scale = iter(2.0 if guided else 0.0 for guided in inside)
+    by_schedule = draw(pipeline, 1, lambda _: next(scale), num_inference_steps=9, output_type="latent")
+    assert torch.equal(latents, by_schedule)
+
+
+def test_a_schedule_sees_the_log_snr_of_each_step(pipeline):
+    seen = []
+
+    def schedule(log_snr):
+        seen.append(log_snr)
+        return [1.0, 0.0]
+
+    together = draw(pipeline, [0, 0], schedule, seeds=(0, 0))
+    assert seen == pytest.approx(LogSNRScheduler().log_snr(torch.linspace(1, 0, 4, dtype=torch.float64)).tolist())
+    torch.testing.assert_close(together[0], draw(pipeline, 0, 1.0)[0], rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(together[1], draw(pipeline, 0, 0.0)[0], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", CFGPipeline.schedulers)
+def test_the_log_snr_is_the_one_that_the_scheduler_steps_from(pipeline, name):
+    pipeline.scheduler = getattr(diffusers, name, LogSNRScheduler).from_config(pipeline.scheduler.config)
+    seen = []
+    draw(pipeline, 0, lambda log_snr: seen.append(log_snr) or 0.0, num_inference_steps=10)
+    assert len(seen) == len(pipeline.scheduler.timesteps)
+    assert seen == sorted(seen) or name == "KDPM2AncestralDiscreteScheduler"  # which evaluates half a step ahead
+    if name in ("EulerDiscreteScheduler", "DPMSolverMultistepScheduler", "UniPCMultistepScheduler"):
+        sigmas = torch.tensor(seen[:-1]).mul(-0.5).exp()
+        # Some round to a whole timestep, a part in t of σ
+        torch.testing.assert_close(sigmas, pipeline.scheduler.sigmas[: len(sigmas)].float(), rtol=0.2, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"guidance_interval": (1.0, 0.5)}, r"σ_lo < σ_hi, but is \(1.0, 0.5\)"),
+        (
+            {"guidance_interval": (0.5, 0.51)},
+            r"None of the 4 steps lies in guidance_interval \(0.5, 0.51\].*2.203e\+04",
+        ),
+        ({"guidance_scale": lambda log_snr: math.inf}, "inf"),
+        ({"guidance_scale": lambda log_snr: [1.0, 2.0]}, r"shape \(2,\)"),
+        ({"guidance_rescale": 1.5}, "guidance_rescale.*1.5"),
+        ({"negative_class_labels": "seven"}, "'seven'"),
+        ({"negative_class_labels": [0, 1, 2]}, "3 labels.*1 class_labels"),
+        ({"guider": ClassifierFreeGuidance(), "guidance_scale": 1.0}, "guidance_scale cannot.*ClassifierFreeGuidance"),
+        ({"guider": ClassifierFreeGuidance(), "guidance_interval": (0, 1)}, "guidance_interval cannot"),
+        ({"guider": ClassifierFreeGuidance(), "guidance_rescale": 0.5}, "guidance_rescale cannot"),
+        ({"guider": guiders.MagnitudeAwareGuidance()}, "MagnitudeAwareGuidance cannot.*tokens"),
+    ],
+)
+def test_wrong_guidance_is_named_before_anything_is_computed(pipeline, settings, message):
+    calls = Calls(pipeline.unet)
+    with pytest.raises(ValueError, match=message):
+        pipeline(**{"class_labels": 0, "num_inference_steps": 4, **settings})
+    assert calls.samples == []
+
+
+# ----- kinds of guidance -----
+
+
+def test_rescale_restores_the_conditional_deviation(pipeline):
+    z = torch.randn(2, 1, 8, 8, generator=torch.Generator().manual_seed(0))
+    arguments = (z, torch.tensor(300.0), torch.tensor([0, 2]), torch.tensor([3, 3]))
+    w = torch.full((2, 1, 1, 1), 3.0)
+    cond = pipeline.guided_prediction(*arguments, 0 * w, needs_uncond=False)
+    guided = pipeline.guided_prediction(*arguments, w)
+    rescaled = pipeline.guided_prediction(*arguments, w, guidance_rescale=1.0)
+    half = pipeline.guided_prediction(*arguments, w, guidance_rescale=0.5)
+    torch.testing.assert_close(rescaled.std((1, 2, 3)), cond.std((1, 2, 3)))
+    assert not torch.allclose(guided.std((1, 2, 3)), cond.std((1, 2, 3)), rtol=0.05)
+    torch.testing.assert_close(half, (guided + rescaled) / 2)
+    assert not torch.equal(draw(pipeline, 0, 3.0), draw(pipeline, 0, 3.0, guidance_rescale=0.7))
+
+
+def test_a_negative_class_stands_in_the_place_of_the_null_class(pipeline):
+    calls = Calls(pipeline.unet)
+    images = draw(pipeline, [0, 1], 1.5, seeds=(0, 1), negative_class_labels=["two", 0])
+    assert calls.labels == [[0, 1, 2, 0]] * 4
+    assert torch.equal(images, draw(pipeline, [0, 1], 1.5, seeds=(0, 1), negative_class_labels=torch.tensor([2, 0])))
+    one_for_all = draw(pipeline, [0, 1], 1.5, seeds=(0, 1), negative_class_labels="two")
+    assert torch.equal(one_for_all, draw(pipeline, [0, 1], 1.5, seeds=(0, 1), negative_class_labels=[2, 2]))
+    assert torch.equal(draw(pipeline, 0, negative_class_labels=-1), draw(pipeline, 0))
+    torch.testing.assert_close(draw(pipeline, 0, 3.0, negative_class_labels=0), draw(pipeline, 0, 0.0))
+
+
+def test_soft_labels_mix_classes(pipeline):
+    mixed = draw(pipeline, [{"zero": 0.3, 2: 0.7}, 1], seeds=(0, 1))
+    weights = torch.tensor([[0.3, 0.0, 0.7], [0.0, 1.0, 0.0]])
+    assert torch.equal(mixed, draw(pipeline, weights, seeds=(0, 1)))
+    torch.testing.assert_close(mixed[1:], draw(pipeline, 1, seeds=(1,)))
+    torch.testing.assert_close(draw(pipeline, {"zero": 1.0}), draw(pipeline, 0))
+    assert (mixed[0] - draw(pipeline, 0)[0]).abs().max() > 1e-3
+    assert (mixed[0] - draw(pipeline, 2)[0]).abs().max() > 1e-3
+    assert draw(pipeline, {"zero": 0.5, "one": 0.5}, num_images_per_label=2, seeds=(0, 1)).shape == (2, 1, 8, 8)
+
+
+@pytest.mark.parametrize(
+    ("labels", "message"),
+    [
+        ({"zero": 0.5, "two": 0.6}, "add up to one"),
+        ({"zero": 1.5, "two": -0.5}, "0 or more"),
+        ({"seven": 1.0}, "'seven'"),
+        (torch.ones(2, 5) / 5, r"\(2, 5\)"),
+    ],
+)
+def test_wrong_soft_labels_are_named(pipeline, labels, message):
+    with pytest.raises(ValueError, match=message):
+        draw(pipeline, labels)
+
+
+def test_autoguidance_takes_the_same_classes_from_a_second_network(pipeline):
+    torch.manual_seed(7)
+    weak = UNet2DCFGModel.from_config(pipeline.unet.config, block_out_channels=(8, 8)).eval()
+    strong = Calls(pipeline.unet)
+    plain = draw(pipeline, [0, 2], 1.5, seeds=(0, 1))
+    pipeline.guide_unet, calls = weak, Calls(weak)
+    strong.labels.clear()
+    z, t, labels = torch.randn(2, 1, 8, 8), torch.tensor(300.0), torch.tensor([0, 2])
+    with torch.no_grad():
+        actual = pipeline.guided_prediction(z, t, labels, labels, torch.full((2, 1, 1, 1), 1.5))
+        expected = 2.5 * pipeline.unet(z, t, class_labels=labels).sample - 1.5 * weak(z, t, class_labels=labels).sample
+    torch.testing.assert_close(actual, expected)
+
+    strong.labels.clear()
+    calls.labels.clear()
+    images = draw(pipeline, [0, 2], 1.5, seeds=(0, 1))
+    assert strong.labels == calls.labels == [[0, 2]] * 4
+    assert not torch.allclose(images, plain, atol=1e-3)
+    calls.labels.clear()
+    draw(pipeline, [0, 2], 1.5, seeds=(0, 1), negative_class_labels=-1)
+    assert calls.labels == [[3, 3]] * 4
+    draw(pipeline, 0, 0.0)
+    assert len(calls.labels) == 4  # w = 0 needs no guide
+    pipeline.guide_unet = None
+    assert torch.equal(draw(pipeline, [0, 2], 1.5, seeds=(0, 1)), plain)
+
+
+def test_a_guide_for_other_classes_is_refused(pipeline):
+    pipeline.guide_unet = make_unet(num_class_embeds=6)
+    with pytest.raises(ValueError, match="guide_unet has num_classes 5, but the UNet has 3"):
+        draw(pipeline, 0)
+
+
+ORIGINAL = {"guidance_scale": 2.0, "use_original_formulation": True}
+MID_ATTENTION = {"indices": [0], "fqn": "mid_block.attentions", "skip_ff": False}
+GUIDERS = {
+    "ClassifierFreeGuidance": lambda: guiders.ClassifierFreeGuidance(**ORIGINAL),
+    "AdaptiveProjectedGuidance": lambda: guiders.AdaptiveProjectedGuidance(
+        **ORIGINAL, eta=0.0, adaptive_projected_guidance_momentum=-0.5
+    ),
+    "AdaptiveProjectedMixGuidance": lambda: guiders.AdaptiveProjectedMixGuidance(
+        **ORIGINAL, adaptive_projected_guidance_start_step=1
+    ),
+    "ClassifierFreeZeroStarGuidance": lambda: guiders.ClassifierFreeZeroStarGuidance(**ORIGINAL, zero_init_steps=0),
+    "TangentialClassifierFreeGuidance": lambda: guiders.TangentialClassifierFreeGuidance(**ORIGINAL),
+    "AutoGuidance": lambda: guiders.AutoGuidance(**ORIGINAL, auto_guidance_config=LayerSkipConfig(**MID_ATTENTION)),
+    "PerturbedAttentionGuidance": lambda: guiders.PerturbedAttentionGuidance(
+        **ORIGINAL,
+        perturbed_guidance_config=LayerSkipConfig(**MID_ATTENTION, skip_attention=False, skip_attention_scores=True),
+        perturbed_guidance_stop=1.0,
+    ),
+    "SkipLayerGuidance": lambda: guiders.SkipLayerGuidance(
+        **ORIGINAL, skip_layer_config=LayerSkipConfig(**MID_ATTENTION), skip_layer_guidance_stop=1.0
+    ),
+    "LTX2Guidance": lambda: guiders.LTX2Guidance(guidance_scale=3.0),
+}
+
+
+@pytest.mark.parametrize("name", GUIDERS)
+def test_guiders_of_diffusers(pipeline, name):
+    """Each guides, leaves nothing behind in itself or in the network, and is classifier-free guidance only by name."""
+    plain, guider = draw(pipeline, [0, 1], 2.0, seeds=(0, 1), output_type="latent"), GUIDERS[name]()
+    images = draw(pipeline, [0, 1], None, seeds=(0, 1), output_type="latent", guider=guider)
+    assert torch.equal(images, draw(pipeline, [0, 1], None, seeds=(0, 1), output_type="latent", guider=guider))
+    assert torch.equal(plain, draw(pipeline, [0, 1], 2.0, seeds=(0, 1), output_type="latent"))
+    same = torch.allclose(images, plain, rtol=1e-3, atol=1e-4)
+    assert same == (name in ("ClassifierFreeGuidance", "LTX2Guidance"))
+    assert (images - draw(pipeline, [0, 1], 0.0, seeds=(0, 1), output_type="latent")).abs().max() > 1e-2
+
+
+def test_every_guider_of_diffusers_was_tried():
+    tried = {*GUIDERS, *CFGPipeline.refused_guiders, "FrequencyDecoupledGuidance"}  # the last wants kornia
+    exported = {name for name in dir(guiders) if name.endswith("Guidance") and name != "BaseGuidance"}
+    assert exported == tried
+
+
+def test_a_guider_is_asked_no_more_passes_than_it_needs(pipeline):
+    calls = Calls(pipeline.unet)
+    draw(pipeline, 1, None, guider=guiders.ClassifierFreeGuidance(**ORIGINAL, stop=0.5))
+    assert calls.labels == [[1], [3], [1], [3], [1], [1]]
+
+
+def test_a_pass_that_fails_leaves_no_hook_in_the_network(pipeline):
+    guider, plain = GUIDERS["SkipLayerGuidance"](), draw(pipeline, 0)
+    forward, calls = pipeline.unet.forward, []
+
+    def fails(*args, **kwargs):
+        calls.append(args)
+        if len(calls) == 6:
+            raise RuntimeError("out of memory")
+        return forward(*args, **kwargs)
+
+    pipeline.unet.forward = fails
+    with pytest.raises(RuntimeError, match="out of memory"):
+        draw(pipeline, 0, None, guider=guider)
+    pipeline.unet.forward = forward
+    assert torch.equal(draw(pipeline, 0), plain)
 
 
 # ----- labels -----
@@ -167,7 +392,7 @@ def test_a_model_that_never_saw_the_null_class_warns(caplog):
 def test_values_that_are_not_finite_are_not_drawn():
     unet = make_unet()
     unet.conv_out.bias.data.fill_(math.nan)
-    with pytest.raises(FloatingPointError, match=r"float32.*guidance_scale \[1.0\]"):
+    with pytest.raises(FloatingPointError, match="float32.*guidance_scale up to 1"):
         draw(make_pipeline(unet), 0)
 
 
@@ -264,7 +489,9 @@ def test_ddim_steps_along_the_noise_of_the_clipped_sample(pipeline):
     for clipped, z in expected.items():
         for t in scheduler.timesteps:
             with torch.no_grad():
-                pred = pipeline.guided_prediction(z, t, torch.tensor([0]), torch.full((1, 1, 1, 1), 3.0))
+                pred = pipeline.guided_prediction(
+                    z, t, torch.tensor([0]), torch.tensor([3]), torch.full((1, 1, 1, 1), 3.0)
+                )
             z = scheduler.step(pred, t, z, use_clipped_model_output=clipped).prev_sample
         expected[clipped] = z
     assert torch.equal(latents, expected[True])
@@ -311,10 +538,43 @@ def test_flow_matching_settings_are_refused(pipeline, settings, message):
 
 def test_a_start_at_the_very_end_is_refused(pipeline):
     pipeline.scheduler = diffusers.EulerDiscreteScheduler.from_config(
-        pipeline.scheduler.config, use_karras_sigmas=False
+        pipeline.scheduler.config, use_exponential_sigmas=False
     )
     with pytest.raises(ValueError, match="EulerDiscreteScheduler starts at σ/α = 2202"):
         draw(pipeline, 0)
+
+
+def test_a_scheduler_with_another_noise_process_is_refused(pipeline):
+    own = pipeline.scheduler.config
+    for scheduler, message in (
+        (diffusers.DDIMScheduler(), r"DDIMScheduler has another noise process.*α² differs by up to 0\.\d+"),
+        (diffusers.DDIMScheduler.from_config(own, num_train_timesteps=500, trained_betas=None), "another noise"),
+        (diffusers.DDIMScheduler.from_config(own, prediction_type="v_prediction"), "'v_prediction' and 'epsilon'"),
+        (LogSNRScheduler.from_config(own, log_snr_min=-10.0), "LogSNRScheduler has another noise process"),
+    ):
+        pipeline.scheduler = scheduler
+        with pytest.raises(ValueError, match=message):
+            draw(pipeline, 0)
+    pipeline.scheduler = LogSNRScheduler.from_config(own)
+    draw(pipeline, 0)
+
+
+@pytest.mark.parametrize("name", ["DDIMScheduler", "DDIMParallelScheduler"])
+def test_ddim_is_refused_where_it_would_step_short(pipeline, name):
+    """It steps by ⌊1000 / T⌋ timesteps even where its timesteps are farther apart, and never arrives."""
+    pipeline.scheduler = getattr(diffusers, name).from_config(pipeline.scheduler.config)
+    with pytest.raises(ValueError, match=r"cannot take 256 steps: it steps by 3.*num_inference_steps=250"):
+        draw(pipeline, 0, num_inference_steps=256)
+    draw(pipeline, 0, num_inference_steps=250)
+
+
+@pytest.mark.parametrize("name", CFGPipeline.schedulers)
+def test_many_steps(name):
+    """Solvers that round their timesteps meet equal ones at the noisy end, and used to run off theirs."""
+    pipeline = make_pipeline()
+    pipeline.unet.forward = lambda z, t, class_labels: UNet2DOutput(sample=torch.zeros_like(z))
+    pipeline.scheduler = getattr(diffusers, name, LogSNRScheduler).from_config(pipeline.scheduler.config)
+    assert draw(pipeline, 0, num_inference_steps=250).isfinite().all()
 
 
 # ----- latent models -----

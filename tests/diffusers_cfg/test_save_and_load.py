@@ -10,8 +10,10 @@ import pytest
 import torch
 from conftest import generators, make_pipeline, make_unet
 from diffusers import DiffusionPipeline
+from diffusers.guiders import AdaptiveProjectedGuidance
 
 from diffusers_cfg import CFGPipeline, LogSNRScheduler, UNet2DCFGModel
+from diffusers_cfg.hub import allowed_files
 
 # Run in a process of its own, in an environment where the package is not to be had: editable installs are found through
 # hooks that no directory can hide, so the import itself is made to fail.
@@ -115,6 +117,58 @@ def test_what_was_loaded_can_be_saved_and_loaded(pipeline, folder, tmp_path):
     again = tmp_path / "again"
     assert {path.relative_to(again): path.read_bytes() for path in again.rglob("*") if path.is_file()} == files
     assert torch.equal(draw(CFGPipeline.from_pretrained(again)), draw(pipeline))
+
+
+def weaker_unet() -> UNet2DCFGModel:
+    torch.manual_seed(7)
+    return UNet2DCFGModel.from_config(make_unet().config, block_out_channels=(8, 8)).eval()
+
+
+def test_a_guide_put_in_later_is_saved(pipeline, tmp_path):
+    plain = draw(pipeline)
+    pipeline.guide_unet = weaker_unet()
+    images = draw(pipeline)
+    assert not torch.equal(images, plain)
+    pipeline.save_pretrained(tmp_path)
+    assert (tmp_path / "guide_unet" / "unet_2d_cfg.py").read_text() == UNet2DCFGModel.remote_code
+    assert torch.equal(draw(CFGPipeline.from_pretrained(tmp_path)), images)
+    assert torch.equal(draw(CFGPipeline.from_pretrained(tmp_path, guide_unet=None)), plain)
+    pipeline.guide_unet = None
+    pipeline.save_pretrained(tmp_path / "without")
+    assert torch.equal(draw(CFGPipeline.from_pretrained(tmp_path / "without")), plain)
+
+
+@pytest.mark.slow
+def test_door_one_with_a_guide(pipeline, tmp_path):
+    pipeline.guide_unet = weaker_unet()
+    pipeline.save_pretrained(tmp_path / "model")
+    result = run_python("-c", DOOR_ONE, str(tmp_path / "model"), "images.pt", "copy", cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    assert torch.equal(torch.load(tmp_path / "images.pt"), draw(pipeline))
+
+
+def test_a_guider_is_saved(pipeline, tmp_path):
+    pipeline.guider = AdaptiveProjectedGuidance(2.0, use_original_formulation=True, eta=0.5)
+    pipeline.save_pretrained(tmp_path)
+    loaded = CFGPipeline.from_pretrained(tmp_path)
+    assert (loaded.guider.guidance_scale, loaded.guider.eta) == (2.0, 0.5)
+    images = []
+    for pipe in (pipeline, loaded):
+        pipe.set_progress_bar_config(disable=True)
+        images.append(pipe(1, num_inference_steps=4, generator=generators(0), output_type="pt").images)
+    assert torch.equal(*images)
+    with pytest.raises(ValueError, match=r"guidance_scale cannot.*AdaptiveProjectedGuidance.*pipe.guider = None"):
+        loaded(1, guidance_scale=2.0)
+
+
+def test_what_is_published_includes_guide_and_guider(pipeline, tmp_path):
+    pipeline.guide_unet = weaker_unet()
+    pipeline.save_pretrained(tmp_path)
+    pipeline.guide_unet, pipeline.guider = None, AdaptiveProjectedGuidance(2.0)
+    pipeline.guider.save_pretrained(tmp_path / "guider")
+    names = {str(path.relative_to(tmp_path)) for path in allowed_files(tmp_path)}
+    assert names == {str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*") if path.is_file()}
+    assert {"guide_unet/diffusion_pytorch_model.safetensors", "guider/guider_config.json"} <= names
 
 
 def test_remote_code_saves_its_own_text(folder, tmp_path):

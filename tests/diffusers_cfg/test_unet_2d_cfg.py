@@ -29,6 +29,18 @@ def test_given_labels_are_not_changed(unet):
     assert labels.tolist() == [1, -1]
 
 
+def test_weights_mix_the_rows_of_the_class_embedding(unet):
+    """A whole weight is the label itself; a mix is what the network says of a class with the mean of two rows."""
+    one_hot = torch.eye(4)[[1, 3]]
+    assert torch.equal(unet(Z, T, class_labels=one_hot).sample, unet(Z, T, class_labels=torch.tensor([1, -1])).sample)
+    mixed = unet(Z, T, class_labels=torch.tensor([[0.25, 0.75, 0, 0]] * 2)).sample
+    rows = unet.class_embedding.weight.data
+    rows[2] = 0.25 * rows[0] + 0.75 * rows[1]
+    torch.testing.assert_close(mixed, unet(Z, T, class_labels=torch.tensor([2, 2])).sample)
+    assert not torch.allclose(mixed, unet(Z, T, class_labels=torch.tensor([1, 1])).sample)
+    assert not unet.class_embedding._forward_hooks
+
+
 def test_is_the_stock_unet_with_labels(unet, tmp_path):
     labels = torch.tensor([0, 2])
     unet.save_pretrained(tmp_path)
@@ -48,6 +60,10 @@ def test_is_the_stock_unet_with_labels(unet, tmp_path):
         (torch.tensor([1]), r"shape \(2,\).*\(1,\)"),
         (torch.tensor([[0, 1]]), r"shape \(2,\).*\(1, 2\)"),
         (torch.tensor(1), r"shape \(2,\).*\(\)"),
+        (torch.full((2, 3), 1 / 3), r"weights of shape \(2, 4\).*\(2, 3\)"),
+        (torch.full((2, 4), 0.5), r"add up to one, but are \[0.5, 0.5, 0.5, 0.5\]"),
+        (torch.tensor([[2.0, -1.0, 0.0, 0.0]] * 2), r"0 or more.*-1.0"),
+        (torch.full((2, 4), torch.nan), "nan"),
     ],
 )
 def test_wrong_labels_are_named(unet, labels, message):
