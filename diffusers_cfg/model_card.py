@@ -104,7 +104,7 @@ def card_metadata(repo_id: str, run: dict, evaluation: dict, has_samples: bool) 
                 dataset_name=run["dataset"],
                 metric_type=metric,
                 metric_name=f"{name} at w = {row['guidance_scale']:g}, {evaluation['num_samples']} samples, "
-                f"{network_evaluations(evaluation, row)} network evaluations{note}",
+                f"{row['network_evaluations']} network evaluations{note}",
                 metric_value=round(row[metric], 4),
             )
             for row in evaluation["results"]
@@ -120,11 +120,6 @@ def card_metadata(repo_id: str, run: dict, evaluation: dict, has_samples: bool) 
         tags=["diffusers", "diffusers-cfg", "classifier-free-guidance", "class-conditional", "image-generation"],
         **facts,
     )
-
-
-def network_evaluations(evaluation: dict, row: dict) -> int:
-    """Passes of the network for one image: a guided step takes two."""
-    return evaluation["num_inference_steps"] * (1 if row["guidance_scale"] in (0, -1) else 2)
 
 
 def introduction(repo_id: str, index: dict, unet: dict, run: dict, has_samples: bool) -> str:
@@ -144,6 +139,7 @@ def introduction(repo_id: str, index: dict, unet: dict, run: dict, has_samples: 
 
 def how_to_load(repo_id: str, index: dict) -> str:
     label = json.dumps(next(iter((index.get("id2label") or {}).values()), 0), ensure_ascii=False)
+    scale = "" if has_guider(index) else ", guidance_scale=1.0"
     return f"""## Use
 
 With diffusers alone. The repository's own code is run; read it first:
@@ -152,7 +148,7 @@ With diffusers alone. The repository's own code is run; read it first:
 from diffusers import DiffusionPipeline
 
 pipe = DiffusionPipeline.from_pretrained("{repo_id}", trust_remote_code=True)
-image = pipe(class_labels=[{label}], guidance_scale=1.0).images[0]
+image = pipe(class_labels=[{label}]{scale}).images[0]
 ```
 
 With the package diffusers-cfg installed. No code of the repository is run:
@@ -161,17 +157,28 @@ With the package diffusers-cfg installed. No code of the repository is run:
 from diffusers_cfg import CFGPipeline
 
 pipe = CFGPipeline.from_pretrained("{repo_id}")
-image = pipe(class_labels=[{label}], guidance_scale=1.0).images[0]
+image = pipe(class_labels=[{label}]{scale}).images[0]
 ```"""
 
 
+def has_guider(index: dict) -> bool:
+    return bool(index.get("guider", [None])[0])
+
+
 def the_scale(index: dict) -> str:
+    if has_guider(index):
+        return (
+            f"The pipeline comes with diffusers' `{index['guider'][1]}`, which brings its own rule and scale. Set "
+            "`pipe.guider = None` to guide by `guidance_scale`, the paper's w."
+        )
     text = (
         "`guidance_scale` is the paper's w: ε̃ = (1 + w) ε(z, c) − w ε(z). 0 is the plain conditional model and −1 the "
         "plain unconditional one. Most other pipelines of diffusers take s = 1 + w."
     )
     if index.get("conditioning_dropout_prob") == 0:
         text += " **This model was trained without dropping labels: it cannot be guided. Use 0.**"
+    if index.get("guide_unet", [None])[0]:
+        text += " A second, weaker network in `guide_unet` takes the place of ε(z): autoguidance (arXiv 2406.02507)."
     return text
 
 
@@ -216,11 +223,12 @@ def results(evaluation: dict) -> str:
         return ""
     rows = [
         f"| {row['guidance_scale']:g} | {row['class_accuracy']:.3f} | {row['precision']:.3f} | {row['recall']:.3f} | "
-        f"{network_evaluations(evaluation, row)} |"
+        f"{row['network_evaluations']} |"
         for row in evaluation["results"]
     ]
     return (
-        f"## Results\n\n{evaluation['num_samples']} samples for each w, {evaluation['num_inference_steps']} steps. "
+        f"## Results\n\n{evaluation['num_samples']} samples for each w, {evaluation['num_inference_steps']} steps of "
+        f"{evaluation['scheduler']}. "
         "Class accuracy is the share that a classifier fitted to the real images (itself right on "
         f"{evaluation['classifier_held_out_accuracy']:.1%} of images it has not seen) assigns to the class asked for; "
         "precision and recall are in pixel space.\n\n"

@@ -56,12 +56,15 @@ def model(tmp_path) -> Path:
     folder = tmp_path / "model"
     make_pipeline(conditioning_dropout_prob=0.1).save_pretrained(folder)
     (folder / "run.json").write_text(json.dumps({"dataset": "scribbles", "steps": 7, "seconds": 300, "license": "mit"}))
-    results = [{"guidance_scale": w, "class_accuracy": 0.9, "precision": 0.5, "recall": 0.25} for w in (0.0, 2.0)]
-    (folder / "evaluation.json").write_text(
-        json.dumps(
-            {"num_samples": 10, "num_inference_steps": 5, "classifier_held_out_accuracy": 0.98, "results": results}
-        )
-    )
+    result = {"class_accuracy": 0.9, "precision": 0.5, "recall": 0.25, "network_evaluations": 10}
+    evaluation = {
+        "num_samples": 10,
+        "num_inference_steps": 5,
+        "scheduler": "DDIMScheduler",
+        "classifier_held_out_accuracy": 0.98,
+        "results": [{"guidance_scale": w, **result} for w in (0.0, 2.0)],
+    }
+    (folder / "evaluation.json").write_text(json.dumps(evaluation))
     (folder / "samples").mkdir()
     for step, colour in ((900, "red"), (1000, "blue")):
         Image.new("RGB", (4, 4), colour).save(folder / "samples" / f"step-{step}.png")

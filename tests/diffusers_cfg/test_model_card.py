@@ -4,6 +4,7 @@ import re
 import pytest
 import yaml
 from conftest import make_pipeline, make_unet
+from diffusers.guiders import AdaptiveProjectedGuidance
 from PIL import Image
 
 from diffusers_cfg.model_card import BEGIN, END, model_card
@@ -14,10 +15,11 @@ RUN = {
     "base_model": "someone/older", "seed": 0, "ema": 0.9999,
 }  # fmt: skip
 EVALUATION = {
-    "num_samples": 1000, "num_inference_steps": 64, "classifier_held_out_accuracy": 0.98,
+    "num_samples": 1000, "num_inference_steps": 64, "scheduler": "HeunDiscreteScheduler",
+    "classifier_held_out_accuracy": 0.98,
     "results": [
-        {"guidance_scale": 0.0, "class_accuracy": 0.975, "precision": 0.9, "recall": 0.8},
-        {"guidance_scale": 1.0, "class_accuracy": 0.999, "precision": 0.95, "recall": 0.6},
+        {"guidance_scale": 0.0, "class_accuracy": 0.975, "precision": 0.9, "recall": 0.8, "network_evaluations": 127},
+        {"guidance_scale": 1.0, "class_accuracy": 0.999, "precision": 0.95, "recall": 0.6, "network_evaluations": 254},
     ],
 }  # fmt: skip
 
@@ -53,11 +55,12 @@ def test_a_full_card(full):
     metrics = metadata["model-index"][0]["results"][0]["metrics"]
     assert len(metrics) == 6
     by_name = {metric["name"]: metric["value"] for metric in metrics}
-    assert by_name["class accuracy at w = 1, 1000 samples, 128 network evaluations"] == 0.999
-    assert by_name["class accuracy at w = 0, 1000 samples, 64 network evaluations"] == 0.975
+    assert by_name["class accuracy at w = 1, 1000 samples, 254 network evaluations"] == 0.999
+    assert by_name["class accuracy at w = 0, 1000 samples, 127 network evaluations"] == 0.975
     for line in (
         "| 2 | two |", "| label dropout p_uncond | 0.1 |", "| time | 10 min |", "| parameters | 1.5 M |",
-        "| hardware | 2 × CPU |", "| 1 | 0.999 | 0.950 | 0.600 | 128 |", "s = 1 + w",
+        "| hardware | 2 × CPU |", "| 1 | 0.999 | 0.950 | 0.600 | 254 |", "64 steps of HeunDiscreteScheduler",
+        "s = 1 + w",
         "8×8 grey images of someone/scribbles, 3 classes", "![A row for each class", "@article{ho2022classifier",
     ):  # fmt: skip
         assert line in text
@@ -114,3 +117,17 @@ def test_a_card_of_another_hand_is_kept_below(folder, own):
     assert text.rstrip().endswith("All my own words.")
     assert metadata["library_name"] == "diffusers"
     assert ("license" in metadata) == ("license" in own)
+
+
+def test_a_guider_and_a_guide_are_told_of(pipeline, tmp_path):
+    pipeline.guide_unet = make_unet()
+    pipeline.save_pretrained(tmp_path / "guide")
+    _, text = parse(model_card(tmp_path / "guide", "me/scribbles"))
+    assert "second, weaker network in `guide_unet`" in text
+    assert "guidance_scale=1.0" in text
+    pipeline.guide_unet, pipeline.guider = None, AdaptiveProjectedGuidance()
+    pipeline.save_pretrained(tmp_path / "guider")
+    _, text = parse(model_card(tmp_path / "guider", "me/scribbles"))
+    assert "diffusers' `AdaptiveProjectedGuidance`" in text
+    assert "guide_unet" not in text
+    assert "guidance_scale=1.0" not in text  # the pipeline would refuse it
