@@ -165,6 +165,17 @@ def test_a_colour_model_is_evaluated_on_grey_data(tmp_path):
     assert 0 <= result["class_accuracy"] <= 1
 
 
+def test_evaluation_by_another_scheduler_counts_its_evaluations(tmp_path):
+    train(tmp_path, "--max_train_steps", "1")
+    argv = ["--model", str(tmp_path), "--num_samples", "10", "--num_inference_steps", "3", "--scheduler"]
+    guided = [*argv, "HeunDiscreteScheduler", "--guidance_scales", "0", "1"]
+    assert [row["network_evaluations"] for row in evaluate_cfg(parse_args(guided))] == [5, 10]
+    assert json.loads((tmp_path / "evaluation.json").read_text())["scheduler"] == "HeunDiscreteScheduler"
+    for name in ("FlowMatchEulerDiscreteScheduler", "Nonsense"):
+        with pytest.raises(UserError, match=f"--scheduler {name} cannot.*UniPCMultistepScheduler"):
+            evaluate_cfg(parse_args([*argv, name]))
+
+
 def test_unnamed_classes_are_taken_in_order(caplog):
     unet = make_unet()
     weight = unet.class_embedding.weight
