@@ -59,7 +59,10 @@ class ModelConfig:
         None, "Go on from this pipeline, of the Hub or a folder: its network, noise process and autoencoder."
     )
     pretrained_vae_model_name_or_path: str | None = flag(None, "Train on the latents of this AutoencoderKL.")
-    prediction_type: Literal["epsilon", "v_prediction", "sample"] = flag("epsilon", "What the network predicts.")
+    # Not the paper's ε: x̃ = (z - σε)/α multiplies the network's error by up to 1/α = 22026, x̃ = αz - σv by at most 1.
+    prediction_type: Literal["epsilon", "v_prediction", "sample"] = flag(
+        "v_prediction", "What the network predicts: ε (as in the paper), v = αε - σx, or x."
+    )
     log_snr_min: float = flag(-20.0, "λ_min, the noisy end of the noise process.")
     log_snr_max: float = flag(20.0, "λ_max, its clean end.")
 
