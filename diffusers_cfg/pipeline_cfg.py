@@ -444,7 +444,9 @@ class CFGPipeline(DiffusionPipeline):
         if labels.numel() == 0:
             raise ValueError("class_labels is empty: give at least one class id or name.")
         self.unet.check_class_labels(labels, len(labels))
-        return labels.float() if labels.is_floating_point() else labels.to(torch.int64)
+        if labels.is_floating_point():
+            return labels.float()
+        return labels.to(torch.int64) % (self.unet.num_classes + 1)  # -1 is the null class, the last row
 
     def _guide_labels(self, class_labels: torch.Tensor, negative: Any) -> tuple[torch.Tensor, torch.Tensor]:
         """c and what stands in the place of ∅, in the same form: both ids, or both weights."""
@@ -467,8 +469,7 @@ class CFGPipeline(DiffusionPipeline):
     def _weights(self, labels: torch.Tensor) -> torch.Tensor:
         if labels.is_floating_point():
             return labels
-        rows = self.unet.num_classes + 1
-        return torch.nn.functional.one_hot(labels % rows, rows).float()  # -1 is the last row, the null class
+        return torch.nn.functional.one_hot(labels, self.unet.num_classes + 1).float()
 
     def _class_id(self, label: int | str, label2id: dict[str, int]) -> int:
         if isinstance(label, str):
