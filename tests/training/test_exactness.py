@@ -258,8 +258,8 @@ def test_training_approaches_the_exact_prediction(prediction_type):
             with torch.no_grad():
                 difference = unet(z, t, class_labels=labels).sample - exact(z, t, labels).sample
             errors[name, u] = difference.square().mean().sqrt().item()
-    # The outputs have an RMS of about 1 (ε) and 0.3 to 1 (v).
-    assert max(errors.values()) < 0.15, errors
+    # The outputs have an RMS of about 1 (ε) and 0.3 to 1 (v); 0.07 and 0.12 were measured, on one machine.
+    assert max(errors.values()) < 0.2, errors
 
 
 @pytest.mark.slow
