@@ -31,8 +31,8 @@ COMPONENT_FILES = (
     "*.safetensors",
     "*.safetensors.index*.json",
     "*_cfg.py",
+    "scheduling_log_snr.py",
 )
-COMPONENT_FILES += ("scheduling_log_snr.py",)
 ROOT_FILES = ("model_index.json", "pipeline_cfg.py", *FACTS)
 HUB_ARGUMENTS = ("revision", "token", "cache_dir", "local_files_only", "force_download")
 MAX_TRIES = 5

@@ -41,6 +41,11 @@ STEPS = (10, 20, 40, 100, 200)  # all divide 1000, as DDIM wants it
 # ----- the truth -----
 
 
+def guided_eps(model: GaussianMixtureModel, z: torch.Tensor, alpha, sigma, class_labels, w: float) -> torch.Tensor:
+    """ε̃, stated apart from the pipeline's rule, which is compared with it: w + 1 of the way from ε(z) to ε(z, c)."""
+    return torch.lerp(model.eps(z, alpha, sigma), model.eps(z, alpha, sigma, class_labels), 1 + w)
+
+
 def guided_flow(
     model: GaussianMixtureModel, noise: torch.Tensor, class_labels: torch.Tensor, w: float, sigma_max: float
 ) -> torch.Tensor:
@@ -65,8 +70,7 @@ def guided_flow(
         ratio = math.exp(log_sigma)
         alpha = 1 / math.sqrt(1 + ratio**2)
         z = alpha * torch.from_numpy(y).view(noise.shape)
-        pred_cond, pred_uncond = model.eps(z, alpha, alpha * ratio, class_labels), model.eps(z, alpha, alpha * ratio)
-        return (ratio * torch.lerp(pred_uncond, pred_cond, 1 + w)).flatten().numpy()
+        return (ratio * guided_eps(model, z, alpha, alpha * ratio, class_labels, w)).flatten().numpy()
 
     start = (noise.double() * math.sqrt(1 + sigma_max**2)).flatten().numpy()
     span = (math.log(sigma_max), math.log(1e-6))
@@ -86,9 +90,7 @@ def guided_diffusion(
     y = sigmas[0] * torch.randn(shape, dtype=torch.float64, generator=generator)
     for sigma, next_sigma in pairwise(sigmas):
         alpha = 1 / math.sqrt(1 + sigma**2)
-        pred_cond = model.eps(alpha * y, alpha, alpha * sigma, class_labels)
-        pred_uncond = model.eps(alpha * y, alpha, alpha * sigma)
-        score = -torch.lerp(pred_uncond, pred_cond, 1 + w) / sigma
+        score = -guided_eps(model, alpha * y, alpha, alpha * sigma, class_labels, w) / sigma
         noise = torch.randn(shape, dtype=torch.float64, generator=generator)
         y = y + (sigma**2 - next_sigma**2) * score + math.sqrt(sigma**2 - next_sigma**2) * noise
     return y
@@ -101,7 +103,7 @@ def deterministic_limit(
     alpha, sigma = model.scheduler.alpha_sigma(torch.linspace(1, 0, steps, dtype=torch.float64))
     z = noise.double()
     for i in range(steps):
-        eps = torch.lerp(model.eps(z, alpha[i], sigma[i]), model.eps(z, alpha[i], sigma[i], class_labels), 1 + w)
+        eps = guided_eps(model, z, alpha[i], sigma[i], class_labels, w)
         x = (z - sigma[i] * eps) / alpha[i]
         z = x if i == steps - 1 else alpha[i + 1] * x + sigma[i + 1] * eps
     return z
@@ -198,9 +200,8 @@ def stochastic(output_dir: Path, num_samples: int = 30_000) -> str:
             distances = [sliced_wasserstein(plane.draw(w, T, latents=None), truth) for T in steps]
             rows.append([f"{w:g}", name, *(f"{distance:.4f}" for distance in distances)])
         rows.append([f"{w:g}", "another draw of the truth", *[f"{sliced_wasserstein(also_truth, truth):.4f}"] * 4])
-        flow = Plane(num_samples)
-        flow.swap("UniPCMultistepScheduler")
-        distance = sliced_wasserstein(flow.draw(w, 50), truth)
+        plane.swap("UniPCMultistepScheduler")
+        distance = sliced_wasserstein(plane.draw(w, 50), truth)
         rows.append([f"{w:g}", "the probability flow", *[f"{distance:.4f}"] * 4])
     return (
         f"## Stochastic samplers\n\nSliced Wasserstein-1 distance of {num_samples:,} samples to as many of the reverse "
@@ -211,22 +212,12 @@ def stochastic(output_dir: Path, num_samples: int = 30_000) -> str:
 def network_error(output_dir: Path, size: float = 0.01) -> str:
     """What becomes of a small error in the network's output: why strong guidance fails, and what mends it."""
 
-    class Wrong(torch.nn.Module):
-        """The exact model, off by a fixed vector of RMS `size` for each label, as a trained network is."""
+    # A fixed vector of RMS `size` for each label, as a trained network is off in its own way for each.
+    offsets = torch.randn(4, 1, 1, 2, generator=torch.Generator().manual_seed(0))
+    offsets = size * offsets / offsets.square().mean((1, 2, 3), keepdim=True).sqrt()
 
-        def __init__(self, model: GaussianMixtureModel):
-            super().__init__()
-            self.model = model
-            offsets = torch.randn(4, 1, 1, 2, generator=torch.Generator().manual_seed(0))
-            self.offsets = size * offsets / offsets.square().mean((1, 2, 3), keepdim=True).sqrt()
-
-        def __getattr__(self, name):
-            return super().__getattr__(name) if name in ("model", "_modules") else getattr(self.model, name)
-
-        def forward(self, z, t, class_labels):
-            out = self.model(z, t, class_labels)
-            out.sample = out.sample + self.offsets[class_labels]
-            return out
+    def add_error(model, args, kwargs, out) -> None:
+        out.sample = out.sample + offsets[kwargs["class_labels"]]
 
     variants = {
         "ε predicted, x̃ as it comes": ({"clip_sample": False}, True),
@@ -240,8 +231,7 @@ def network_error(output_dir: Path, size: float = 0.01) -> str:
     free.swap("DDIMScheduler")
     for name, (settings, recomputed) in variants.items():
         exact, wrong = Plane(**settings), Plane(**settings)
-        wrong.pipeline = CFGPipeline(Wrong(wrong.pipeline.unet), wrong.scheduler)
-        wrong.pipeline.set_progress_bar_config(disable=True)
+        wrong.pipeline.unet.register_forward_hook(add_error, with_kwargs=True)
         for plane in (exact, wrong):
             plane.swap("DDIMScheduler")
             if not recomputed:
@@ -374,6 +364,9 @@ def new_figure(rows: int, columns: int, title: str, size: float = 3.6):
 
 def save(figure, path: Path) -> None:
     figure.savefig(path, dpi=100)
+
+
+# ----- the command -----
 
 
 def parse_args(argv: list[str] | None = None) -> Namespace:
