@@ -5,6 +5,7 @@ Nothing heavy is imported here, so that `--help` and a wrong flag are answered b
 
 import dataclasses
 import math
+import os
 import sys
 from argparse import ArgumentDefaultsHelpFormatter, ArgumentParser
 from dataclasses import dataclass, field
@@ -14,6 +15,8 @@ from typing import Any, Literal
 import yaml
 
 CONFIGS = Path(__file__).parent / "configs"
+# Where evaluations keep what they know of the real images
+STATISTICS_DIR = Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "diffusers-cfg"
 
 
 class UserError(ValueError):
@@ -113,6 +116,11 @@ class RunConfig:
     validation_steps: int = flag(1000, "Draw the grid of samples every so many steps; 0 for the end only.")
     validation_guidance_scales: list[float] = flag([0.0, 0.5, 1.0, 2.0, 4.0], "The columns of the grid: the paper's w.")
     num_inference_steps: int = flag(64, "Sampling steps T of the grid.")
+    eval_steps: int = flag(
+        0, "Measure samples every so many steps, at each w of --validation_guidance_scales; 0 for never."
+    )
+    num_eval_samples: int = flag(500, "Samples that are measured, for each w.")
+    feature_extractor: str = flag("small", "What they are measured with, see evaluate_cfg.py.")
     logging_steps: int = flag(10, "Log every so many steps.")
     report_to: str = flag("tensorboard", "Trackers of accelerate: tensorboard, wandb, …, all, or none.")
     logging_dir: str = flag("logs", "Where trackers write, inside --output_dir.")
@@ -155,7 +163,8 @@ class TrainConfig(HubConfig, RunConfig, OptimizationConfig, ModelConfig, DataCon
         at_least = {
             1: "resolution layers_per_block train_batch_size gradient_accumulation_steps num_train_epochs "
             "num_inference_steps logging_steps",
-            0: "lr_warmup_steps checkpointing_steps validation_steps dataloader_num_workers adam_weight_decay seed",
+            0: "lr_warmup_steps checkpointing_steps validation_steps eval_steps dataloader_num_workers "
+            "adam_weight_decay seed",
         }
         for low, names in at_least.items():
             for name in names.split():

@@ -1,5 +1,6 @@
 """Labelled images, from a data set of the Hub, a folder of class folders, or scikit-learn's digits."""
 
+import hashlib
 import io
 import logging
 import os
@@ -29,6 +30,11 @@ class Batch(NamedTuple):
     images: torch.Tensor  # (batch, channels, resolution, resolution), uint8
     class_labels: torch.Tensor  # (batch,), int64; -1 is unlabelled
     unreadable: list[str]  # names of the images that could not be read, and were replaced by another
+
+    @property
+    def images_rgb(self) -> torch.Tensor:
+        """The images with three channels, grey or not."""
+        return self.images.expand(-1, 3, -1, -1)
 
 
 class LabelledImages:
@@ -282,6 +288,7 @@ class LazyImages(Dataset):
 
     def __init__(self, images: LabelledImages, resolution: int, channels: int, center_crop: bool):
         self.images, self.to_array_args = images, (resolution, channels, center_crop)
+        self.class_labels = torch.from_numpy(images.class_labels)
 
     def __len__(self) -> int:
         return len(self.images)
@@ -296,10 +303,19 @@ class LazyImages(Dataset):
             candidate %= len(self)
             try:
                 array = to_array(self.images.open_image(candidate), *self.to_array_args)
-                return array, self.images.class_labels[candidate].item()
+                return array, self.class_labels[candidate].item()
             except Exception:  # whatever a decoder raises, the image cannot be used
                 unreadable.append(self.images.name_image(candidate))
         raise UserError("None of the images can be read.")
+
+
+def fingerprint(dataset: Dataset) -> str:
+    """Names the data by its labels, and by up to 1,000 of its images as they are decoded."""
+    digest = hashlib.blake2b(dataset.class_labels.numpy().tobytes(), digest_size=8)
+    for index in np.linspace(0, len(dataset) - 1, min(len(dataset), 1000)).astype(int).tolist():
+        image = dataset.__getitems__([index]).images
+        digest.update(str(tuple(image.shape)).encode() + image.numpy().tobytes())
+    return digest.hexdigest()
 
 
 def keep_batch(batch: Batch) -> Batch:
