@@ -35,6 +35,13 @@ def image_channels(pipeline: CFGPipeline) -> int:
     return pipeline.unet.config.in_channels if pipeline.vae is None else pipeline.vae.config.in_channels
 
 
+def image_resolution(pipeline: CFGPipeline) -> int:
+    """Height and width of the images that a pipeline draws."""
+    size = pipeline.unet.config.sample_size
+    height = size if isinstance(size, int) else size[0]
+    return height * (1 if pipeline.vae is None else 2 ** (len(pipeline.vae.config.block_out_channels) - 1))
+
+
 # ----- from a published pipeline -----
 
 
