@@ -65,7 +65,7 @@ def test_the_package_knows_nothing_of_training():
 @pytest.mark.parametrize(
     ("library", "homes"),
     [
-        ("accelerate", {"loop.py", "samples.py", "record.py", "checkpoint.py", "train_cfg.py", "evaluate_cfg.py"}),
+        ("accelerate", {"loop.py", "grid.py", "record.py", "checkpoint.py", "train_cfg.py", "evaluation.py"}),
         ("datasets", {"data.py"}),
         ("huggingface_hub", {"hub.py", "model_card.py"}),
         ("torchvision", set()),
@@ -77,7 +77,7 @@ def test_a_library_stays_in_its_place(library, homes):
 
 @pytest.mark.parametrize("name", ["conditioning.py", "objectives.py", "metrics.py"])
 def test_the_mathematics_are_functions_over_tensors(name):
-    assert imported(ROOT / "training" / name) == {"torch"}
+    assert imported(ROOT / "training" / name) - {"collections"} == {"torch"}
 
 
 def test_the_guidance_rule_stands_in_one_place():

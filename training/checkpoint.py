@@ -19,7 +19,7 @@ logger = logging.getLogger(__name__)
 CONFIG_FILE = "train_config.yaml"
 # All that a run writes into its folder, and all that --overwrite_output_dir deletes.
 RUN_FILES = [
-    CONFIG_FILE, "run.json", "evaluation.json", "model_index.json", "pipeline_cfg.py", "unet", "scheduler", "vae",
+    CONFIG_FILE, "run.json", "evaluation", "model_index.json", "pipeline_cfg.py", "unet", "scheduler", "vae",
     "samples", "checkpoint-*", "tmp-*",
 ]  # fmt: skip
 # Settings that a run cannot go on without: another value means other batches, other noise or other weights.

@@ -1,149 +1,230 @@
-"""Measure a trained model over guidance scales w, on the data that it was trained on.
+"""Measure a trained model over guidance scales w: the paper's tables 1 and 2 and figure 4, for any model.
 
-    python training/evaluate_cfg.py --model cfg-model --guidance_scales 0 1 2
+accelerate launch training/evaluate_cfg.py --model cfg-model
+accelerate launch training/evaluate_cfg.py --model me/cfg-imagenet64 --num_samples 50000 --feature_extractor inception
 
-For each w: the share of the samples that a classifier fitted to the real images assigns to the class asked for, and
-precision and recall in pixel space. Made for small pictures of few kinds, such as digits.
+For each w it draws labelled samples and compares them with the data that the model was trained on. A sweep that was
+stopped goes on where it was.
 """
 
 import json
+import math
+import shutil
 import sys
 from argparse import ArgumentDefaultsHelpFormatter, ArgumentParser, Namespace
+from dataclasses import fields
 from pathlib import Path
+from typing import Any
 
-from config import TrainConfig, UserError
+from config import STATISTICS_DIR, DataConfig, TrainConfig, UserError
+from sample import (
+    SampleSet,
+    add_sampling_flags,
+    check_positive,
+    claim_folder,
+    draw_sets,
+    load_pipeline,
+    sampling_settings,
+)
+
+PAPERS_SCALES = [0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 1.0, 2.0, 3.0, 4.0]
+DATA_FLAGS = ["dataset_name", "dataset_config_name", "dataset_split", "train_data_dir", "image_column", "label_column"]
+REPORT = ("metrics.json", "metrics.md", "curves.png", "grid.png")
 
 
 def parse_args(argv: list[str] | None = None) -> Namespace:
     parser = ArgumentParser(
         prog="evaluate_cfg.py", description=__doc__.splitlines()[0], formatter_class=ArgumentDefaultsHelpFormatter
     )
-    parser.add_argument("--model", required=True, help="The output folder of a training run.")
-    parser.add_argument("--guidance_scales", type=float, nargs="+", default=[0, 0.5, 1, 2, 4], help="The paper's w.")
-    parser.add_argument("--num_samples", type=int, default=1000, help="Samples for each w, the classes in turn.")
-    parser.add_argument("--num_inference_steps", type=int, default=64, help="Sampling steps T.")
-    parser.add_argument("--scheduler", help="A class of diffusers to sample with, instead of the model's own.")
-    parser.add_argument("--batch_size", type=int, default=250, help="Samples drawn at a time.")
-    parser.add_argument("--seed", type=int, default=0, help="Each sample is determined by this and its index.")
-    parser.add_argument("--output_file", help="Where to write the figures as JSON; by default MODEL/evaluation.json.")
+    add_sampling_flags(parser)
+    parser.add_argument("--guidance_scales", type=float, nargs="+", default=PAPERS_SCALES, help="The paper's w.")
+    parser.add_argument("--num_samples", type=int, default=2000, help="Samples for each w; the paper takes 50,000.")
+    parser.add_argument(
+        "--class_labels", choices=["balanced", "random", "data"], default="balanced",
+        help="Classes in turn, at random, or as often as in the data.",
+    )  # fmt: skip
+    parser.add_argument(
+        "--feature_extractor", default="small",
+        help="small: a classifier that is trained on the data; inception (needs torch-fidelity); dinov2; or an image "
+        "classifier of the Hub.",
+    )  # fmt: skip
+    parser.add_argument("--output_dir", help="Where to write samples and figures; by default MODEL/evaluation.")
+    parser.add_argument("--statistics_dir", default=STATISTICS_DIR, help="Where to keep the real images' statistics.")
+    data = parser.add_argument_group("data", "By default the data that the model was trained on.")
+    for field in fields(DataConfig):
+        if field.name in DATA_FLAGS:
+            data.add_argument(f"--{field.name}", help=field.metadata["help"])
     return parser.parse_args(argv)
 
 
-def evaluate_cfg(args: Namespace) -> list[dict]:
+def evaluate_cfg(args: Namespace) -> list[dict[str, Any]]:
     # Imported here and not above: they take seconds, which --help and a wrong flag need not wait for.
-    from metrics import precision_recall
+    import torch
+    from evaluation import Evaluation
+    from grid import draw_grid
+    from loop import make_accelerator
+    from report import write_report
 
-    pipeline, pixels, class_labels = load_model_and_data(args.model, args.seed)
-    if args.scheduler is not None:
-        pipeline.scheduler = make_scheduler(args.scheduler, pipeline)
-    classifier, held_out_accuracy = fit_classifier(pixels, class_labels)
-    real, also_real = pixels[: args.num_samples], pixels[args.num_samples : 2 * args.num_samples]
+    check_positive(args, "num_samples", "num_inference_steps", "batch_size")
+    accelerator = make_accelerator(TrainConfig(report_to="none"))
+    pipeline = load_pipeline(args, accelerator.device)
+    check_scales(args, pipeline)
+    given = {name: getattr(args, name) for name in DATA_FLAGS if getattr(args, name) is not None}
+    with accelerator.main_process_first():
+        dataset, id2label, data_name = load_data(args.model, given, pipeline, accelerator.is_main_process)
+    evaluation = Evaluation(
+        accelerator, dataset, id2label, args.feature_extractor, args.num_samples, Path(args.statistics_dir)
+    )
 
-    results = []
-    for w in args.guidance_scales:
-        call = {"guidance_scale": w, "num_inference_steps": args.num_inference_steps}
-        fake, wanted = draw_samples(pipeline, args.num_samples, args.seed, args.batch_size, **call)
-        precision, recall = precision_recall(real, fake)
-        results.append(
-            {
-                "guidance_scale": w,
-                "class_accuracy": class_accuracy(classifier, fake, wanted),
-                "precision": precision,
-                "recall": recall,
-                # Some schedulers evaluate twice a step
-                "network_evaluations": len(pipeline.scheduler.timesteps) * (1 if w in (0, -1) else 2),
-            }
-        )
+    in_model = Path(args.model) / "evaluation" if Path(args.model).is_dir() else None
+    output_dir = Path(args.output_dir or in_model or "evaluation")
+    class_labels = choose_class_labels(args, dataset.class_labels, pipeline.unet.num_classes)
+    sets = {w: SampleSet(output_dir / "samples" / f"w={w:g}", args.num_samples) for w in args.guidance_scales}
+    if accelerator.is_main_process:
+        claim_folder(output_dir / "samples", {"class_labels": args.class_labels, **sampling_settings(args, pipeline)})
+    draw_sets(args, accelerator, pipeline, sets, class_labels)
+    results = measure_sets(accelerator, evaluation, sets)
 
-    sampler = f"{args.num_inference_steps} steps of {type(pipeline.scheduler).__name__}"
-    print(f"\n{args.model}: {args.num_samples} samples for each w, {sampler}")
-    print(f"{'w':>6} {'class accuracy':>15} {'precision':>10} {'recall':>7}")
-    for row in results:
-        print(f"{row['guidance_scale']:6g} {row['class_accuracy']:15.3f} {row['precision']:10.3f} {row['recall']:7.3f}")
-    floor = None
-    if len(also_real) > 3:
-        floor = precision_recall(real, also_real)
-        print(f"{'real':>6} {held_out_accuracy:15.3f} {floor[0]:10.3f} {floor[1]:7.3f}   ({len(also_real)} held out)")
-    record = {
-        **{name: getattr(args, name) for name in ("num_samples", "num_inference_steps", "seed")},
-        "scheduler": type(pipeline.scheduler).__name__,
-        "classifier_held_out_accuracy": held_out_accuracy,
-        "real_precision_recall": floor,
-        "results": results,
-    }
-    output_file = Path(args.output_file or Path(args.model) / "evaluation.json")
-    output_file.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+    if accelerator.is_main_process:
+        record = {"dataset": data_name, **evaluation.record(), **sampling_record(args, pipeline), "results": results}
+        write_report(output_dir, record, args.feature_extractor)
+        columns = [id2label[class_id] for class_id in class_labels[: min(pipeline.unet.num_classes, 10)].tolist()]
+        rows = [samples.first_images(len(columns)) for samples in sets.values()]
+        draw_grid(torch.stack(rows), [f"w = {w:g}" for w in sets], columns).save(output_dir / "grid.png")
+        if in_model is not None and output_dir.resolve() != in_model.resolve():
+            in_model.mkdir(exist_ok=True)
+            for file in REPORT:  # where the model card looks
+                shutil.copy(output_dir / file, in_model)
+        print(f"\n{args.model}, evaluated on {data_name}\n\n{(output_dir / 'metrics.md').read_text(encoding='utf-8')}")
+        print(f"The table, the figures behind it and pictures are in {output_dir}.")
+    accelerator.end_training()
     return results
 
 
-def load_model_and_data(model: str, seed: int):
-    """A run's pipeline, and the labelled images it was trained on: pixels in [0, 1] and ids, in a random order."""
+def measure_sets(accelerator, evaluation, sets: dict[float, SampleSet]) -> list[dict[str, Any]]:
+    """The metrics of each w, on the main process; all of them share the shards."""
     import torch
-    from checkpoint import CONFIG_FILE
-    from data import load_labelled_images, stack_images
-    from model import image_channels
-    from randomness import seeded_generator
-
-    from diffusers_cfg import CFGPipeline
-
-    settings = Path(model) / CONFIG_FILE
-    if not settings.is_file():
-        raise UserError(f"--model {model} is not the output folder of a training run: it has no {CONFIG_FILE}.")
-    config = TrainConfig.load(settings)
-    pipeline = CFGPipeline.from_pretrained(model)
-    pipeline.to("cuda" if torch.cuda.is_available() else "cpu").set_progress_bar_config(disable=True)
-
-    data = stack_images(load_labelled_images(config), config, image_channels(pipeline), show_progress=True)
-    order = torch.randperm(len(data), generator=seeded_generator("cpu", seed, "evaluation"))
-    order = order[data.class_labels[order] >= 0]
-    return pipeline, data.images[order].flatten(1).float() / 255, data.class_labels[order]
-
-
-def make_scheduler(name: str, pipeline):
-    """One of the schedulers that the pipeline takes, by name, with its noise process."""
-    import diffusers
-
-    if name not in pipeline.schedulers or not hasattr(diffusers, name):
-        known = ", ".join(known for known in pipeline.schedulers if hasattr(diffusers, known))
-        raise UserError(f"--scheduler {name} cannot sample this model. Those of diffusers that can are {known}.")
-    return getattr(diffusers, name).from_config(pipeline.scheduler.config)
-
-
-def draw_samples(pipeline, num_samples: int, seed: int, batch_size: int, **call):
-    """Samples of the classes in turn: pixels `(num_samples, features)` in [0, 1], in 8 bits, and the classes."""
-    import torch
-    from randomness import seeded_generator
     from tqdm.auto import tqdm
 
-    wanted = torch.arange(num_samples) % pipeline.unet.num_classes
-    images = [
-        pipeline(
-            class_labels=wanted[indices],
-            generator=[seeded_generator("cpu", seed, "sample", i) for i in indices.tolist()],
-            output_type="pt",
-            **call,
-        ).images.cpu()
-        for indices in tqdm(torch.arange(num_samples).split(batch_size), "Sampling", leave=False)
+    results = []
+    for w, samples in tqdm(sets.items(), "Measuring", leave=False, disable=not accelerator.is_main_process):
+        summary = evaluation.new_summary()
+        for shard in samples.shards[accelerator.process_index :: accelerator.num_processes]:
+            content = samples.load(shard)
+            images = torch.from_numpy(content.images).movedim(-1, 1)
+            evaluation.add(summary, torch.tensor(shard), images, torch.from_numpy(content.class_labels))
+        summary.reduce(accelerator)
+        if accelerator.is_main_process:
+            evaluations = samples.load(samples.shards[0]).network_evaluations
+            results.append({"guidance_scale": w, "network_evaluations": evaluations, **evaluation.measure(summary)})
+    return results
+
+
+def sampling_record(args: Namespace, pipeline) -> dict[str, Any]:
+    """How the samples were drawn, without paths of this machine."""
+    return {
+        **{name: getattr(args, name) for name in ("class_labels", "num_inference_steps", "seed")},
+        "scheduler": type(pipeline.scheduler).__name__,
+        "guidance": {
+            "interval": args.guidance_interval,
+            "rescale": args.guidance_rescale,
+            "guider": args.guider,
+            "guide": args.guide_model and Path(args.guide_model).name,
+        },
+    }
+
+
+def check_scales(args: Namespace, pipeline) -> None:
+    wrong = [w for w in args.guidance_scales if not math.isfinite(w)]
+    if wrong:
+        raise UserError(f"--guidance_scales must be finite, but has {wrong}.")
+    guided = [w for w in args.guidance_scales if w != 0]
+    if guided and pipeline.config.conditioning_dropout_prob == 0 and pipeline.guide_unet is None:
+        raise UserError(
+            f"--guidance_scales {guided}: {args.model} was trained with conditioning_dropout_prob = 0, so it has no "
+            "null class to guide away from. Measure it at 0, or train with 0.1 to 0.2."
+        )
+
+
+def load_data(model: str, given: dict[str, Any], pipeline, show_progress: bool):
+    """
+    The real images as the model draws them, the names of their classes, and what the data is called: those that the
+    model was trained on, unless settings are given that name others.
+
+    Raises:
+        UserError: it is not known what the model was trained on, or other data does not have its classes or channels.
+    """
+    from data import load_labelled_images, training_dataset
+    from model import image_channels, image_resolution
+    from record import local_name
+
+    is_other_data = "dataset_name" in given or "train_data_dir" in given
+    settings = {} if is_other_data else recorded_data(model, pipeline)
+    config = DataConfig(**{**settings, **given, "resolution": image_resolution(pipeline)})
+    images, channels = load_labelled_images(config), image_channels(pipeline)
+
+    names = pipeline.id2label or images.id2label
+    if len(images.id2label) != pipeline.unet.num_classes or names != images.id2label:
+        raise UserError(
+            f"The data has {len(images.id2label)} classes ({some(images.id2label)}), but {model} draws "
+            f"{pipeline.unet.num_classes} ({some(names)}): give the data that it was trained on."
+        )
+    if is_other_data and images.channels != channels:
+        kinds = {1: "grey", 3: "colour"}
+        raise UserError(
+            f"The data has {kinds[images.channels]} images, but {model} draws {kinds[channels]} ones: they cannot "
+            "be compared."
+        )
+    if is_other_data and (smaller := smaller_than(images, config.resolution)):
+        raise UserError(
+            f"The data has images of {smaller[0]}×{smaller[1]}, but {model} draws {config.resolution}×"
+            f"{config.resolution}: enlarged, they would be compared by their blur."
+        )
+    return training_dataset(images, config, channels, show_progress), images.id2label, local_name(config)
+
+
+def recorded_data(model: str, pipeline) -> dict[str, Any]:
+    """How the training run read its data, from its settings or from what was published of them."""
+    from checkpoint import CONFIG_FILE
+
+    settings = Path(model) / CONFIG_FILE
+    if settings.is_file():
+        config = TrainConfig.load(settings)
+        return {field.name: getattr(config, field.name) for field in fields(DataConfig)}
+    record = Path(pipeline.name_or_path) / "run.json"
+    known = json.loads(record.read_text(encoding="utf-8")) if record.is_file() else {}
+    if "data" not in known:
+        raise UserError(
+            f"It is not known what {model} was trained on, or the data is not public: give --dataset_name or "
+            "--train_data_dir."
+        )
+    return known["data"]
+
+
+def some(id2label: dict[int, str]) -> str:
+    return ", ".join([name for _, name in sorted(id2label.items())][:5]) + (", …" if len(id2label) > 5 else "")
+
+
+def smaller_than(images, resolution: int) -> tuple[int, int] | None:
+    """The size of the first image, if it is smaller than the resolution."""
+    size = images.open_image(0).size
+    return size if min(size) < resolution else None
+
+
+def choose_class_labels(args: Namespace, data_labels, num_classes: int):
+    """The class asked for at each place of a set, int64 `(num_samples,)`, whatever w."""
+    import torch
+    from randomness import seeded_generator
+
+    places = torch.arange(args.num_samples)
+    if args.class_labels == "balanced":
+        return places % num_classes
+    labels = data_labels[data_labels >= 0] if args.class_labels == "data" else torch.arange(num_classes)
+    chosen = [
+        torch.randint(len(labels), (), generator=seeded_generator("cpu", args.seed, "class label", place))
+        for place in places.tolist()
     ]
-    return (torch.cat(images).flatten(1) * 255).round() / 255, wanted
-
-
-def class_accuracy(classifier, pixels, wanted) -> float:
-    """The share of the images that the classifier takes for what they were meant to be."""
-    return float((classifier.predict(pixels.numpy()) == wanted.numpy()).mean())
-
-
-def fit_classifier(pixels, class_labels):
-    """A support vector machine on up to 20,000 real images, and its accuracy on those that it has not seen."""
-    from sklearn.decomposition import PCA
-    from sklearn.pipeline import make_pipeline
-    from sklearn.svm import SVC
-
-    pixels, class_labels = pixels[:25_000].numpy(), class_labels[:25_000].numpy()
-    fitted = len(pixels) * 4 // 5
-    classifier = make_pipeline(PCA(min(50, pixels.shape[1], fitted), whiten=True, random_state=0), SVC(C=10))
-    classifier.fit(pixels[:fitted], class_labels[:fitted])
-    return classifier, float(classifier.score(pixels[fitted:], class_labels[fitted:]))
+    return labels[torch.stack(chosen)]
 
 
 if __name__ == "__main__":

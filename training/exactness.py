@@ -17,11 +17,13 @@ from pathlib import Path
 import diffusers
 import numpy as np
 import torch
-from config import UserError
-from evaluate_cfg import class_accuracy, draw_samples, fit_classifier, load_model_and_data
-from metrics import precision_recall
+from config import STATISTICS_DIR, TrainConfig, UserError
+from evaluate_cfg import load_data
+from evaluation import Evaluation
+from grid import draw_grid
+from loop import make_accelerator
 from mixture import GaussianMixtureModel, three_gaussians
-from samples import draw_grid
+from sample import draw_images
 from scipy.integrate import solve_ivp
 
 from diffusers_cfg import CFGPipeline, LogSNRScheduler, UNet2DCFGModel
@@ -290,9 +292,12 @@ def mixture_figure(output_dir: Path, num_samples: int = 60_000) -> str:
 
 def rules(args: Namespace, output_dir: Path) -> str:
     """Every rule of guidance at equal w on a trained model."""
-    pipeline, pixels, class_labels = load_model_and_data(args.model, args.seed)
-    classifier, _ = fit_classifier(pixels, class_labels)
+    pipeline = CFGPipeline.from_pretrained(args.model)
+    pipeline.set_progress_bar_config(disable=True)
     pipeline.scheduler = diffusers.UniPCMultistepScheduler.from_config(pipeline.scheduler.config)
+    dataset, id2label, _ = load_data(args.model, {}, pipeline, show_progress=True)
+    accelerator, n = make_accelerator(TrainConfig(report_to="none")), args.num_samples
+    evaluation = Evaluation(accelerator, dataset, id2label, "small", n, STATISTICS_DIR)
     w, guiders = args.guidance_scale, diffusers.guiders
     original = {"guidance_scale": w, "use_original_formulation": True}
     chosen = {
@@ -311,37 +316,33 @@ def rules(args: Namespace, output_dir: Path) -> str:
     if args.guide_model is not None:
         guide_unet = UNet2DCFGModel.from_pretrained(args.guide_model, subfolder="unet")
         chosen["autoguidance by --guide_model"] = {"guidance_scale": w, "guide_unet": guide_unet}
-    rows, pictures = [], []
+    metrics = ["frechet_distance", "class_accuracy", "precision", "recall"]
+    class_labels, rows, pictures = torch.arange(n) % len(id2label), [], []
     for name, call in chosen.items():
-        pipeline.guide_unet, evaluations = call.pop("guide_unet", None), []
-        hooks = [
-            unet.register_forward_pre_hook(lambda _, inputs, seen=evaluations: seen.append(len(inputs[0])))
-            for unet in (pipeline.unet, pipeline.guide_unet)
-            if unet is not None
-        ]
+        pipeline.guide_unet = call.pop("guide_unet", None)
         call["num_inference_steps"] = args.num_inference_steps
-        fake, wanted = draw_samples(pipeline, args.num_samples, args.seed, 250, **call)
-        for hook in hooks:
-            hook.remove()
-        measured = [
-            class_accuracy(classifier, fake, wanted),
-            *precision_recall(pixels[: args.num_samples], fake),
-            ((fake == 0) | (fake == 1)).float().mean().item(),
+        drawn = [
+            draw_images(pipeline, class_labels[places], places.tolist(), args.seed, **call)
+            for places in torch.arange(n).split(250)
         ]
-        rows.append([name, *(f"{value:.3f}" for value in measured), f"{sum(evaluations) / args.num_samples:.0f}"])
-        pictures.append(fake[: pipeline.unet.num_classes])
-    shape = (pipeline.unet.config.in_channels, *[pipeline.unet.config.sample_size] * 2)
-    images = torch.stack(pictures).unflatten(2, shape)
-    draw_grid(images, list(chosen), [pipeline.id2label.get(c, str(c)) for c in range(pipeline.unet.num_classes)]).save(
-        output_dir / "rules.png"
-    )
-    real = ((pixels == 0) | (pixels == 1)).float().mean().item()
-    header = ["rule", "class accuracy", "precision", "recall", "saturated", "evaluations an image"]
+        fake = torch.cat([images for images, _ in drawn])
+        summary = evaluation.new_summary()
+        evaluation.add(summary, torch.arange(n), fake, class_labels)
+        row = evaluation.measure(summary)
+        cells = [*(f"{row[metric]:.3f}" for metric in metrics), f"{saturated(fake):.3f}", f"{drawn[0][1]:.0f}"]
+        rows.append([name, *cells])
+        pictures.append(fake[: len(id2label)] / 255)
+    draw_grid(torch.stack(pictures), list(chosen), list(id2label.values())).save(output_dir / "rules.png")
+    real = saturated(dataset.images)
+    header = ["rule", "Fréchet distance", *metrics[1:], "saturated", "evaluations an image"]
     return (
-        f"## Rules at w = {w:g} on {Path(args.model).name}\n\n{args.num_samples} samples, {args.num_inference_steps} "
-        f"steps of UniPC. Saturated: the share of pixels that are 0 or 255; {real:.3f} of the real ones.\n\n"
-        + table(header, rows)
+        f"## Rules at w = {w:g} on {Path(args.model).name}\n\n{n} samples, {args.num_inference_steps} steps of UniPC. "
+        f"Saturated: the share of pixels that are 0 or 255; {real:.3f} of the real ones.\n\n" + table(header, rows)
     )
+
+
+def saturated(images: torch.Tensor) -> float:
+    return ((images == 0) | (images == 255)).float().mean().item()
 
 
 # ----- drawing -----

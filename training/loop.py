@@ -16,8 +16,8 @@ from config import TrainConfig, UserError
 from data import CachedImages, check_unreadable, keep_batch, to_float
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
+from grid import sample_grid
 from randomness import Draws, GlobalBatchSampler, seed_of
-from samples import sample_grid
 from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
 
@@ -37,10 +37,11 @@ def train(
     loss_of: Loss,
     checkpoint: Path | None,
     after_checkpoint: Callable[[TrainState], None] | None = None,
+    evaluate: Callable[[CFGPipeline], dict[str, float]] | None = None,
 ) -> TrainState:
     """
     Minimise the mean of `loss_of` over the data, from a checkpoint on, and leave the pipeline with the weights.
-    `after_checkpoint` is called on the main process, while the pipeline has the averaged weights.
+    While it has the averaged weights, `after_checkpoint` is called on the main process, and `evaluate` on all of them.
     """
     batch_size = config.train_batch_size * accelerator.num_processes * config.gradient_accumulation_steps
     if len(dataset) < batch_size:
@@ -96,6 +97,9 @@ def train(
         if last or (config.validation_steps and state.step % config.validation_steps == 0):
             with averaged_weights(state.unet, state.ema):
                 save_samples(config, accelerator, pipeline, state.step)
+        if evaluate is not None and (last or state.step % config.eval_steps == 0):
+            with averaged_weights(state.unet, state.ema):
+                accelerator.log(evaluate(pipeline), step=state.step)
 
     log.close()
     if state.ema is not None:

@@ -2,11 +2,12 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import Accelerator
 from checkpoint import TrainState
-from config import TrainConfig
+from config import DataConfig, TrainConfig
 
 
 def write_run_record(config: TrainConfig, accelerator: Accelerator, state: TrainState, num_images: int) -> None:
@@ -17,6 +18,7 @@ def write_run_record(config: TrainConfig, accelerator: Accelerator, state: Train
     record = {
         "dataset": dataset or local_name(config),
         "dataset_id": dataset,
+        "data": data_settings(config) if dataset or is_built_in(config) else None,
         "num_images": num_images,
         "base_model": public_name(config.pretrained_model_name_or_path),
         "license": config.license,
@@ -34,6 +36,16 @@ def write_run_record(config: TrainConfig, accelerator: Accelerator, state: Train
     path.write_text(json.dumps({k: v for k, v in record.items() if v is not None}, indent=2) + "\n", encoding="utf-8")
 
 
+def is_built_in(config: TrainConfig) -> bool:
+    return config.dataset_name is None and config.train_data_dir is None
+
+
+def data_settings(config: TrainConfig) -> dict[str, Any]:
+    """How the data was read, for those who want to read it in the same way."""
+    names = ["dataset_name", "dataset_config_name", "dataset_split", "image_column", "label_column", "center_crop"]
+    return {name: getattr(config, name) for name in names}
+
+
 def public_name(name_or_path: str | None) -> str | None:
     """A name on the Hub, if it is one and not a path."""
     if name_or_path is None or Path(name_or_path).exists() or name_or_path.count("/") > 1 or name_or_path[0] in "./~":
@@ -41,7 +53,7 @@ def public_name(name_or_path: str | None) -> str | None:
     return name_or_path
 
 
-def local_name(config: TrainConfig) -> str:
+def local_name(config: DataConfig) -> str:
     """What to call data that is not on the Hub: the last part of its path."""
     path = config.dataset_name or config.train_data_dir
     return "scikit-learn's digits" if path is None else Path(path).resolve().name

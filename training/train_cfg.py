@@ -17,6 +17,7 @@ def train_cfg(config: TrainConfig) -> None:
     from checkpoint import check_output_dir, find_checkpoint
     from conditioning import drop_class_labels
     from data import load_labelled_images, training_dataset
+    from evaluation import training_evaluation
     from loop import make_accelerator, train
     from model import build_pipeline, image_channels
     from objectives import prediction_target, squared_error
@@ -54,6 +55,7 @@ def train_cfg(config: TrainConfig) -> None:
         loss_of,
         checkpoint,
         after_checkpoint=publisher and (lambda state: publisher.publish(pipeline, state.step)),
+        evaluate=training_evaluation(config, accelerator, dataset, images.id2label) if config.eval_steps else None,
     )
 
     is_main_process = accelerator.is_main_process

@@ -12,7 +12,6 @@ import torch
 from config import TrainConfig, UserError, parse_config
 from conftest import make_pipeline, make_unet
 from data import LabelledImages
-from evaluate_cfg import evaluate_cfg, parse_args
 from hub_server import Fault
 from model import build_pipeline, replace_classes
 from record import public_name
@@ -154,26 +153,6 @@ def test_a_run_goes_on_from_a_pipeline(tmp_path, caplog):
     base = ["--pretrained_model_name_or_path", str(tmp_path / "base")]
     train(tmp_path / "out", *base, "--resume_from_checkpoint", "latest")
     assert (tmp_path / "out" / "checkpoint-4").is_dir()
-
-
-def test_a_colour_model_is_evaluated_on_grey_data(tmp_path):
-    """The data is read as the model draws, not as it is stored."""
-    make_pipeline(make_unet(in_channels=3, out_channels=3)).save_pretrained(tmp_path / "base")
-    train(tmp_path / "out", "--pretrained_model_name_or_path", str(tmp_path / "base"), "--max_train_steps", "1")
-    argv = ["--model", str(tmp_path / "out"), "--num_samples", "10", "--num_inference_steps", "2"]
-    (result,) = evaluate_cfg(parse_args([*argv, "--guidance_scales", "1"]))
-    assert 0 <= result["class_accuracy"] <= 1
-
-
-def test_evaluation_by_another_scheduler_counts_its_evaluations(tmp_path):
-    train(tmp_path, "--max_train_steps", "1")
-    argv = ["--model", str(tmp_path), "--num_samples", "10", "--num_inference_steps", "3", "--scheduler"]
-    guided = [*argv, "HeunDiscreteScheduler", "--guidance_scales", "0", "1"]
-    assert [row["network_evaluations"] for row in evaluate_cfg(parse_args(guided))] == [5, 10]
-    assert json.loads((tmp_path / "evaluation.json").read_text())["scheduler"] == "HeunDiscreteScheduler"
-    for name in ("FlowMatchEulerDiscreteScheduler", "Nonsense"):
-        with pytest.raises(UserError, match=f"--scheduler {name} cannot.*UniPCMultistepScheduler"):
-            evaluate_cfg(parse_args([*argv, name]))
 
 
 def test_unnamed_classes_are_taken_in_order(caplog):

@@ -284,13 +284,13 @@ def test_the_command_line_from_end_to_end(tmp_path):
 
     evaluated = subprocess.run(
         [sys.executable, str(TRAINING / "evaluate_cfg.py"), "--model", "out", "--num_samples", "20",
-         "--num_inference_steps", "2", "--guidance_scales", "0", "1"],
+         "--num_inference_steps", "2", "--guidance_scales", "0", "1", "--statistics_dir", "statistics"],
         cwd=tmp_path, capture_output=True, text=True, timeout=300,
     )  # fmt: skip
     assert evaluated.returncode == 0, evaluated.stderr
-    record = json.loads((tmp_path / "out" / "evaluation.json").read_text())
+    record = json.loads((tmp_path / "out" / "evaluation" / "metrics.json").read_text())
     assert [row["guidance_scale"] for row in record["results"]] == [0, 1]
-    assert record["classifier_held_out_accuracy"] > 0.95
+    assert record["feature_extractor"]["accuracy"] > 0.95
 
     again = launch(*TINY, "--output_dir", "out", cwd=tmp_path)
     assert again.returncode != 0
