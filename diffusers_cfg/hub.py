@@ -151,7 +151,8 @@ class CFGPipeline(pipeline_cfg.CFGPipeline):
             source = Path(self.name_or_path or folder)
             for name in FACTS:
                 if (source / name).is_file():
-                    shutil.copy(source / name, folder)
+                    (Path(folder) / name).parent.mkdir(exist_ok=True)
+                    shutil.copy(source / name, Path(folder) / name)
             if (samples := find_samples(source)) is not None:
                 shutil.copy(samples, Path(folder) / SAMPLES)
             return publish(

@@ -7,8 +7,19 @@ from typing import Any
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 # Files that a run and an evaluation leave beside the pipeline.
-RUN, EVALUATION, SAMPLES = "run.json", "evaluation.json", "samples.png"
-FACTS = (RUN, EVALUATION)
+RUN, SAMPLES = "run.json", "samples.png"
+EVALUATION, TABLE, CURVES, GRID = (
+    f"evaluation/{name}" for name in ("metrics.json", "metrics.md", "curves.png", "grid.png")
+)
+FACTS = (RUN, EVALUATION, TABLE, CURVES, GRID)
+
+PICTURES = {
+    SAMPLES: "A row for each class, a column for each w",
+    GRID: "A row for each w, the same noise down each column",
+}
+
+# As the Hub's index of results calls them, if it knows them.
+METRIC_TYPES = {"FID": "fid", "KID": "kid", "IS": "inception_score", "Fréchet distance": "frechet_distance"}
 
 # What stands between these is written anew at every push; the rest of a card is its author's.
 BEGIN = (
@@ -31,7 +42,7 @@ def model_card(folder: Path, repo_id: str, existing: str | None = None) -> str:
     The card of a saved pipeline.
 
     Args:
-        folder (`Path`): the pipeline; `run.json`, `evaluation.json` and samples are read if they are there.
+        folder (`Path`): the pipeline; `run.json`, `evaluation/` and samples are read if they are there.
         repo_id (`str`): the name that it is to be loaded by.
         existing (`str`, *optional*): the card that the repository has. Its text outside the marks is kept, and the
             metadata that this function knows nothing of.
@@ -46,14 +57,15 @@ def model_card(folder: Path, repo_id: str, existing: str | None = None) -> str:
     )
     has_samples = find_samples(folder) is not None
 
-    metadata = card_metadata(repo_id, run, evaluation, has_samples)
+    gallery = {SAMPLES: has_samples, GRID: (folder / GRID).is_file()}
+    metadata = card_metadata(repo_id, run, evaluation, [name for name, is_there in gallery.items() if is_there])
     sections = [
         introduction(repo_id, index, unet, run, has_samples),
         how_to_load(repo_id, index),
         the_scale(index),
         classes(index),
         training(index, unet, scheduler, run),
-        results(evaluation),
+        results(folder),
         LIMITS,
         f"## Citation\n\n{CITATION}",
     ]
@@ -85,7 +97,7 @@ def find_samples(folder: Path) -> Path | None:
     return max(grids, key=lambda path: int(path.stem.removeprefix("step-")), default=None)
 
 
-def card_metadata(repo_id: str, run: dict, evaluation: dict, has_samples: bool) -> ModelCardData:
+def card_metadata(repo_id: str, run: dict, evaluation: dict, pictures: list[str]) -> ModelCardData:
     facts: dict[str, Any] = {}
     if run.get("license"):
         facts["license"] = run["license"]
@@ -93,8 +105,8 @@ def card_metadata(repo_id: str, run: dict, evaluation: dict, has_samples: bool) 
         facts["datasets"] = [run["dataset_id"]]
     if run.get("base_model"):
         facts["base_model"] = run["base_model"]
-    if has_samples:
-        facts["widget"] = [{"text": "A row for each class, a column for each w", "output": {"url": SAMPLES}}]
+    if pictures:
+        facts["widget"] = [{"text": PICTURES[name], "output": {"url": name}} for name in pictures]
     if evaluation and run.get("dataset"):
         facts["model_name"] = repo_id.split("/")[-1]
         facts["eval_results"] = [
@@ -102,17 +114,16 @@ def card_metadata(repo_id: str, run: dict, evaluation: dict, has_samples: bool) 
                 task_type="unconditional-image-generation",
                 dataset_type=run.get("dataset_id") or run["dataset"],
                 dataset_name=run["dataset"],
-                metric_type=metric,
+                metric_type=METRIC_TYPES.get(name, name.replace(" ", "_")),
                 metric_name=f"{name} at w = {row['guidance_scale']:g}, {evaluation['num_samples']} samples, "
-                f"{row['network_evaluations']} network evaluations{note}",
+                f"{row['network_evaluations']:g} network evaluations, features of "
+                f"{evaluation['feature_extractor']['name']}",
                 metric_value=round(row[metric], 4),
             )
             for row in evaluation["results"]
-            for metric, name, note in (
-                ("class_accuracy", "class accuracy", ""),
-                ("precision", "precision", ", pixels"),
-                ("recall", "recall", ", pixels"),
-            )
+            if row["guidance_scale"] in {0, *evaluation["best"].values()}  # the table has them all
+            for metric, name in evaluation["metric_names"].items()
+            if metric in row
         ]
     return ModelCardData(
         library_name="diffusers",
@@ -218,23 +229,15 @@ def training(index: dict, unet: dict, scheduler: dict, run: dict) -> str:
     return "## Training\n\n| | |\n|---|---|\n" + "\n".join(rows)
 
 
-def results(evaluation: dict) -> str:
-    if not evaluation:
+def results(folder: Path) -> str:
+    if not (folder / TABLE).is_file():
         return ""
-    rows = [
-        f"| {row['guidance_scale']:g} | {row['class_accuracy']:.3f} | {row['precision']:.3f} | {row['recall']:.3f} | "
-        f"{row['network_evaluations']} |"
-        for row in evaluation["results"]
-    ]
-    return (
-        f"## Results\n\n{evaluation['num_samples']} samples for each w, {evaluation['num_inference_steps']} steps of "
-        f"{evaluation['scheduler']}. "
-        "Class accuracy is the share that a classifier fitted to the real images (itself right on "
-        f"{evaluation['classifier_held_out_accuracy']:.1%} of images it has not seen) assigns to the class asked for; "
-        "precision and recall are in pixel space.\n\n"
-        "| w | class accuracy | precision | recall | network evaluations an image |\n|---|---|---|---|---|\n"
-        + "\n".join(rows)
-    )
+    text = f"## Results\n\n{(folder / TABLE).read_text(encoding='utf-8').strip()}"
+    if (folder / CURVES).is_file():
+        text += f"\n\n![Quality over the guidance scale]({CURVES})"
+    if (folder / GRID).is_file():
+        text += f"\n\n![{PICTURES[GRID]}]({GRID})"
+    return text
 
 
 LIMITS = """## Intended use and limits

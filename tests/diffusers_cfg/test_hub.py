@@ -56,15 +56,19 @@ def model(tmp_path) -> Path:
     folder = tmp_path / "model"
     make_pipeline(conditioning_dropout_prob=0.1).save_pretrained(folder)
     (folder / "run.json").write_text(json.dumps({"dataset": "scribbles", "steps": 7, "seconds": 300, "license": "mit"}))
-    result = {"class_accuracy": 0.9, "precision": 0.5, "recall": 0.25, "network_evaluations": 10}
     evaluation = {
         "num_samples": 10,
-        "num_inference_steps": 5,
-        "scheduler": "DDIMScheduler",
-        "classifier_held_out_accuracy": 0.98,
-        "results": [{"guidance_scale": w, **result} for w in (0.0, 2.0)],
+        "feature_extractor": {"name": "small-0123"},
+        "metric_names": {"class_accuracy": "class accuracy"},
+        "best": {"class_accuracy": 2.0},
+        "results": [{"guidance_scale": w, "class_accuracy": 0.9, "network_evaluations": 10} for w in (0.0, 2.0)],
     }
-    (folder / "evaluation.json").write_text(json.dumps(evaluation))
+    (folder / "evaluation" / "samples").mkdir(parents=True)
+    (folder / "evaluation" / "samples" / "shard-00000.npz").write_text("not for others")
+    (folder / "evaluation" / "metrics.json").write_text(json.dumps(evaluation))
+    (folder / "evaluation" / "metrics.md").write_text("| w | class accuracy |\n")
+    for name in ("grid.png", "curves.png"):
+        Image.new("RGB", (4, 4)).save(folder / "evaluation" / name)
     (folder / "samples").mkdir()
     for step, colour in ((900, "red"), (1000, "blue")):
         Image.new("RGB", (4, 4), colour).save(folder / "samples" / f"step-{step}.png")
@@ -76,7 +80,8 @@ def model(tmp_path) -> Path:
 
 
 PUBLISHED = [
-    ".gitattributes", "README.md", "evaluation.json", "model_index.json", "pipeline_cfg.py", "run.json", "samples.png",
+    ".gitattributes", "README.md", "evaluation/curves.png", "evaluation/grid.png", "evaluation/metrics.json",
+    "evaluation/metrics.md", "model_index.json", "pipeline_cfg.py", "run.json", "samples.png",
     "scheduler/scheduler_config.json", "scheduler/scheduling_log_snr.py", "unet/config.json",
     "unet/diffusion_pytorch_model.safetensors", "unet/unet_2d_cfg.py",
 ]  # fmt: skip

@@ -15,13 +15,21 @@ RUN = {
     "base_model": "someone/older", "seed": 0, "ema": 0.9999,
 }  # fmt: skip
 EVALUATION = {
-    "num_samples": 1000, "num_inference_steps": 64, "scheduler": "HeunDiscreteScheduler",
-    "classifier_held_out_accuracy": 0.98,
+    "num_samples": 1000, "feature_extractor": {"name": "small-0123"},
+    "metric_names": {
+        "frechet_distance": "Fréchet distance", "inception_score": "classifier score",
+        "class_accuracy": "class accuracy",
+    },
+    "best": {"frechet_distance": 1.0, "class_accuracy": 1.0},
     "results": [
-        {"guidance_scale": 0.0, "class_accuracy": 0.975, "precision": 0.9, "recall": 0.8, "network_evaluations": 127},
-        {"guidance_scale": 1.0, "class_accuracy": 0.999, "precision": 0.95, "recall": 0.6, "network_evaluations": 254},
+        {"guidance_scale": 0.5, "class_accuracy": 0.98, "frechet_distance": 1.0, "network_evaluations": 254.0},
+        {"guidance_scale": 0.0, "class_accuracy": 0.975, "frechet_distance": 1.5, "network_evaluations": 127.0},
+        {"guidance_scale": 1.0, "class_accuracy": 0.999, "frechet_distance": 0.25, "network_evaluations": 254.0},
     ],
 }  # fmt: skip
+TABLE = (
+    "| w | Fréchet distance |\n| --- | --- |\n| 0 | 1.500 |\n| 1 | **0.250** |\n\n64 steps of HeunDiscreteScheduler\n"
+)
 
 
 def parse(card: str) -> tuple[dict, str]:
@@ -38,7 +46,11 @@ def folder(tmp_path):
 @pytest.fixture
 def full(folder):
     (folder / "run.json").write_text(json.dumps(RUN))
-    (folder / "evaluation.json").write_text(json.dumps(EVALUATION))
+    (folder / "evaluation").mkdir()
+    (folder / "evaluation" / "metrics.json").write_text(json.dumps(EVALUATION))
+    (folder / "evaluation" / "metrics.md").write_text(TABLE)
+    for name in ("grid.png", "curves.png"):
+        Image.new("L", (4, 4)).save(folder / "evaluation" / name)
     (folder / "samples").mkdir()
     Image.new("L", (4, 4)).save(folder / "samples" / "step-7.png")
     return folder
@@ -51,15 +63,18 @@ def test_a_full_card(full):
     assert metadata["license"] == "mit"
     assert metadata["datasets"] == ["someone/scribbles"]
     assert metadata["base_model"] == "someone/older"
-    assert metadata["widget"][0]["output"]["url"] == "samples.png"
+    assert [picture["output"]["url"] for picture in metadata["widget"]] == ["samples.png", "evaluation/grid.png"]
     metrics = metadata["model-index"][0]["results"][0]["metrics"]
-    assert len(metrics) == 6
+    assert len(metrics) == 4
     by_name = {metric["name"]: metric["value"] for metric in metrics}
-    assert by_name["class accuracy at w = 1, 1000 samples, 254 network evaluations"] == 0.999
-    assert by_name["class accuracy at w = 0, 1000 samples, 127 network evaluations"] == 0.975
+    measured_with = "1000 samples, {} network evaluations, features of small-0123"
+    assert by_name["class accuracy at w = 1, " + measured_with.format(254)] == 0.999
+    assert by_name["Fréchet distance at w = 0, " + measured_with.format(127)] == 1.5
+    assert {metric["type"] for metric in metrics} == {"class_accuracy", "frechet_distance"}
     for line in (
         "| 2 | two |", "| label dropout p_uncond | 0.1 |", "| time | 10 min |", "| parameters | 1.5 M |",
-        "| hardware | 2 × CPU |", "| 1 | 0.999 | 0.950 | 0.600 | 254 |", "64 steps of HeunDiscreteScheduler",
+        "| hardware | 2 × CPU |", "| 1 | **0.250** |", "64 steps of HeunDiscreteScheduler",
+        "![A row for each w, the same noise down each column](evaluation/grid.png)", "](evaluation/curves.png)",
         "s = 1 + w",
         "8×8 grey images of someone/scribbles, 3 classes", "![A row for each class", "@article{ho2022classifier",
     ):  # fmt: skip
@@ -75,7 +90,7 @@ def test_what_is_not_known_is_left_out(folder):
     metadata, text = parse(model_card(folder, "me/scribbles"))
     assert set(metadata) == {"library_name", "pipeline_tag", "tags"}
     assert "None" not in text
-    for heading in ("## Results", "samples.png", "| data |", "| hardware |", "| time |"):
+    for heading in ("## Results", "evaluation/", "samples.png", "| data |", "| hardware |", "| time |"):
         assert heading not in text
 
 
