@@ -1,7 +1,9 @@
 """`checkpoint-STEP` folders: weights, their average and the optimizer as safetensors, the rest as JSON; no pickles."""
 
+import hashlib
 import json
 import logging
+import os
 import re
 import shutil
 from collections.abc import Iterator
@@ -12,11 +14,13 @@ from pathlib import Path
 import torch
 from config import TrainConfig, UserError
 from diffusers.training_utils import EMAModel
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 logger = logging.getLogger(__name__)
 
 CONFIG_FILE = "train_config.yaml"
+STATE_FILE, CHECKSUMS = "state.json", "checksums.json"
 # All that a run writes into its folder, and all that --overwrite_output_dir deletes.
 RUN_FILES = [
     CONFIG_FILE, "run.json", "evaluation", "model_index.json", "pipeline_cfg.py", "unet", "scheduler", "vae",
@@ -66,24 +70,34 @@ def checkpoints(output_dir: Path) -> list[Path]:
 
 def find_checkpoint(config: TrainConfig) -> Path | None:
     """
-    The folder that `--resume_from_checkpoint` means: a name in the output folder, a path, or the latest. None if there
-    is nothing to resume. Raises UserError for one that does not exist.
+    The folder that `--resume_from_checkpoint` means: a name in the output folder, a path, or the latest that is whole.
+    None if there is nothing to resume. Raises UserError for one that does not exist or is damaged.
     """
     wanted, output_dir = config.resume_from_checkpoint, Path(config.output_dir)
     if wanted is None:
         return None
     existing = checkpoints(output_dir)
     if wanted == "latest":
-        if not existing:
-            logger.warning("There is no checkpoint in %s yet: starting a new run.", output_dir)
-        return existing[-1] if existing else None
-    for path in (output_dir / wanted, Path(wanted)):
-        if (path / "state.json").is_file():
-            return path
-    raise UserError(
-        f"--resume_from_checkpoint {wanted} does not exist. {output_dir} holds "
-        f"{', '.join(path.name for path in existing) or 'no checkpoints'}."
-    )
+        for path in reversed(existing):
+            if (damage := find_damage(path)) is None:
+                return path
+            logger.warning("%s is damaged (%s): taking the one before it.", path, damage)
+        if existing:
+            raise UserError(
+                f"None of the checkpoints in {output_dir} is whole ({', '.join(path.name for path in existing)}): "
+                "start anew with --overwrite_output_dir."
+            )
+        logger.warning("There is no checkpoint in %s yet: starting a new run.", output_dir)
+        return None
+    found = [path for path in (output_dir / wanted, Path(wanted)) if (path / STATE_FILE).is_file()]
+    if not found:
+        raise UserError(
+            f"--resume_from_checkpoint {wanted} does not exist. {output_dir} holds "
+            f"{', '.join(path.name for path in existing) or 'no checkpoints'}."
+        )
+    if (damage := find_damage(found[0])) is not None:
+        raise UserError(f"--resume_from_checkpoint {wanted} is damaged ({damage}): take another, or latest.")
+    return found[0]
 
 
 def check_output_dir(config: TrainConfig) -> None:
@@ -109,19 +123,46 @@ def prepare_output_dir(config: TrainConfig) -> None:
     config.save(output_dir / CONFIG_FILE)
 
 
-def save_checkpoint(config: TrainConfig, state: TrainState) -> None:
-    """Write `checkpoint-STEP`, aside first and then renamed, so that a folder of that name is whole. Then rotate."""
+def save_checkpoint(config: TrainConfig, state: TrainState) -> bool:
+    """
+    Write `checkpoint-STEP` aside, make sure that it is on the disk and whole, and only then give it its name and delete
+    the oldest. Whatever happens before leaves the last good one as it is. A disk that is full costs the checkpoint and
+    not the run: it is said aloud, and False is returned.
+    """
     output_dir = Path(config.output_dir)
     path, aside = output_dir / f"checkpoint-{state.step}", output_dir / f"tmp-checkpoint-{state.step}"
-    shutil.rmtree(aside, ignore_errors=True)
-    state.unet.save_pretrained(aside / "unet")
+    try:
+        shutil.rmtree(aside, ignore_errors=True)
+        write_checkpoint(aside, config, state)
+        seal(aside)
+        if (damage := find_damage(aside)) is not None:
+            raise OSError(f"it does not read as it was written: {damage}")
+        shutil.rmtree(path, ignore_errors=True)
+        aside.rename(path)
+        flush(output_dir)
+    except (OSError, SafetensorError) as error:  # which safetensors raises for a full disk too
+        shutil.rmtree(aside, ignore_errors=True)
+        last = [other.name for other in checkpoints(output_dir)][-1:]
+        logger.error(
+            "THE CHECKPOINT OF STEP %d COULD NOT BE WRITTEN: %s. The run goes on; what it can go back to is %s.",
+            state.step, error, last[0] if last else "nothing",
+        )  # fmt: skip
+        return False
+    if config.checkpoints_total_limit is not None:
+        for old in checkpoints(output_dir)[: -config.checkpoints_total_limit]:
+            shutil.rmtree(old)
+    return True
+
+
+def write_checkpoint(folder: Path, config: TrainConfig, state: TrainState) -> None:
+    state.unet.save_pretrained(folder / "unet")
     if state.ema is not None:
         with averaged_weights(state.unet, state.ema):
-            state.unet.save_pretrained(aside / "unet_ema")
+            state.unet.save_pretrained(folder / "unet_ema")
     moments = state.optimizer.state_dict()["state"]
     save_file(
         {f"{i}.{name}": value.contiguous() for i, values in moments.items() for name, value in values.items()},
-        aside / "optimizer.safetensors",
+        folder / "optimizer.safetensors",
     )
     record = {
         "step": state.step,
@@ -130,17 +171,47 @@ def save_checkpoint(config: TrainConfig, state: TrainState) -> None:
         "scaler": state.scaler.state_dict() if state.scaler is not None else None,
         "settings": {name: getattr(config, name) for name in SETTINGS_OF_A_RUN},
     }
-    (aside / "state.json").write_text(json.dumps(record, indent=2), encoding="utf-8")
-    shutil.rmtree(path, ignore_errors=True)
-    aside.rename(path)
-    if config.checkpoints_total_limit is not None:
-        for old in checkpoints(output_dir)[: -config.checkpoints_total_limit]:
-            shutil.rmtree(old)
+    (folder / STATE_FILE).write_text(json.dumps(record, indent=2), encoding="utf-8")
+
+
+def seal(folder: Path) -> None:
+    """Write down the checksum of each file of a folder, and wait until all of it is on the disk."""
+    files = [path for path in sorted(folder.rglob("*")) if path.is_file()]
+    checksums = {path.relative_to(folder).as_posix(): checksum(path) for path in files}
+    (folder / CHECKSUMS).write_text(json.dumps(checksums, indent=2), encoding="utf-8")
+    for path in [*files, folder / CHECKSUMS, *(path for path in folder.rglob("*") if path.is_dir()), folder]:
+        flush(path)
+
+
+def flush(path: Path) -> None:
+    """Wait until a file, or the list of a folder's files, is on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def checksum(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def find_damage(folder: Path) -> str | None:
+    """What is wrong with a checkpoint: a file that is missing, or not as it was written. None if it is whole."""
+    try:
+        checksums = json.loads((folder / CHECKSUMS).read_text(encoding="utf-8"))
+        for name, expected in checksums.items():
+            if checksum(folder / name) != expected:
+                return f"{name} is not as it was written"
+    except (OSError, ValueError) as error:
+        return str(error)
+    return None
 
 
 def load_checkpoint(path: Path, config: TrainConfig, state: TrainState) -> None:
     """Put everything back as `save_checkpoint` found it. Raises UserError if the checkpoint is of another network."""
-    record = json.loads((path / "state.json").read_text(encoding="utf-8"))
+    record = json.loads((path / STATE_FILE).read_text(encoding="utf-8"))
     changed = {name: old for name, old in record["settings"].items() if getattr(config, name) != old}
     if changed:
         listed = ", ".join(f"{name} {old} -> {getattr(config, name)}" for name, old in changed.items())

@@ -95,6 +95,9 @@ class OptimizationConfig:
         1.0, "The decay at step n is 1 - (1 + n / ema_inv_gamma)^-ema_power, up to the largest."
     )
     ema_power: float = flag(0.75, "See --ema_inv_gamma.")
+    max_nonfinite_steps: int = flag(
+        10, "Stop if so many steps in a row had to be skipped, because their loss or gradient was not finite."
+    )
     gradient_checkpointing: bool = flag(False, "Save memory by computing activations twice.")
     enable_xformers_memory_efficient_attention: bool = flag(False, "Use xformers' attention (GPU only).")
     mixed_precision: Literal["no", "fp16", "bf16"] | None = flag(
@@ -162,7 +165,7 @@ class TrainConfig(HubConfig, RunConfig, OptimizationConfig, ModelConfig, DataCon
     def _check_ranges(self) -> None:
         at_least = {
             1: "resolution layers_per_block train_batch_size gradient_accumulation_steps num_train_epochs "
-            "num_inference_steps logging_steps",
+            "num_inference_steps logging_steps max_nonfinite_steps",
             0: "lr_warmup_steps checkpointing_steps validation_steps eval_steps dataloader_num_workers "
             "adam_weight_decay seed",
         }

@@ -250,7 +250,9 @@ def stack_images(images: LabelledImages, config: DataConfig, channels: int, show
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         arrays = pool.map(decode, range(len(images)))
-        arrays = list(tqdm(arrays, "Decoding", len(images), unit="image", leave=False, disable=not show_progress))
+        arrays = list(
+            tqdm(arrays, "Decoding", len(images), unit="image", leave=False, disable=None if show_progress else True)
+        )
     unreadable = [images.name_image(index) for index, array in enumerate(arrays) if array is None]
     check_unreadable(unreadable, len(images), config.max_unreadable_fraction)
     readable = [index for index, array in enumerate(arrays) if array is not None]

@@ -1,29 +1,41 @@
 """The training loop: batches, steps, logs, checkpoints, samples. What a step learns is its caller's business."""
 
 import logging
-import math
 import os
 import time
 from collections.abc import Callable, Iterator
+from datetime import timedelta
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
 import torch
 from accelerate import Accelerator, PartialState
 from accelerate.utils import ProjectConfiguration
-from checkpoint import TrainState, averaged_weights, load_checkpoint, prepare_output_dir, save_checkpoint
+from checkpoint import (
+    TrainState,
+    averaged_weights,
+    checkpoints,
+    load_checkpoint,
+    prepare_output_dir,
+    save_checkpoint,
+)
 from config import TrainConfig, UserError
-from data import CachedImages, check_unreadable, keep_batch, to_float
+from data import UNLABELLED, CachedImages, check_unreadable, keep_batch, to_float
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
 from grid import sample_grid
-from randomness import Draws, GlobalBatchSampler, seed_of
+from preemption import Preempted, Preemption
+from randomness import Draws, GlobalBatchSampler, seed_of, seeded_generator
 from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
 
-from diffusers_cfg import CFGPipeline
+from diffusers_cfg import CFGPipeline, LogSNRScheduler
 
 logger = logging.getLogger(__name__)
+
+# The loss is also logged for each of so many intervals of the log-SNR λ, each drawn as often as another in training.
+NOISE_LEVELS = 8
 
 # (network, images in [-1, 1], class_labels, draws) -> loss of each sample
 Loss = Callable[[torch.nn.Module, torch.Tensor, torch.Tensor, Draws], torch.Tensor]
@@ -36,12 +48,17 @@ def train(
     pipeline: CFGPipeline,
     loss_of: Loss,
     checkpoint: Path | None,
+    preemption: Preemption,
     after_checkpoint: Callable[[TrainState], None] | None = None,
     evaluate: Callable[[CFGPipeline], dict[str, float]] | None = None,
 ) -> TrainState:
     """
     Minimise the mean of `loss_of` over the data, from a checkpoint on, and leave the pipeline with the weights.
     While it has the averaged weights, `after_checkpoint` is called on the main process, and `evaluate` on all of them.
+
+    Raises:
+        Preempted: the run was asked to stop; there is a checkpoint of the step that it reached.
+        FloatingPointError: too many steps in a row had a loss or a gradient that is not finite.
     """
     batch_size = config.train_batch_size * accelerator.num_processes * config.gradient_accumulation_steps
     if len(dataset) < batch_size:
@@ -61,51 +78,138 @@ def train(
     if accelerator.is_main_process:
         prepare_output_dir(config)
     started = time.perf_counter() - state.seconds
-    log = Log(config, accelerator, state.step, total_steps, batch_size)
+    log = Log(config, accelerator, state.step, total_steps, batch_size, pipeline.scheduler)
     logger.info(
         "%d images, %d classes, %.1f M parameters, %d steps of %d images (%.1f epochs) on %d × %s",
         len(dataset), state.unet.num_classes, sum(p.numel() for p in state.unet.parameters()) / 1e6, total_steps,
         batch_size, total_steps * batch_size / len(dataset), accelerator.num_processes, accelerator.device.type,
     )  # fmt: skip
 
-    for step in step_batches(config, accelerator, dataset, state.unet, range(state.step, total_steps)):
-        step_loss = torch.zeros((), device=accelerator.device)
-        for images, class_labels, draws in step:
-            with accelerator.accumulate(model):
-                loss = loss_of(model, images, class_labels, draws).mean()
-                accelerator.backward(loss)
-                if accelerator.sync_gradients:
-                    accelerator.clip_grad_norm_(model.parameters(), config.max_grad_norm)
-                state.optimizer.step()
-                state.optimizer.zero_grad()
-            step_loss += loss.detach() / config.gradient_accumulation_steps
-        state.lr_scheduler.step()
-        if state.ema is not None:
-            state.ema.step(state.unet.parameters())
-        state.step += 1
+    def save() -> None:
+        if accelerator.is_main_process:
+            saved = save_checkpoint(config, state)
+            if saved and after_checkpoint is not None and state.step < total_steps:
+                with averaged_weights(state.unet, state.ema):
+                    after_checkpoint(state)
 
-        state.seconds = time.perf_counter() - started
-        last = state.step == total_steps
-        log.step(state.step, step_loss, state.lr_scheduler.get_last_lr()[0])
-        if config.checkpointing_steps and (last or state.step % config.checkpointing_steps == 0):
-            if accelerator.is_main_process:
-                save_checkpoint(config, state)
-                if after_checkpoint is not None and not last:
-                    with averaged_weights(state.unet, state.ema):
-                        after_checkpoint(state)
-            accelerator.wait_for_everyone()
-        if last or (config.validation_steps and state.step % config.validation_steps == 0):
-            with averaged_weights(state.unet, state.ema):
+    def look(draw: bool, measure: bool) -> None:
+        """Samples and figures of the run as it is. They can wait, where the run is asked to stop."""
+        with averaged_weights(state.unet, state.ema), preemption.interruptible():
+            if draw:
                 save_samples(config, accelerator, pipeline, state.step)
-        if evaluate is not None and (last or state.step % config.eval_steps == 0):
-            with averaged_weights(state.unet, state.ema):
+                accelerator.log({"label_gain": label_gain(config, dataset, state.unet, loss_of)}, step=state.step)
+            if measure and evaluate is not None:
                 accelerator.log(evaluate(pipeline), step=state.step)
+
+    any_process_stops = make_vote(accelerator)
+    preemption.running, saved_step = True, state.step
+    try:
+        for step in step_batches(config, accelerator, dataset, state.unet, range(state.step, total_steps), log):
+            for images, class_labels, draws in step:
+                with accelerator.accumulate(model):
+                    losses = loss_of(model, images, class_labels, draws)
+                    accelerator.backward(losses.mean())
+                    if accelerator.sync_gradients:
+                        grad_norm = accelerator.clip_grad_norm_(model.parameters(), config.max_grad_norm)
+                        skip_if_not_finite(state, grad_norm)
+                    state.optimizer.step()
+                    state.optimizer.zero_grad()
+                log.batch(losses.detach(), class_labels, draws)
+            state.lr_scheduler.step()
+            if state.ema is not None:
+                state.ema.step(state.unet.parameters())
+            state.step += 1
+
+            state.seconds = time.perf_counter() - started
+            log.step(state.step, grad_norm, state.lr_scheduler.get_last_lr()[0])
+            last = state.step == total_steps
+            if due(config.checkpointing_steps, state.step) or (config.checkpointing_steps and last):
+                save()
+                saved_step = state.step
+                accelerator.wait_for_everyone()
+            if any_process_stops(preemption.requested):
+                raise Preempted
+            if not last:
+                look(due(config.validation_steps, state.step), due(config.eval_steps, state.step))
+        look(draw=True, measure=True)
+    except Preempted:
+        if state.step > saved_step:
+            save()
+        log.close()
+        raise
 
     log.close()
     if state.ema is not None:
         state.ema.copy_to(state.unet.parameters())
     state.unet.eval()
     return state
+
+
+@torch.no_grad()
+def label_gain(config: TrainConfig, dataset: Dataset, unet: torch.nn.Module, loss_of: Loss, n: int = 256) -> float:
+    """
+    How much better the network predicts with the right labels than with wrong ones, in standard errors of the mean over
+    up to n images. Warns below 3: such a network ignores its labels, and guidance has nothing to work with.
+    """
+    device, num_classes = unet.device, unet.num_classes
+    generator = seeded_generator("cpu", config.seed, "label gain")
+    labelled = (dataset.class_labels != UNLABELLED).nonzero().flatten()
+    chosen = labelled[torch.randperm(len(labelled), generator=generator)[:n]]
+    batch = dataset.__getitems__(chosen.tolist())
+    images, right = to_float(batch.images).to(device), batch.class_labels
+    wrong = (right + torch.randint(1, num_classes, right.shape, generator=generator)) % num_classes
+    draws = Draws.of_step(config.seed, -1, (len(chosen), *sample_shape(unet)), device)
+    draws.dropout.fill_(1.0)  # no label is dropped
+    gain = torch.zeros(len(chosen), device=device)
+    for rows in torch.arange(len(chosen)).split(config.train_batch_size):
+        part = slice(int(rows[0]), int(rows[-1]) + 1)
+        losses = [loss_of(unet, images[part], labels[part].to(device), draws[part]) for labels in (wrong, right)]
+        gain[part] = losses[0] - losses[1]
+    standard_errors = (gain.mean() / (gain.std() / len(chosen) ** 0.5)).item()
+    if standard_errors < 3:
+        logger.warning(
+            "The network does not predict better with the right labels than with wrong ones (by %.1f standard errors). "
+            "Early in a run that is normal; later check that --label_column is what the images show.",
+            standard_errors,
+        )
+    return standard_errors
+
+
+def sample_shape(unet: torch.nn.Module) -> tuple[int, int, int]:
+    """(channels, height, width) of what the UNet sees."""
+    return (unet.config.in_channels, *np.broadcast_to(unet.config.sample_size, 2).tolist())
+
+
+def due(every: int, step: int) -> bool:
+    """Whether something that is done every so many steps (0 for never) is to be done at this one."""
+    return every > 0 and step % every == 0
+
+
+def make_vote(accelerator: Accelerator) -> Callable[[bool], bool]:
+    """
+    A function that says whether any of the processes says yes. It speaks between the machines' CPUs, so that no process
+    waits for its GPU to answer.
+    """
+    if accelerator.num_processes == 1:
+        return lambda vote: vote
+    group = torch.distributed.new_group(backend="gloo")
+
+    def any_process(vote: bool) -> bool:
+        votes = torch.tensor(int(vote))
+        torch.distributed.all_reduce(votes, group=group)
+        return votes.item() > 0
+
+    return any_process
+
+
+def skip_if_not_finite(state: TrainState, grad_norm: torch.Tensor) -> None:
+    """
+    Have the optimizer leave the weights and its moments as they are if the gradient is not finite, without waiting for
+    the device to say so. The gradient is the mean of all processes', so they all decide alike.
+    """
+    if state.scaler is None:  # which does the same, in fp16
+        optimizer = getattr(state.optimizer, "optimizer", state.optimizer)
+        optimizer.found_inf = (~torch.isfinite(grad_norm)).float()
 
 
 def make_accelerator(config: TrainConfig) -> Accelerator:
@@ -181,7 +285,12 @@ def make_state(config: TrainConfig, unet: torch.nn.Module, total_steps: int) -> 
 
 
 def step_batches(
-    config: TrainConfig, accelerator: Accelerator, dataset: Dataset, unet: torch.nn.Module, steps: range
+    config: TrainConfig,
+    accelerator: Accelerator,
+    dataset: Dataset,
+    unet: torch.nn.Module,
+    steps: range,
+    log: "Log",
 ) -> Iterator[Iterator[tuple[torch.Tensor, torch.Tensor, Draws]]]:
     """
     For each step the batches of this process: images, float32 in [-1, 1], flipped if that was drawn; their labels; and
@@ -196,14 +305,15 @@ def step_batches(
         num_workers=0 if isinstance(dataset, CachedImages) else config.dataloader_num_workers,
         pin_memory=device.type == "cuda",
     )
-    sample_shape = (unet.config.in_channels, *np.broadcast_to(unet.config.sample_size, 2).tolist())
     batches, unreadable = iter(loader), set()
 
     def one_step(step: int):
-        draws = Draws.of_step(config.seed, step, (accumulation * world_size * batch_size, *sample_shape), device)
+        draws = Draws.of_step(config.seed, step, (accumulation * world_size * batch_size, *sample_shape(unet)), device)
         for micro_step in range(accumulation):
             first = (micro_step * world_size + rank) * batch_size
+            asked = time.perf_counter()
             rows, batch = draws[first : first + batch_size], next(batches)
+            log.data_wait += time.perf_counter() - asked
             if batch.unreadable:
                 unreadable.update(batch.unreadable)
                 check_unreadable(unreadable, len(dataset), config.max_unreadable_fraction)
@@ -220,14 +330,28 @@ def step_batches(
 
 
 class Log:
-    """The progress bar, and the trackers every `logging_steps`. Raises FloatingPointError if the loss goes wrong."""
+    """
+    The progress bar, and the trackers every `logging_steps`: the loss, also by noise level and of conditional and null
+    class apart, and what else tells whether a run is well. Numbers are read off the device only when they are logged.
+    Raises FloatingPointError if too many steps in a row were skipped.
+    """
 
     def __init__(
-        self, config: TrainConfig, accelerator: Accelerator, first_step: int, total_steps: int, batch_size: int
+        self,
+        config: TrainConfig,
+        accelerator: Accelerator,
+        first_step: int,
+        total_steps: int,
+        batch_size: int,
+        scheduler: LogSNRScheduler,
     ):
-        self.config, self.accelerator, self.batch_size = config, accelerator, batch_size
+        self.config, self.accelerator, self.batch_size, self.scheduler = config, accelerator, batch_size, scheduler
         self.total_steps, self.since, self.then = total_steps, first_step, time.perf_counter()
-        self.loss = torch.zeros((), device=accelerator.device)
+        self.data_wait = 0.0  # seconds
+        device = accelerator.device
+        # by noise level and whether the label was dropped
+        self.loss, self.count = torch.zeros(2, NOISE_LEVELS, 2, device=device)
+        self.grad_norm, self.skipped, self.skipped_in_a_row = torch.zeros(3, device=device)
         # TensorBoard accepts no lists, and no None.
         settings = {k: v if isinstance(v, (int, float, str)) else str(v) for k, v in config.public().items()}
         accelerator.init_trackers("train_cfg", settings)
@@ -236,27 +360,71 @@ class Log:
             initial=first_step,
             desc="Training",
             unit="step",
-            disable=not accelerator.is_main_process,
+            disable=None if accelerator.is_main_process else True,  # None: if the output is no terminal
         )
 
-    def step(self, step: int, loss: torch.Tensor, learning_rate: float) -> None:
-        """Take note of a step. The loss is read off the device only when it is logged."""
-        self.loss += loss
+    def batch(self, losses: torch.Tensor, class_labels: torch.Tensor, draws: Draws) -> None:
+        """Take note of the loss of each sample of a batch."""
+        noise_level = (draws.u * NOISE_LEVELS).long().clamp(max=NOISE_LEVELS - 1)
+        is_null = (draws.dropout < self.config.conditioning_dropout_prob) | (class_labels == UNLABELLED)
+        finite = torch.isfinite(losses)
+        index = (noise_level, is_null.long())
+        self.loss.index_put_(index, torch.where(finite, losses, 0.0), accumulate=True)
+        self.count.index_put_(index, finite.float(), accumulate=True)
+
+    def step(self, step: int, grad_norm: torch.Tensor, learning_rate: float) -> None:
+        """Take note of a step."""
+        finite = torch.isfinite(grad_norm)
+        self.grad_norm += torch.where(finite, grad_norm, 0.0)
+        self.skipped += ~finite
+        self.skipped_in_a_row = torch.where(finite, 0.0, self.skipped_in_a_row + 1)
         self.progress.update()
-        if step % self.config.logging_steps and step != self.total_steps:
-            return
+        if due(self.config.logging_steps, step) or step == self.total_steps:
+            self._write(step, learning_rate)
+
+    def _write(self, step: int, learning_rate: float) -> None:
+        loss, count = self.accelerator.reduce(torch.stack([self.loss, self.count]), reduction="sum").cpu()
+        norm, skipped, in_a_row = torch.stack([self.grad_norm, self.skipped, self.skipped_in_a_row]).tolist()
         steps, now = step - self.since, time.perf_counter()
-        loss = self.accelerator.reduce(self.loss / steps, reduction="mean").item()
-        if not math.isfinite(loss):
+        if in_a_row >= self.config.max_nonfinite_steps:
+            existing = [path.name for path in checkpoints(Path(self.config.output_dir))]
             raise FloatingPointError(
-                f"The loss became {loss} by step {step}. Lower --learning_rate (now {self.config.learning_rate}), and "
-                "go on from the last good checkpoint with --resume_from_checkpoint."
+                f"The loss or its gradient was not finite in the last {in_a_row:.0f} steps, up to step {step}. Lower "
+                f"--learning_rate (now {self.config.learning_rate}), and go on from the last good checkpoint with "
+                f"--resume_from_checkpoint {existing[-1] if existing else '(there is none yet)'}."
             )
-        images_per_second = steps * self.batch_size / (now - self.then)
-        self.loss.zero_()
-        self.since, self.then = step, now
-        self.progress.set_postfix(loss=f"{loss:.4f}", images_per_second=f"{images_per_second:.0f}")
-        self.accelerator.log({"loss": loss, "lr": learning_rate, "images_per_second": images_per_second}, step=step)
+        values = {
+            "loss": (loss.sum() / count.sum()).item(),
+            "lr": learning_rate,
+            "grad_norm": norm / max(1.0, steps - skipped),
+            "images_per_second": steps * self.batch_size / (now - self.then),
+            "data_wait": self.data_wait / (now - self.then),
+            "dropout_rate": (count[:, 1].sum() / count.sum()).item(),
+            "skipped_steps": skipped,
+        }
+        by_kind = dict(zip(("conditional", "null"), zip(loss.sum(0), count.sum(0), strict=True), strict=True))
+        edges = self.scheduler.log_snr(torch.linspace(0, 1, NOISE_LEVELS + 1, dtype=torch.float64))
+        edges = (edges.round(decimals=1) + 0.0).tolist()  # no negative zero
+        by_level = {
+            f"log_snr_{low}_to_{high}": pair
+            for (high, low), *pair in zip(pairwise(edges), loss.sum(1), count.sum(1), strict=True)
+        }
+        for name, (total, number) in {**by_kind, **by_level}.items():
+            if number > 0:
+                values[f"loss/{name}"] = (total / number).item()
+        left = timedelta(seconds=round((self.total_steps - step) * (now - self.then) / steps))
+        if self.progress.disable:
+            logger.info(
+                "step %d of %d, loss %.4f, %.0f images/s, %s left",
+                step, self.total_steps, values["loss"], values["images_per_second"], left,
+            )  # fmt: skip
+        for sums in (self.loss, self.count, self.grad_norm, self.skipped):
+            sums.zero_()
+        self.since, self.then, self.data_wait = step, now, 0.0
+        self.progress.set_postfix(loss=f"{values['loss']:.4f}", images_per_second=f"{values['images_per_second']:.0f}")
+        self.accelerator.log(values, step=step)
+        if skipped:
+            logger.warning("%.0f of the last %d steps were skipped: their gradient was not finite.", skipped, steps)
 
     def close(self) -> None:
         self.progress.close()
@@ -264,7 +432,9 @@ class Log:
 
 def save_samples(config: TrainConfig, accelerator: Accelerator, pipeline: CFGPipeline, step: int) -> None:
     """Draw the grid of samples, and give it to the output folder and to the trackers."""
-    pipeline.set_progress_bar_config(desc="Sampling", leave=False, disable=not accelerator.is_local_main_process)
+    logger.info("Drawing samples at step %d", step)
+    quiet = None if accelerator.is_local_main_process else True
+    pipeline.set_progress_bar_config(desc="Sampling", leave=False, disable=quiet)
     grid = sample_grid(
         pipeline, accelerator, config.validation_guidance_scales, config.num_inference_steps, config.seed
     )

@@ -9,10 +9,11 @@ import sys
 from pathlib import Path
 
 from config import TrainConfig, UserError, parse_config
+from preemption import EXIT_RESUME, Preempted, Preemption
 from publish import EXIT_NOT_PUBLISHED, BackgroundPublisher
 
 
-def train_cfg(config: TrainConfig) -> None:
+def train_cfg(config: TrainConfig, preemption: Preemption | None = None) -> None:
     # Imported here and not above: they take seconds, which --help and a wrong flag need not wait for.
     from checkpoint import check_output_dir, find_checkpoint
     from conditioning import drop_class_labels
@@ -54,6 +55,7 @@ def train_cfg(config: TrainConfig) -> None:
         pipeline,
         loss_of,
         checkpoint,
+        preemption or Preemption(),
         after_checkpoint=publisher and (lambda state: publisher.publish(pipeline, state.step)),
         evaluate=training_evaluation(config, accelerator, dataset, images.id2label) if config.eval_steps else None,
     )
@@ -104,7 +106,12 @@ def publish_run(config: TrainConfig) -> None:
 
 
 if __name__ == "__main__":
+    preemption = Preemption()
+    preemption.install()
     try:
-        train_cfg(parse_config())
+        train_cfg(parse_config(), preemption)
+    except Preempted:
+        print("Stopped and saved. The same command with --resume_from_checkpoint latest goes on.", file=sys.stderr)
+        sys.exit(EXIT_RESUME)
     except UserError as error:
         sys.exit(f"train_cfg.py: error: {error}")

@@ -250,7 +250,7 @@ def test_what_cannot_work_is_named_before_anything_is_written(tmp_path, argv, me
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(tmp_path):
-    with pytest.raises(FloatingPointError, match=r"The loss became (nan|inf).*learning_rate"):
+    with pytest.raises(FloatingPointError, match=r"not finite in the last 10 steps.*learning_rate"):
         train(tmp_path, "--learning_rate", "1e30", "--max_train_steps", "20", "--lr_warmup_steps", "0")
 
 

@@ -1,0 +1,406 @@
+"""What happens to long runs: kills, signals, full disks, damaged files, numbers that are not finite."""
+
+import errno
+import logging
+import multiprocessing
+import os
+import pickle
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import checkpoint
+import loop
+import numpy as np
+import objectives
+import pytest
+import torch
+from checkpoint import checkpoints, find_damage
+from config import UserError, parse_config
+from PIL import Image
+from preemption import EXIT_RESUME, Preempted, Preemption
+from safetensors.torch import load_file
+from test_train import TINY, TRAINING, WEIGHTS, assert_same_tensors, train
+from train_cfg import train_cfg
+
+EVERY_STEP = ["--checkpointing_steps", "1", "--max_train_steps", "4"]
+
+
+def names(output_dir: Path) -> list[str]:
+    return [path.name for path in checkpoints(output_dir)]
+
+
+# ----- damaged checkpoints -----
+
+
+def damage(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(bytes(data))
+
+
+def test_the_latest_checkpoint_that_is_whole_is_taken(tmp_path, caplog):
+    train(tmp_path / "out", *EVERY_STEP)
+    assert all(find_damage(path) is None for path in checkpoints(tmp_path / "out"))
+    damage(tmp_path / "out" / "checkpoint-4" / "unet" / WEIGHTS)
+    (tmp_path / "out" / "checkpoint-3" / "optimizer.safetensors").unlink()
+    train(tmp_path / "out", *EVERY_STEP, "--resume_from_checkpoint", "latest")
+    assert f"checkpoint-4 is damaged (unet/{WEIGHTS} is not as it was written): taking the one before" in caplog.text
+    assert "checkpoint-3 is damaged" in caplog.text
+    assert "optimizer.safetensors" in caplog.text
+    train(tmp_path / "whole", *EVERY_STEP)
+    assert_same_tensors(tmp_path / "out" / "unet" / WEIGHTS, tmp_path / "whole" / "unet" / WEIGHTS)
+
+
+def test_a_damaged_checkpoint_that_is_asked_for_by_name(tmp_path):
+    train(tmp_path, *EVERY_STEP)
+    for path in checkpoints(tmp_path):
+        damage(path / "state.json")
+    with pytest.raises(UserError, match="checkpoint-2 is damaged .*state.json is not as it was written"):
+        train(tmp_path, *EVERY_STEP, "--resume_from_checkpoint", "checkpoint-2")
+    with pytest.raises(UserError, match="None of the checkpoints in .* is whole .*--overwrite_output_dir"):
+        train(tmp_path, *EVERY_STEP, "--resume_from_checkpoint", "latest")
+
+
+def test_a_half_written_checkpoint_is_not_taken_for_one(tmp_path):
+    train(tmp_path, *EVERY_STEP)
+    (tmp_path / "checkpoint-4").rename(tmp_path / "tmp-checkpoint-4")
+    train(tmp_path, *EVERY_STEP, "--resume_from_checkpoint", "latest")
+    assert names(tmp_path)[-1] == "checkpoint-4"
+    assert not (tmp_path / "tmp-checkpoint-4").exists()
+
+
+class Planted:
+    def __init__(self, mark: Path):
+        self.mark = mark
+
+    def __reduce__(self):
+        return (Path.touch, (self.mark,))
+
+
+def test_planted_pickles_are_never_read(tmp_path):
+    train(tmp_path / "out", *EVERY_STEP)
+    mark, folder = tmp_path / "mark", tmp_path / "out" / "checkpoint-3"
+    planted = pickle.dumps(Planted(mark))
+    for name in ("optimizer.bin", "random_states_0.pkl", "unet/diffusion_pytorch_model.bin", "custom_checkpoint_0.pkl"):
+        (folder / name).write_bytes(planted)
+        (folder.parent / Path(name).name).write_bytes(planted)
+    train(tmp_path / "out", *EVERY_STEP, "--resume_from_checkpoint", "checkpoint-3")
+    assert not mark.exists()
+    pickle.loads(planted)
+    assert mark.exists()  # it would have worked
+
+
+# ----- a full disk -----
+
+
+@pytest.mark.parametrize("part", ["save_file", "flush"])
+def test_a_full_disk_costs_a_checkpoint_and_not_the_run(tmp_path, monkeypatch, caplog, part):
+    works = getattr(checkpoint, part)
+
+    def full(*args, **kwargs):
+        if "checkpoint-3" in str(args):
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return works(*args, **kwargs)
+
+    monkeypatch.setattr(checkpoint, part, full)
+    train(tmp_path / "out", *EVERY_STEP, "--checkpoints_total_limit", "1")
+    assert "THE CHECKPOINT OF STEP 3 COULD NOT BE WRITTEN: [Errno 28] No space left" in caplog.text
+    assert "what it can go back to is checkpoint-2" in caplog.text
+    assert names(tmp_path / "out") == ["checkpoint-4"]
+    assert list((tmp_path / "out").glob("tmp-*")) == []
+
+
+def test_a_write_that_does_not_read_back_is_no_checkpoint(tmp_path, monkeypatch, caplog):
+    seal = checkpoint.seal
+
+    def seal_and_damage(folder):
+        seal(folder)
+        if folder.name == "tmp-checkpoint-4":
+            damage(folder / "unet" / WEIGHTS)
+
+    monkeypatch.setattr(checkpoint, "seal", seal_and_damage)
+    train(tmp_path / "out", *EVERY_STEP, "--checkpoints_total_limit", "1")
+    assert "it does not read as it was written: unet/" in caplog.text
+    assert names(tmp_path / "out") == ["checkpoint-3"]
+
+
+@pytest.mark.slow
+def test_files_that_cannot_grow(tmp_path):
+    """A real limit of the system: the run goes on without its checkpoints, and fails only where its result is lost."""
+    script = (
+        "import resource, sys, signal; signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
+        f"sys.path.insert(0, {str(TRAINING)!r})\n"
+        "from config import parse_config\nfrom train_cfg import train_cfg\nimport loop\n"
+        "look = loop.save_samples\n"
+        "def unlimited(*args):\n"
+        "    resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY,) * 2)\n    look(*args)\n"
+        "loop.save_samples = unlimited\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, resource.RLIM_INFINITY))\n"
+        f"train_cfg(parse_config({[*TINY, '--output_dir', 'out']!r}))\n"
+    )
+    result = subprocess.run([sys.executable, "-c", script], cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    assert result.returncode == 0, result.stderr
+    assert "THE CHECKPOINT OF STEP 4 COULD NOT BE WRITTEN" in result.stderr
+    assert "what it can go back to is nothing" in result.stderr
+    assert (tmp_path / "out" / "unet" / WEIGHTS).is_file()
+    assert names(tmp_path / "out") == []
+
+
+# ----- signals -----
+
+
+@pytest.fixture
+def preemption():
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1)}
+    preemption = Preemption()
+    preemption.install()
+    yield preemption
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+def start(output_dir: Path, preemption: Preemption, *argv: str) -> None:
+    from accelerate.state import AcceleratorState, GradientState
+
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
+    train_cfg(parse_config([*TINY, "--output_dir", str(output_dir), *argv]), preemption)
+
+
+def signalled(works, when, number=signal.SIGTERM):
+    """A function that does what another does, but the process gets a signal in its call number `when`."""
+    calls = []
+
+    def function(*args, **kwargs):
+        calls.append(1)
+        if len(calls) == when:
+            os.kill(os.getpid(), number)
+            time.sleep(0.01)
+        return works(*args, **kwargs)
+
+    return function
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+@pytest.mark.parametrize(
+    ("module", "name", "when", "step"),
+    [
+        (objectives, "squared_error", 3, 3),  # in the third step
+        (loop, "save_checkpoint", 1, 2),  # in a save
+        (loop, "sample_grid", 1, 3),  # while samples are drawn
+        (loop, "sample_grid", 2, 4),  # the last ones
+    ],
+)
+def test_a_signal_saves_the_step(tmp_path, monkeypatch, preemption, module, name, when, step, number):
+    flags = ["--validation_steps", "3"]
+    with monkeypatch.context() as patch:
+        patch.setattr(module, name, signalled(getattr(module, name), when, number))
+        with pytest.raises(Preempted):
+            start(tmp_path / "out", preemption, *flags)
+    assert names(tmp_path / "out")[-1] == f"checkpoint-{step}"
+    assert not (tmp_path / "out" / "model_index.json").exists()
+    start(tmp_path / "out", Preemption(), *flags, "--resume_from_checkpoint", "latest")
+    start(tmp_path / "whole", Preemption(), *flags)
+    for file in (Path("unet") / WEIGHTS, Path("checkpoint-4") / "optimizer.safetensors"):
+        assert_same_tensors(tmp_path / "out" / file, tmp_path / "whole" / file)
+    grids = [(tmp_path / run / "samples" / "step-4.png").read_bytes() for run in ("out", "whole")]
+    assert grids[0] == grids[1]
+
+
+def test_without_checkpoints_a_signal_saves_all_the_same(tmp_path, monkeypatch, preemption):
+    monkeypatch.setattr(objectives, "squared_error", signalled(objectives.squared_error, 2))
+    with pytest.raises(Preempted):
+        start(tmp_path / "out", preemption, "--checkpointing_steps", "0")
+    assert names(tmp_path / "out") == ["checkpoint-2"]
+
+
+def run_and_signal(cwd: Path, *argv: str, at: str | None = None, processes: int = 1, times: int = 1) -> tuple[int, str]:
+    """Run the script; when a text appears on stderr, or after a second, signal it. Exit code and stderr."""
+    command = [sys.executable, str(TRAINING / "train_cfg.py"), *TINY, "--output_dir", "out", *argv]
+    if processes > 1:
+        launcher = ["-m", "torch.distributed.run", "--nproc_per_node", str(processes)]
+        command = [sys.executable, *launcher, *command[1:]]
+    said = ""
+    with subprocess.Popen(command, cwd=cwd, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True) as process:
+        if at is None:
+            time.sleep(1)
+        while at is not None and at not in said and process.poll() is None:
+            said += process.stderr.read(1)
+        for _ in range(times):
+            process.send_signal(signal.SIGTERM)
+            time.sleep(0.2)
+        said += process.stderr.read()
+        return process.wait(), said
+
+
+@pytest.mark.slow
+def test_a_signal_from_outside(tmp_path):
+    code, said = run_and_signal(tmp_path)  # while torch is loaded, or Python itself
+    assert code in (EXIT_RESUME, -signal.SIGTERM)
+    assert not (tmp_path / "out").exists()
+
+    long = ["--max_train_steps", "100000", "--checkpointing_steps", "0", "--resume_from_checkpoint", "latest"]
+    code, said = run_and_signal(tmp_path, *long, at="step 4 of")
+    assert code == EXIT_RESUME
+    assert "SIGTERM: finishing the step, then saving" in said
+    assert "Stopped and saved. The same command with --resume_from_checkpoint latest goes on" in said
+    (first,) = checkpoints(tmp_path / "out")
+    code, said = run_and_signal(tmp_path, *long, at="images/s")
+    assert code == EXIT_RESUME
+    assert f"Resumed from out/{first.name}" in said
+    assert len(checkpoints(tmp_path / "out")) == 2
+
+    code, said = run_and_signal(tmp_path, *long, "--num_inference_steps", "100000", "--validation_steps", "1",
+                                at="Drawing samples", times=2)  # fmt: skip
+    assert code == EXIT_RESUME
+
+
+@pytest.mark.slow
+def test_a_signal_stops_two_processes_at_the_same_step(tmp_path):
+    _, said = run_and_signal(tmp_path, "--max_train_steps", "100000", "--checkpointing_steps", "0", at="step 20 of",
+                             processes=2)  # fmt: skip
+    assert "Stopped and saved" in said
+    (path,) = checkpoints(tmp_path / "out")
+    assert find_damage(path) is None
+
+
+# ----- kills -----
+
+MANY_SAVES = ["--max_train_steps", "200", "--checkpointing_steps", "2", "--checkpoints_total_limit", "1"]
+
+
+def train_quietly(output_dir: str) -> None:
+    logging.disable(logging.WARNING)
+    train(Path(output_dir), *MANY_SAVES, "--resume_from_checkpoint", "latest")
+
+
+def last_step(output_dir: Path) -> int:
+    return max((int(name.removeprefix("checkpoint-")) for name in names(output_dir)), default=0)
+
+
+@pytest.mark.slow
+def test_killed_at_twenty_random_moments(tmp_path, monkeypatch):
+    """Each time a little after it got further, every other time in the middle of a save."""
+    train(tmp_path / "whole", *MANY_SAVES)
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(sys.path))  # the fork server does not take it over
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["test_faults"])
+    out, moments, half_written = tmp_path / "out", random.Random(0), 0
+    for i in range(20):
+        process = context.Process(target=train_quietly, args=(str(out),))
+        process.start()
+        reached = last_step(out) + 2 * moments.randint(1, 2)
+        while last_step(out) < reached and process.is_alive():
+            time.sleep(0.002)
+        while i % 2 and not list(out.glob("tmp-*")) and process.is_alive():
+            time.sleep(0.0005)
+        time.sleep(moments.uniform(0, 0.01 if i % 2 else 0.1))
+        before = last_step(out)
+        process.kill()
+        process.join()
+        assert process.exitcode == -signal.SIGKILL
+        assert before - 2 <= last_step(out) <= before + 2  # a checkpoint that is replaced is listed while it goes
+        half_written += bool(list(out.glob("tmp-*")))
+        whole = [path for path in checkpoints(out) if find_damage(path) is None]
+        assert int(whole[-1].name.removeprefix("checkpoint-")) >= reached - 2
+    assert half_written > 3
+    train_quietly(str(out))
+    logging.disable(logging.NOTSET)
+    for name in ("unet", "checkpoint-200/unet_ema"):
+        assert_same_tensors(out / name / WEIGHTS, tmp_path / "whole" / name / WEIGHTS)
+
+
+# ----- numbers that are not finite -----
+
+
+def nan_in(calls: set[int]):
+    works, count = objectives.squared_error, []
+
+    def function(pred, target):
+        count.append(1)
+        return works(pred, target) * (torch.nan if len(count) in calls else 1.0)
+
+    return function
+
+
+def scalars(output_dir: Path) -> dict[str, list[tuple[int, float]]]:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(output_dir / "logs" / "train_cfg")).Reload()
+    return {tag: [(e.step, e.value) for e in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
+
+
+def test_a_step_that_is_not_finite_is_skipped(tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr(objectives, "squared_error", nan_in({3}))
+    train(tmp_path, *EVERY_STEP, "--no_use_ema", "--report_to", "tensorboard")
+    before, after, last = (load_file(tmp_path / f"checkpoint-{step}" / "unet" / WEIGHTS) for step in (2, 3, 4))
+    moments = [load_file(tmp_path / f"checkpoint-{step}" / "optimizer.safetensors") for step in (2, 3)]
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    assert all(torch.equal(moments[0][name], moments[1][name]) for name in moments[0])
+    assert all(torch.isfinite(value).all() for value in last.values())
+    assert any(not torch.equal(after[name], last[name]) for name in after)
+    assert "1 of the last 1 steps were skipped" in caplog.text
+    assert [value for _, value in scalars(tmp_path)["skipped_steps"]] == [0, 0, 1, 0]
+
+
+def test_too_many_in_a_row_stop_the_run(tmp_path, monkeypatch):
+    monkeypatch.setattr(objectives, "squared_error", nan_in({2, 4, 5, 6}))
+    flags = [*EVERY_STEP, "--max_train_steps", "8", "--max_nonfinite_steps", "3"]
+    with pytest.raises(FloatingPointError, match="last 3 steps, up to step 6.*--resume_from_checkpoint checkpoint-5"):
+        train(tmp_path, *flags)
+    assert all(torch.isfinite(v).all() for v in load_file(tmp_path / "checkpoint-5" / "unet" / WEIGHTS).values())
+
+
+def test_losses_are_told_apart(tmp_path):
+    train(
+        tmp_path, "--report_to", "tensorboard", "--logging_steps", "4", "--train_batch_size", "64",
+        "--conditioning_dropout_prob", "0.3",
+    )  # fmt: skip
+    logged = {tag: values[0][1] for tag, values in scalars(tmp_path).items()}
+    p = logged["dropout_rate"]
+    assert logged["loss"] == pytest.approx(p * logged["loss/null"] + (1 - p) * logged["loss/conditional"], rel=1e-5)
+    assert 0.2 < logged["dropout_rate"] < 0.4
+    levels = {tag for tag in logged if tag.startswith("loss/log_snr_")}
+    assert len(levels) == 8
+    assert {"loss/log_snr_-20.0_to_-3.2", "loss/log_snr_0.0_to_0.8"} <= levels
+    assert min(logged[tag] for tag in levels) < logged["loss"] < max(logged[tag] for tag in levels)
+    assert logged["grad_norm"] > 0
+    assert 0 <= logged["data_wait"] < 1
+
+
+# ----- labels that say nothing -----
+
+
+@pytest.mark.slow
+def test_a_network_that_ignores_its_labels(tmp_path, caplog):
+    from sklearn.datasets import load_digits
+
+    digits = load_digits()
+    flags = [
+        "--resolution",
+        "8",
+        "--attention_resolutions",
+        "0",
+        "--max_train_steps",
+        "250",
+        "--train_batch_size",
+        "64",
+    ]
+    gains = {}
+    for kind, labels in (("right", digits.target), ("shuffled", np.random.default_rng(0).permutation(digits.target))):
+        for i, (image, label) in enumerate(zip(digits.images, labels, strict=True)):
+            folder = tmp_path / kind / "abcdefghij"[label]
+            folder.mkdir(parents=True, exist_ok=True)
+            Image.fromarray((image * 15).astype(np.uint8)).save(folder / f"{i}.png")
+        caplog.clear()
+        train(
+            tmp_path / f"{kind}-model", "--train_data_dir", str(tmp_path / kind), *flags, "--report_to", "tensorboard"
+        )
+        gains[kind] = scalars(tmp_path / f"{kind}-model")["label_gain"][-1][1]
+        assert ("does not predict better with the right labels" in caplog.text) == (kind == "shuffled")
+    assert gains["right"] > 5
+    assert gains["shuffled"] < 3
