@@ -129,8 +129,9 @@ def train(
                 accelerator.wait_for_everyone()
             if any_process_stops(preemption.requested):
                 raise Preempted
-            if not last:
-                look(due(config.validation_steps, state.step), due(config.eval_steps, state.step))
+            draw, measure = due(config.validation_steps, state.step), due(config.eval_steps, state.step)
+            if (draw or measure) and not last:
+                look(draw, measure)
         look(draw=True, measure=True)
     except Preempted:
         if state.step > saved_step:

@@ -218,10 +218,10 @@ class SampleSet:
     def path(self, shard: range) -> Path:
         return self.folder / f"shard-{shard.start // SHARD_SIZE:05}.npz"
 
-    def has(self, shard: range) -> bool:
-        """Whether the images of a shard are there."""
+    def has(self, shard: range, class_labels) -> bool:
+        """Whether the images of a shard are there, and of these classes."""
         try:
-            return len(self.load(shard).class_labels) == len(shard)
+            return self.load(shard).class_labels.tolist() == class_labels.tolist()
         except (OSError, ValueError, KeyError, zipfile.BadZipFile):
             return False
 
@@ -280,7 +280,12 @@ def draw_sets(args: Namespace, accelerator, pipeline, sets: dict[float, SampleSe
     from tqdm.auto import tqdm
 
     accelerator.wait_for_everyone()  # so that all see the same shards
-    missing = [(w, shard) for w, samples in sets.items() for shard in samples.shards if not samples.has(shard)]
+    missing = [
+        (w, shard)
+        for w, samples in sets.items()
+        for shard in samples.shards
+        if not samples.has(shard, class_labels[list(shard)])
+    ]
     accelerator.wait_for_everyone()
     mine = missing[accelerator.process_index :: accelerator.num_processes]
     # A guided image takes two passes of the network at each step: so the time left comes out right.

@@ -77,6 +77,14 @@ def test_colour_stays_colour(tmp_path):
     assert Image.open(folder / "one" / "000001.png").mode == "RGB"
 
 
+def test_a_shard_of_other_classes_is_not_the_one_wanted(tmp_path):
+    samples, shard = sample.SampleSet(tmp_path, 4), range(4)
+    assert not samples.has(shard, np.arange(4))
+    samples.save(shard, sample.Shard(np.zeros((4, 8, 8, 3), np.uint8), np.arange(4), 2.0))
+    assert samples.has(shard, np.arange(4))
+    assert not samples.has(shard, np.array([0, 1, 2, 2]))
+
+
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
