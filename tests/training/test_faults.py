@@ -256,7 +256,8 @@ def test_a_signal_from_outside(tmp_path):
 
     code, said = run_and_signal(tmp_path, *long, "--num_inference_steps", "100000", "--validation_steps", "1",
                                 at="Drawing samples", times=2)  # fmt: skip
-    assert code == EXIT_RESUME
+    # The second one may find Python on its way out, without our handler
+    assert code in (EXIT_RESUME, -signal.SIGTERM)
 
 
 @pytest.mark.slow

@@ -150,6 +150,7 @@ def test_one_outlier_deceives_precision_but_not_density():
 def test_the_data_itself():
     real = modes(0, 1)
     assert precision_recall(real, real) == (1.0, 1.0)
+    assert precision_recall(real, real + 1e6) == (0.0, 0.0)
     density, coverage = density_coverage(real, real)
     assert density == pytest.approx(6 / 5)  # each ball holds its center and five neighbours
     assert coverage == 1.0

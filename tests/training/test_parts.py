@@ -8,7 +8,6 @@ import pytest
 import torch
 from conditioning import drop_class_labels
 from config import TrainConfig, UserError
-from metrics import precision_recall
 from model import build_unet
 from objectives import prediction_target, squared_error
 from randomness import Draws, GlobalBatchSampler, seeded_generator
@@ -131,23 +130,3 @@ def test_a_config_file_describes_the_network(tmp_path):
         build_unet(TrainConfig(model_config_name_or_path=str(path), resolution=9), None, 1, 2)
     with pytest.raises(UserError, match="nowhere"):
         build_unet(TrainConfig(model_config_name_or_path=str(tmp_path / "nowhere")), None, 1, 2)
-
-
-# ----- metrics -----
-
-
-def test_precision_and_recall_of_known_sets():
-    generator = torch.Generator().manual_seed(0)
-    modes = torch.tensor([[0.0, 0.0], [100.0, 0.0]])
-    real = modes.repeat_interleave(200, 0) + torch.randn(400, 2, generator=generator)
-    one_mode = modes[:1].repeat(400, 1) + torch.randn(400, 2, generator=generator)
-    precision, recall = precision_recall(real, one_mode)
-    assert precision > 0.9
-    assert recall == pytest.approx(0.5, abs=0.06)
-    precision, recall = precision_recall(one_mode, real)
-    assert precision == pytest.approx(0.5, abs=0.06)
-    assert recall > 0.9
-    assert precision_recall(real, real + 1000) == (0.0, 0.0)
-    assert precision_recall(real, real) == (1.0, 1.0)
-    with pytest.raises(ValueError, match="2 and 400"):
-        precision_recall(real[:2], real)
