@@ -64,19 +64,19 @@ def run(argv: list[str]) -> None:
 
 
 def markdown(records: dict[float, dict]) -> str:
-    from report import caption, cell
+    from report import caption, cell, table
 
     first = next(iter(records.values()))
     metrics = [metric for metric in ("frechet_distance", "inception_score") if metric in first["results"][0]]
     names = [f"{first['metric_names'][metric]}, p = {p:g}" for metric in metrics for p in records]
-    rows = [["w", *names], ["---"] * (len(names) + 1)]
+    rows = []
     for i, row in enumerate(first["results"]):
         cells = [
             cell(record["results"][i], metric, record["best"]) for metric in metrics for record in records.values()
         ]
         rows.append([f"{row['guidance_scale']:g}", *cells])
     rows.append(["real", *(cell(record["floor"], metric, {}) for metric in metrics for record in records.values())])
-    return "\n".join("| " + " | ".join(row) + " |" for row in rows) + f"\n\n{caption(first)}\n"
+    return f"{table(['w', *names], rows)}\n\n{caption(first)}\n"
 
 
 def draw_curves(records: dict[float, dict], path: Path) -> None:

@@ -23,6 +23,7 @@ from evaluation import Evaluation
 from grid import draw_grid
 from loop import make_accelerator
 from mixture import GaussianMixtureModel, three_gaussians
+from report import table
 from sample import draw_images
 from scipy.integrate import solve_ivp
 
@@ -346,10 +347,6 @@ def saturated(images: torch.Tensor) -> float:
 
 
 # ----- drawing -----
-
-
-def table(header: list[str], rows: list[list[str]]) -> str:
-    return "\n".join("| " + " | ".join(row) + " |" for row in [header, ["---"] * len(header), *rows])
 
 
 def new_figure(rows: int, columns: int, title: str, size: float = 3.6):

@@ -35,14 +35,17 @@ def best_scales(results: list[dict[str, Any]], names: dict[str, str]) -> dict[st
 def markdown(record: dict[str, Any]) -> str:
     """The table, and under it what its figures were measured with."""
     names = {metric: name for metric, name in record["metric_names"].items() if metric in record["results"][0]}
-    rows = [["w", *names.values(), "evaluations"]]
-    rows.append(["---"] * len(rows[0]))
+    rows = []
     for row in record["results"]:
         cells = [cell(row, metric, record["best"]) for metric in names]
         rows.append([f"{row['guidance_scale']:g}", *cells, f"{row['network_evaluations']:g}"])
     rows.append(["real", *(cell(record["floor"], metric, {}) for metric in names), ""])
-    table = "\n".join("| " + " | ".join(row) + " |" for row in rows)
-    return f"{table}\n\n{caption(record)}\n"
+    return f"{table(['w', *names.values(), 'evaluations'], rows)}\n\n{caption(record)}\n"
+
+
+def table(header: list[str], rows: list[list[str]]) -> str:
+    """A table in Markdown."""
+    return "\n".join("| " + " | ".join(row) + " |" for row in [header, ["---"] * len(header), *rows])
 
 
 def cell(row: dict[str, Any], metric: str, best: dict[str, float]) -> str:
