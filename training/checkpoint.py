@@ -38,7 +38,7 @@ class TrainState:
     """All that changes during a run, and that a checkpoint has to hold."""
 
     unet: torch.nn.Module
-    ema: EMAModel | None
+    averages: list[EMAModel]  # the first is what is sampled; the others are kept as variants
     optimizer: torch.optim.Optimizer
     lr_scheduler: torch.optim.lr_scheduler.LRScheduler
     scaler: torch.amp.GradScaler | None = None
@@ -47,19 +47,32 @@ class TrainState:
 
 
 @contextmanager
-def averaged_weights(unet: torch.nn.Module, ema: EMAModel | None) -> Iterator[None]:
-    """Inside, the network has the averaged weights, if there are any, and is in eval mode."""
+def averaged_weights(state: TrainState, index: int = 0) -> Iterator[None]:
+    """Inside, the network has the weights of one of the averages, if there are any, and is in eval mode."""
+    unet, average = state.unet, state.averages[index] if state.averages else None
     was_training = unet.training
     unet.eval()
-    if ema is not None:
-        ema.store(unet.parameters())
-        ema.copy_to(unet.parameters())
+    if average is not None:
+        average.store(unet.parameters())
+        average.copy_to(unet.parameters())
     try:
         yield
     finally:
-        if ema is not None:
-            ema.restore(unet.parameters())
+        if average is not None:
+            average.restore(unet.parameters())
         unet.train(was_training)
+
+
+def save_variants(state: TrainState, folder: Path) -> None:
+    """Save each average but the first beside a network's weights, as a variant of them such as `ema999`."""
+    for index, average in enumerate(state.averages[1:], start=1):
+        with averaged_weights(state, index):
+            state.unet.save_pretrained(folder, variant=variant_of(average))
+
+
+def variant_of(average: EMAModel) -> str:
+    """0.999 is ema999: the names of variants have no dots."""
+    return "ema" + str(average.decay).removeprefix("0.")
 
 
 def checkpoints(output_dir: Path) -> list[Path]:
@@ -156,9 +169,10 @@ def save_checkpoint(config: TrainConfig, state: TrainState) -> bool:
 
 def write_checkpoint(folder: Path, config: TrainConfig, state: TrainState) -> None:
     state.unet.save_pretrained(folder / "unet")
-    if state.ema is not None:
-        with averaged_weights(state.unet, state.ema):
+    if state.averages:
+        with averaged_weights(state):
             state.unet.save_pretrained(folder / "unet_ema")
+        save_variants(state, folder / "unet_ema")
     moments = state.optimizer.state_dict()["state"]
     save_file(
         {f"{i}.{name}": value.contiguous() for i, values in moments.items() for name, value in values.items()},
@@ -218,10 +232,11 @@ def load_checkpoint(path: Path, config: TrainConfig, state: TrainState) -> None:
         logger.warning("%s was written with other settings: %s. The run will not be the same.", path, listed)
     try:
         state.unet.load_state_dict(load_file(path / "unet" / "diffusion_pytorch_model.safetensors"))
-        if state.ema is not None:
-            averages = load_file(path / "unet_ema" / "diffusion_pytorch_model.safetensors")
-            state.ema.shadow_params = [averages[name].to(p.device) for name, p in state.unet.named_parameters()]
-            state.ema.optimization_step = record["step"]
+        for index, average in enumerate(state.averages):
+            variant = f".{variant_of(average)}" if index else ""
+            weights = load_file(path / "unet_ema" / f"diffusion_pytorch_model{variant}.safetensors")
+            average.shadow_params = [weights[name].to(p.device) for name, p in state.unet.named_parameters()]
+            average.optimization_step = record["step"]
     except (OSError, RuntimeError, KeyError) as error:
         raise UserError(f"{path} does not hold the weights of this model and run: {error}") from error
     moments: dict[int, dict[str, torch.Tensor]] = {}

@@ -90,7 +90,9 @@ class OptimizationConfig:
     adam_epsilon: float = flag(1e-8, "Adam's epsilon.")
     max_grad_norm: float = flag(1.0, "Gradients are scaled down to this norm.")
     use_ema: bool = flag(True, "Keep a moving average of the weights; it is what is sampled and saved.")
-    ema_max_decay: float = flag(0.9999, "The largest decay of the average.")
+    ema_max_decay: list[float] = flag(
+        [0.9999], "The largest decay of the average. Several keep as many averages: the first is what is sampled."
+    )
     ema_inv_gamma: float = flag(
         1.0, "The decay at step n is 1 - (1 + n / ema_inv_gamma)^-ema_power, up to the largest."
     )
@@ -153,12 +155,14 @@ class TrainConfig(HubConfig, RunConfig, OptimizationConfig, ModelConfig, DataCon
     """All settings of a run. Raises UserError for one that cannot work; the message names it."""
 
     def __post_init__(self) -> None:
+        if isinstance(self.ema_max_decay, (int, float)):  # as runs wrote it that knew one average
+            self.ema_max_decay = [self.ema_max_decay]
         self._check_types()
         self._check_ranges()
         self._check_resolution()
 
     def _check_types(self) -> None:
-        for name in ("block_out_channels", "attention_resolutions", "validation_guidance_scales"):
+        for name in ("block_out_channels", "attention_resolutions", "validation_guidance_scales", "ema_max_decay"):
             if not isinstance(getattr(self, name), list):
                 raise UserError(f"{name} must be a list, but is {getattr(self, name)!r}.")
 
@@ -176,9 +180,12 @@ class TrainConfig(HubConfig, RunConfig, OptimizationConfig, ModelConfig, DataCon
         for name in ("learning_rate", "max_grad_norm", "adam_epsilon", "ema_inv_gamma", "ema_power"):
             if not 0 < getattr(self, name) < math.inf:
                 raise UserError(f"{name} must be a positive number, but is {getattr(self, name)}.")
-        for name in ("conditioning_dropout_prob", "dropout", "adam_beta1", "adam_beta2", "ema_max_decay"):
+        for name in ("conditioning_dropout_prob", "dropout", "adam_beta1", "adam_beta2"):
             if not 0 <= getattr(self, name) < 1:
                 raise UserError(f"{name} must lie in [0, 1), but is {getattr(self, name)}.")
+        decays = self.ema_max_decay
+        if not decays or len(set(decays)) < len(decays) or not all(0 <= decay < 1 for decay in decays):
+            raise UserError(f"ema_max_decay must be one or more different numbers in [0, 1), but is {decays}.")
         for name in ("max_train_steps", "checkpoints_total_limit"):
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise UserError(f"{name} must be at least 1, but is {getattr(self, name)}.")

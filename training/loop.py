@@ -53,8 +53,8 @@ def train(
     evaluate: Callable[[CFGPipeline], dict[str, float]] | None = None,
 ) -> TrainState:
     """
-    Minimise the mean of `loss_of` over the data, from a checkpoint on, and leave the pipeline with the weights.
-    While it has the averaged weights, `after_checkpoint` is called on the main process, and `evaluate` on all of them.
+    Minimise the mean of `loss_of` over the data, from a checkpoint on, and leave the pipeline with the (first) average
+    of the weights. It has that too when `after_checkpoint` is called on the main process, and `evaluate` on all.
 
     Raises:
         Preempted: the run was asked to stop; there is a checkpoint of the step that it reached.
@@ -89,12 +89,12 @@ def train(
         if accelerator.is_main_process:
             saved = save_checkpoint(config, state)
             if saved and after_checkpoint is not None and state.step < total_steps:
-                with averaged_weights(state.unet, state.ema):
+                with averaged_weights(state):
                     after_checkpoint(state)
 
     def look(draw: bool, measure: bool) -> None:
         """Samples and figures of the run as it is. They can wait, where the run is asked to stop."""
-        with averaged_weights(state.unet, state.ema), preemption.interruptible():
+        with averaged_weights(state), preemption.interruptible():
             if draw:
                 save_samples(config, accelerator, pipeline, state.step)
                 accelerator.log({"label_gain": label_gain(config, dataset, state.unet, loss_of)}, step=state.step)
@@ -116,8 +116,8 @@ def train(
                     state.optimizer.zero_grad()
                 log.batch(losses.detach(), class_labels, draws)
             state.lr_scheduler.step()
-            if state.ema is not None:
-                state.ema.step(state.unet.parameters())
+            for average in state.averages:
+                average.step(state.unet.parameters())
             state.step += 1
 
             state.seconds = time.perf_counter() - started
@@ -140,8 +140,8 @@ def train(
         raise
 
     log.close()
-    if state.ema is not None:
-        state.ema.copy_to(state.unet.parameters())
+    if state.averages:
+        state.averages[0].copy_to(state.unet.parameters())
     state.unet.eval()
     return state
 
@@ -260,16 +260,17 @@ def make_state(config: TrainConfig, unet: torch.nn.Module, total_steps: int) -> 
         unet.enable_gradient_checkpointing()
     if config.enable_xformers_memory_efficient_attention:
         unet.enable_xformers_memory_efficient_attention()
-    ema = None
-    if config.use_ema:
-        ema = EMAModel(
+    averages = [
+        EMAModel(
             unet.parameters(),
-            decay=config.ema_max_decay,
+            decay=decay,
             use_ema_warmup=True,
             inv_gamma=config.ema_inv_gamma,
             power=config.ema_power,
             foreach=True,
         )
+        for decay in (config.ema_max_decay if config.use_ema else [])
+    ]
     optimizer = torch.optim.AdamW(
         unet.parameters(),
         lr=config.learning_rate,
@@ -282,7 +283,7 @@ def make_state(config: TrainConfig, unet: torch.nn.Module, total_steps: int) -> 
     lr_scheduler = get_scheduler(
         config.lr_scheduler, optimizer, num_warmup_steps=config.lr_warmup_steps, num_training_steps=total_steps
     )
-    return TrainState(unet, ema, optimizer, lr_scheduler)
+    return TrainState(unet, averages, optimizer, lr_scheduler)
 
 
 def step_batches(

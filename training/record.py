@@ -26,7 +26,7 @@ def write_run_record(config: TrainConfig, accelerator: Accelerator, state: Train
         "steps": state.step,
         "batch_size": config.train_batch_size * accelerator.num_processes * config.gradient_accumulation_steps,
         "learning_rate": config.learning_rate,
-        "ema": config.ema_max_decay if config.use_ema else None,
+        "ema": ", ".join(map(str, config.ema_max_decay)) if config.use_ema else None,
         "mixed_precision": accelerator.mixed_precision,
         "hardware": f"{accelerator.num_processes} × {name}",
         "seconds": round(state.seconds),

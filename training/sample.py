@@ -41,6 +41,7 @@ def parse_args(argv: list[str] | None = None) -> Namespace:
 def add_sampling_flags(parser: ArgumentParser) -> None:
     """The flags that say how images are drawn."""
     parser.add_argument("--model", required=True, help="The output folder of a training run, or a repository.")
+    parser.add_argument("--variant", help="Other weights of the network that the model holds, such as ema999.")
     parser.add_argument("--num_inference_steps", type=int, default=64, help="Sampling steps T.")
     parser.add_argument("--scheduler", help="A class of diffusers to sample with, instead of the model's own.")
     parser.add_argument("--guidance_interval", type=float, nargs=2, help="Guide only where σ_lo < σ/α ≤ σ_hi.")
@@ -91,7 +92,7 @@ def load_pipeline(args: Namespace, device):
     from diffusers_cfg import CFGPipeline, UNet2DCFGModel
 
     try:
-        pipeline = CFGPipeline.from_pretrained(args.model)
+        pipeline = CFGPipeline.from_pretrained(args.model, variant=args.variant)
         if args.guide_model is not None:
             pipeline.guide_unet = UNet2DCFGModel.from_pretrained(args.guide_model, subfolder="unet")
         if pipeline.guider is not None:

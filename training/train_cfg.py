@@ -15,7 +15,7 @@ from publish import EXIT_NOT_PUBLISHED, BackgroundPublisher
 
 def train_cfg(config: TrainConfig, preemption: Preemption | None = None) -> None:
     # Imported here and not above: they take seconds, which --help and a wrong flag need not wait for.
-    from checkpoint import check_output_dir, find_checkpoint
+    from checkpoint import check_output_dir, find_checkpoint, save_variants
     from conditioning import drop_class_labels
     from data import load_labelled_images, training_dataset
     from evaluation import training_evaluation
@@ -63,6 +63,7 @@ def train_cfg(config: TrainConfig, preemption: Preemption | None = None) -> None
     is_main_process = accelerator.is_main_process
     if is_main_process:
         pipeline.save_pretrained(config.output_dir)
+        save_variants(state, Path(config.output_dir) / "unet")
         write_run_record(config, accelerator, state, len(dataset))
         some_class = images.id2label[0]
         print(

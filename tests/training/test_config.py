@@ -83,6 +83,15 @@ def test_unknown_flags_and_values_end_the_program(argv, capsys):
     assert argv[-1] in capsys.readouterr().err
 
 
+def test_one_decay_or_several():
+    assert parse_config(["--ema_max_decay", "0.999"]).ema_max_decay == [0.999]
+    assert parse_config(["--ema_max_decay", "0.999", "0.99"]).ema_max_decay == [0.999, 0.99]
+    assert TrainConfig(ema_max_decay=0.9).ema_max_decay == [0.9]  # as the files of older runs have it
+    for wrong in ([], [1.0], [0.9, 0.9]):
+        with pytest.raises(UserError, match="ema_max_decay must be"):
+            TrainConfig(ema_max_decay=wrong)
+
+
 def test_the_command_line_is_frozen():
     """Flags that others have in their scripts. One may be added; renaming or removing one breaks a user."""
     flags = {field.name for field in dataclasses.fields(TrainConfig)}

@@ -23,7 +23,7 @@ from config import UserError, parse_config
 from PIL import Image
 from preemption import EXIT_RESUME, Preempted, Preemption
 from safetensors.torch import load_file
-from test_train import TINY, TRAINING, WEIGHTS, assert_same_tensors, train
+from test_train import TINY, TRAINING, WEIGHTS, assert_same_tensors, scalars, train
 from train_cfg import train_cfg
 
 EVERY_STEP = ["--checkpointing_steps", "1", "--max_train_steps", "4"]
@@ -326,13 +326,6 @@ def nan_in(calls: set[int]):
         return works(pred, target) * (torch.nan if len(count) in calls else 1.0)
 
     return function
-
-
-def scalars(output_dir: Path) -> dict[str, list[tuple[int, float]]]:
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
-    events = EventAccumulator(str(output_dir / "logs" / "train_cfg")).Reload()
-    return {tag: [(e.step, e.value) for e in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
 
 
 def test_a_step_that_is_not_finite_is_skipped(tmp_path, monkeypatch, caplog):

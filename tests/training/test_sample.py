@@ -44,6 +44,16 @@ def test_classes_by_name_and_id(model):
     assert [path.name for path in sorted((folder / "zero").iterdir())] == ["000001.png", "000004.png"]
 
 
+def test_another_average_of_the_weights(model):
+    other = make_unet()
+    other.conv_out.weight.data.mul_(0.5)
+    other.save_pretrained(model / "unet", variant="ema999")
+    folders = [draw(model, "--num_samples", "1").rename(model.parent / "first")]
+    folders.append(draw(model, "--num_samples", "1", "--variant", "ema999"))
+    first, other = ((folder / "zero" / "000000.png").read_bytes() for folder in folders)
+    assert first != other
+
+
 def test_images_do_not_depend_on_how_many_there_are(model):
     few = draw(model, "--num_samples", "4").rename(model.parent / "few")
     many = draw(model, "--num_samples", "20")
@@ -92,6 +102,7 @@ def test_a_shard_of_other_classes_is_not_the_one_wanted(tmp_path):
         (["--class_labels", "3"], "--class_labels 3"),
         (["--num_samples", "0"], "--num_samples must be at least 1, but is 0"),
         (["--guidance_scale", "nan"], "guidance_scale must be finite"),
+        (["--variant", "ema1"], "A model cannot be loaded: .*variant=ema1"),
         (["--guide_model", "/nowhere/at/all"], "A model cannot be loaded"),
     ],
 )

@@ -33,6 +33,9 @@ TINY = [
     "--checkpoints_total_limit", "9",
 ]  # fmt: skip
 
+# What is logged of time, which no two runs share
+TIMES = {"images_per_second", "data_wait"}
+
 
 def train(output_dir: Path, *argv: str) -> TrainConfig:
     AcceleratorState._reset_state(reset_partial_state=True)
@@ -47,6 +50,13 @@ def assert_same_tensors(first: Path, second: Path, **tolerance: float) -> None:
     assert a.keys() == b.keys()
     for name in a:
         torch.testing.assert_close(a[name], b[name], **(tolerance or {"rtol": 0, "atol": 0}), msg=name)
+
+
+def scalars(output_dir: Path) -> dict[str, list[tuple[int, float]]]:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(output_dir / "logs" / "train_cfg")).Reload()
+    return {tag: [(e.step, e.value) for e in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
 
 
 def test_a_run_leaves_a_pipeline_that_loads(tmp_path, capsys):
@@ -131,22 +141,49 @@ def test_without_dropout_the_null_row_stays(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "argv", [["--dropout", "0.2"], ["--gradient_accumulation_steps", "2", "--random_flip"], ["--no_use_ema"]]
+    ("argv", "num_files"),
+    [
+        (["--dropout", "0.2"], 7),
+        (["--gradient_accumulation_steps", "2", "--random_flip"], 7),
+        (["--no_use_ema"], 5),
+        (["--ema_max_decay", "0.9", "0.2"], 10),
+    ],
 )
-def test_a_resumed_run_is_the_run_that_never_stopped(tmp_path, argv):
+def test_a_resumed_run_is_the_run_that_never_stopped(tmp_path, argv, num_files):
+    argv = [*argv, "--report_to", "tensorboard"]
     train(tmp_path / "whole", *argv)
     (tmp_path / "resumed").mkdir()
     shutil.copytree(tmp_path / "whole" / "checkpoint-2", tmp_path / "resumed" / "checkpoint-2")
     train(tmp_path / "resumed", *argv, "--resume_from_checkpoint", "latest")
 
     files = [path.relative_to(tmp_path / "whole") for path in (tmp_path / "whole").rglob("*.safetensors")]
-    assert len(files) == (5 if "--no_use_ema" in argv else 7)
+    assert len(files) == num_files
     for file in files:
         assert_same_tensors(tmp_path / "whole" / file, tmp_path / "resumed" / file)
     states = [json.loads((tmp_path / run / "checkpoint-4" / "state.json").read_text()) for run in ("whole", "resumed")]
     assert states[0]["lr_scheduler"] == states[1]["lr_scheduler"]
     grids = [(tmp_path / run / "samples" / "step-4.png").read_bytes() for run in ("whole", "resumed")]
     assert grids[0] == grids[1]
+    logged = {(tag, *point) for tag, points in scalars(tmp_path / "whole").items() for point in points if point[0] > 2}
+    again = {(tag, *point) for tag, points in scalars(tmp_path / "resumed").items() for point in points}
+    assert {entry for entry in logged if entry[0] not in TIMES} == {entry for entry in again if entry[0] not in TIMES}
+    assert {("loss", 3), ("loss", 4), ("grad_norm", 4), ("label_gain", 4)} <= {entry[:2] for entry in again}
+
+
+def test_each_decay_has_its_average(tmp_path):
+    train(tmp_path, "--ema_max_decay", "0.9", "0.2", "--ema_power", "9", "--checkpointing_steps", "1")
+    steps = [load_file(tmp_path / f"checkpoint-{step}" / "unet" / WEIGHTS) for step in (1, 2, 3, 4)]
+    for file, decay in ((WEIGHTS, 0.9), ("diffusion_pytorch_model.ema2.safetensors", 0.2)):
+        average = steps[0]  # the average of one step has a decay of 0
+        for weights in steps[1:]:
+            average = {name: decay * average[name] + (1 - decay) * weights[name] for name in weights}
+        saved = load_file(tmp_path / "unet" / file)
+        for name in saved:
+            torch.testing.assert_close(saved[name], average[name], rtol=1e-5, atol=1e-7)
+    pipelines = [CFGPipeline.from_pretrained(tmp_path, variant=variant) for variant in (None, "ema2")]
+    assert not torch.equal(*(pipeline.unet.conv_in.weight for pipeline in pipelines))
+    with pytest.raises(ValueError, match="variant=ema3"):
+        CFGPipeline.from_pretrained(tmp_path, variant="ema3")
 
 
 def test_accumulated_batches_are_one_batch(tmp_path):
@@ -186,9 +223,10 @@ def test_tensorboard_gets_losses_and_samples(tmp_path):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     train(tmp_path, "--report_to", "tensorboard")
+    losses = scalars(tmp_path)["loss"]
+    assert [step for step, _ in losses] == [1, 2, 3, 4]
+    assert all(value > 0 for _, value in losses)
     events = EventAccumulator(str(tmp_path / "logs" / "train_cfg")).Reload()
-    assert [event.step for event in events.Scalars("loss")] == [1, 2, 3, 4]
-    assert all(event.value > 0 for event in events.Scalars("loss"))
     assert [event.step for event in events.Images("samples")] == [4]
 
 
