@@ -28,8 +28,8 @@ RUN_FILES = [
 ]  # fmt: skip
 # Settings that a run cannot go on without: another value means other batches, other noise or other weights.
 SETTINGS_OF_A_RUN = [
-    "seed", "train_batch_size", "gradient_accumulation_steps", "resolution", "conditioning_dropout_prob",
-    "prediction_type", "dataset_name", "train_data_dir", "max_train_steps", "lr_scheduler", "learning_rate",
+    "seed", "resolution", "conditioning_dropout_prob", "prediction_type", "dataset_name", "train_data_dir",
+    "max_train_steps", "lr_scheduler", "learning_rate",
 ]  # fmt: skip
 
 
@@ -41,6 +41,8 @@ class TrainState:
     averages: list[EMAModel]  # the first is what is sampled; the others are kept as variants
     optimizer: torch.optim.Optimizer
     lr_scheduler: torch.optim.lr_scheduler.LRScheduler
+    batch_size: int  # images a step, on all processes and accumulated
+    num_processes: int
     scaler: torch.amp.GradScaler | None = None
     step: int = 0
     seconds: float = 0.0
@@ -181,6 +183,8 @@ def write_checkpoint(folder: Path, config: TrainConfig, state: TrainState) -> No
     record = {
         "step": state.step,
         "seconds": state.seconds,
+        "batch_size": state.batch_size,
+        "num_processes": state.num_processes,
         "lr_scheduler": state.lr_scheduler.state_dict(),
         "scaler": state.scaler.state_dict() if state.scaler is not None else None,
         "settings": {name: getattr(config, name) for name in SETTINGS_OF_A_RUN},
@@ -221,6 +225,32 @@ def find_damage(folder: Path) -> str | None:
     except (OSError, ValueError) as error:
         return str(error)
     return None
+
+
+def keep_batch_size(path: Path, config: TrainConfig, num_processes: int) -> None:
+    """
+    Have as many images in a step as in those before a checkpoint, on whatever number of processes: the batches are
+    accumulated until there are. Raises UserError if there cannot be so many.
+    """
+    record = json.loads((path / STATE_FILE).read_text(encoding="utf-8"))
+    batch_size, before = record["batch_size"], record["num_processes"]
+    accumulation, rest = divmod(batch_size, config.train_batch_size * num_processes)
+    if rest:
+        raise UserError(
+            f"{path} was written with steps of {batch_size} images, which {num_processes} processes cannot share in "
+            f"batches of {config.train_batch_size}: choose another --train_batch_size or number of processes."
+        )
+    if accumulation != config.gradient_accumulation_steps:
+        logger.warning(
+            "--gradient_accumulation_steps is %d and not %d, so that a step stays one of %d images.",
+            accumulation, config.gradient_accumulation_steps, batch_size,
+        )  # fmt: skip
+        config.gradient_accumulation_steps = accumulation
+    if num_processes != before:
+        logger.warning(
+            "Going on with %d processes instead of %d: with the same images and noise in each step, but their sums are "
+            "rounded otherwise, and what the network drops out is drawn anew.", num_processes, before,
+        )  # fmt: skip
 
 
 def load_checkpoint(path: Path, config: TrainConfig, state: TrainState) -> None:

@@ -16,6 +16,7 @@ from checkpoint import (
     TrainState,
     averaged_weights,
     checkpoints,
+    keep_batch_size,
     load_checkpoint,
     prepare_output_dir,
     save_checkpoint,
@@ -60,6 +61,9 @@ def train(
         Preempted: the run was asked to stop; there is a checkpoint of the step that it reached.
         FloatingPointError: too many steps in a row had a loss or a gradient that is not finite.
     """
+    if checkpoint is not None:
+        keep_batch_size(checkpoint, config, accelerator.num_processes)
+    accelerator.gradient_accumulation_steps = config.gradient_accumulation_steps
     batch_size = config.train_batch_size * accelerator.num_processes * config.gradient_accumulation_steps
     if len(dataset) < batch_size:
         raise UserError(
@@ -69,7 +73,7 @@ def train(
         )
     total_steps = config.max_train_steps or config.num_train_epochs * len(dataset) // batch_size
     pipeline.to(accelerator.device)
-    state = make_state(config, pipeline.unet, total_steps)
+    state = make_state(config, pipeline.unet, total_steps, batch_size, accelerator.num_processes)
     model, state.optimizer = accelerator.prepare(state.unet, state.optimizer)
     state.scaler = accelerator.scaler
     if checkpoint is not None:
@@ -253,7 +257,9 @@ def available_cpus() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def make_state(config: TrainConfig, unet: torch.nn.Module, total_steps: int) -> TrainState:
+def make_state(
+    config: TrainConfig, unet: torch.nn.Module, total_steps: int, batch_size: int, num_processes: int
+) -> TrainState:
     """The network ready to train, its average, the optimizer and the learning rate, before the first step."""
     unet.train()
     if config.gradient_checkpointing:
@@ -283,7 +289,7 @@ def make_state(config: TrainConfig, unet: torch.nn.Module, total_steps: int) -> 
     lr_scheduler = get_scheduler(
         config.lr_scheduler, optimizer, num_warmup_steps=config.lr_warmup_steps, num_training_steps=total_steps
     )
-    return TrainState(unet, averages, optimizer, lr_scheduler)
+    return TrainState(unet, averages, optimizer, lr_scheduler, batch_size, num_processes)
 
 
 def step_batches(

@@ -138,7 +138,7 @@ def build_unet(config: TrainConfig, vae: AutoencoderKL | None, channels: int, nu
             "block_out_channels": config.block_out_channels,
             "layers_per_block": config.layers_per_block,
             "dropout": config.dropout,
-            **attention(config.attention_resolutions, size, len(config.block_out_channels)),
+            **attention(config.attention_resolutions, size, config.block_out_channels),
             **normalization(config.block_out_channels),
         }
     settings |= {
@@ -162,14 +162,15 @@ def load_model_config(name_or_path: str) -> dict:
         raise UserError(f"--model_config_name_or_path {name_or_path} cannot be read: {error}") from error
 
 
-def attention(resolutions: list[int], sample_size: int, levels: int) -> dict:
+def attention(resolutions: list[int], sample_size: int, block_out_channels: list[int]) -> dict:
     """Block types with self-attention at the given resolutions, heads of 64 channels at the most (as ADM's)."""
-    attended = [sample_size // 2**level in resolutions for level in range(levels)]
+    attended = [sample_size // 2**level in resolutions for level in range(len(block_out_channels))]
+    channels = [channels for channels, here in zip(block_out_channels, attended, strict=True) if here]
     return {
         "down_block_types": ["AttnDownBlock2D" if here else "DownBlock2D" for here in attended],
         "up_block_types": ["AttnUpBlock2D" if here else "UpBlock2D" for here in reversed(attended)],
         "add_attention": attended[-1],
-        "attention_head_dim": 64,
+        "attention_head_dim": math.gcd(64, *channels),
     }
 
 

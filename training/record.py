@@ -24,7 +24,7 @@ def write_run_record(config: TrainConfig, accelerator: Accelerator, state: Train
         "license": config.license,
         "num_parameters": sum(parameter.numel() for parameter in state.unet.parameters()),
         "steps": state.step,
-        "batch_size": config.train_batch_size * accelerator.num_processes * config.gradient_accumulation_steps,
+        "batch_size": state.batch_size,
         "learning_rate": config.learning_rate,
         "ema": ", ".join(map(str, config.ema_max_decay)) if config.use_ema else None,
         "mixed_precision": accelerator.mixed_precision,

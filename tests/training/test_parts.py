@@ -117,6 +117,16 @@ def test_the_network_is_the_one_the_settings_describe():
     assert all(torch.equal(a, b) for a, b in zip(unet.parameters(), again.parameters(), strict=True))
 
 
+@pytest.mark.parametrize("channels", [[8, 16], [48, 96], [128, 256]])
+def test_heads_fit_the_channels(channels):
+    config = TrainConfig(resolution=8, block_out_channels=channels, layers_per_block=1, attention_resolutions=[8, 4])
+    unet = build_unet(config, None, channels=1, num_classes=2)
+    blocks = [unet.down_blocks[0].attentions[0], unet.down_blocks[1].attentions[0], unet.mid_block.attentions[0]]
+    assert [block.heads * unet.config.attention_head_dim for block in blocks] == [*channels, channels[1]]
+    assert unet.config.attention_head_dim <= 64
+    assert unet(torch.zeros(1, 1, 8, 8), 0, class_labels=torch.zeros(1).long()).sample.shape == (1, 1, 8, 8)
+
+
 def test_a_config_file_describes_the_network(tmp_path):
     path = tmp_path / "config.json"
     settings = {
