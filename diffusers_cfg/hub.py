@@ -199,9 +199,11 @@ def publish(
     return commit.commit_url
 
 
-def prepare_repository(repo_id: str, private: bool | None, token: str | None, overwrite: bool) -> str:
+def prepare_repository(
+    repo_id: str, private: bool | None, token: str | None, overwrite: bool, create: bool = True
+) -> str:
     """
-    Check the token and the repository, and make it if it does not exist. Returns its full name.
+    Check the token and the repository, and make it if it does not exist and is to. Returns its full name.
 
     Raises:
         PublishError: the token is missing, wrong or cannot write; or the repository holds something else.
@@ -221,6 +223,8 @@ def prepare_repository(repo_id: str, private: bool | None, token: str | None, ov
         try:
             files = set(retry(lambda: api.list_repo_files(repo_id)))
         except RepositoryNotFoundError:
+            if not create:
+                return repo_id
             return retry(lambda: api.create_repo(repo_id, private=private, exist_ok=True)).repo_id
         ours = overwrite or not files - {".gitattributes", "README.md"} or holds_pipeline(repo_id, files, token)
     except Exception as error:

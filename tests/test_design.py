@@ -65,7 +65,10 @@ def test_the_package_knows_nothing_of_training():
 @pytest.mark.parametrize(
     ("library", "homes"),
     [
-        ("accelerate", {"loop.py", "grid.py", "record.py", "checkpoint.py", "train_cfg.py", "evaluation.py"}),
+        (
+            "accelerate",
+            {"loop.py", "grid.py", "record.py", "plan.py", "checkpoint.py", "train_cfg.py", "evaluation.py"},
+        ),
         ("datasets", {"data.py"}),
         ("huggingface_hub", {"hub.py", "model_card.py"}),
         ("torchvision", set()),

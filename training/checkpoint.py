@@ -138,6 +138,44 @@ def prepare_output_dir(config: TrainConfig) -> None:
     config.save(output_dir / CONFIG_FILE)
 
 
+def gib(size: float) -> str:
+    return f"{size / 1024**3:.2f} GiB"
+
+
+def checkpoint_bytes(config: TrainConfig, unet: torch.nn.Module) -> int:
+    """The size of a checkpoint: the weights, Adam's two moments and the averages."""
+    averages = len(config.ema_max_decay) if config.use_ema else 0
+    return 4 * sum(parameter.numel() for parameter in unet.parameters()) * (3 + averages)
+
+
+def checkpoints_at_once(config: TrainConfig, total_steps: int) -> int:
+    """How many checkpoints there are at the most: the one more than is kept is the one that is being written."""
+    if not config.checkpointing_steps:
+        return 0
+    number = -(-total_steps // config.checkpointing_steps)
+    return number if config.checkpoints_total_limit is None else min(number, config.checkpoints_total_limit + 1)
+
+
+def free_bytes(config: TrainConfig) -> int:
+    """What is free on the disk of the output folder, which need not exist yet."""
+    folder = Path(config.output_dir).resolve()
+    return shutil.disk_usage(next(path for path in [folder, *folder.parents] if path.exists())).free
+
+
+def check_disk(config: TrainConfig, unet: torch.nn.Module, total_steps: int) -> None:
+    """Warns if the disk has no room for all checkpoints. Raises UserError if it has none for the first two of them."""
+    size, number, free = checkpoint_bytes(config, unet), checkpoints_at_once(config, total_steps), free_bytes(config)
+    if free >= number * size:
+        return
+    message = (
+        f"The disk of --output_dir {config.output_dir} has {gib(free)} left, but {number} checkpoints at once take "
+        f"{gib(number * size)}"
+    )
+    if free < min(number, 2) * size:
+        raise UserError(f"{message}: name a folder on another disk.")
+    logger.warning("%s: keep fewer, with --checkpoints_total_limit, or write them less often.", message)
+
+
 def save_checkpoint(config: TrainConfig, state: TrainState) -> bool:
     """
     Write `checkpoint-STEP` aside, make sure that it is on the disk and whole, and only then give it its name and delete

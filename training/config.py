@@ -113,6 +113,7 @@ class RunConfig:
     _argument_group_name = "run"
 
     output_dir: str = flag("cfg-model", "Where the run is written. At its end the folder is a pipeline that loads.")
+    dry_run: bool = flag(False, "Check everything and say what the run would do and need, but do not run it.")
     overwrite_output_dir: bool = flag(False, "Delete the run that --output_dir holds, and start anew.")
     seed: int = flag(0, "Determines everything: weights, order of the data, noise, dropped labels, samples.")
     checkpointing_steps: int = flag(500, "Write a checkpoint every so many steps; 0 for none.")
@@ -129,6 +130,7 @@ class RunConfig:
     logging_steps: int = flag(10, "Log every so many steps.")
     report_to: str = flag("tensorboard", "Trackers of accelerate: tensorboard, wandb, …, all, or none.")
     logging_dir: str = flag("logs", "Where trackers write, inside --output_dir.")
+    ddp_timeout: int = flag(1800, "Seconds that a process waits for the others before it gives the run up.")
 
 
 @dataclass
@@ -169,7 +171,7 @@ class TrainConfig(HubConfig, RunConfig, OptimizationConfig, ModelConfig, DataCon
     def _check_ranges(self) -> None:
         at_least = {
             1: "resolution layers_per_block train_batch_size gradient_accumulation_steps num_train_epochs "
-            "num_inference_steps logging_steps max_nonfinite_steps",
+            "num_inference_steps logging_steps max_nonfinite_steps ddp_timeout",
             0: "lr_warmup_steps checkpointing_steps validation_steps eval_steps dataloader_num_workers "
             "adam_weight_decay seed",
         }

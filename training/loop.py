@@ -15,6 +15,7 @@ from accelerate.utils import ProjectConfiguration
 from checkpoint import (
     TrainState,
     averaged_weights,
+    check_disk,
     checkpoints,
     keep_batch_size,
     load_checkpoint,
@@ -64,14 +65,8 @@ def train(
     if checkpoint is not None:
         keep_batch_size(checkpoint, config, accelerator.num_processes)
     accelerator.gradient_accumulation_steps = config.gradient_accumulation_steps
-    batch_size = config.train_batch_size * accelerator.num_processes * config.gradient_accumulation_steps
-    if len(dataset) < batch_size:
-        raise UserError(
-            f"There are {len(dataset)} images, but a step takes {batch_size} ({config.train_batch_size} on each of "
-            f"{accelerator.num_processes} processes, {config.gradient_accumulation_steps} times): lower "
-            "--train_batch_size."
-        )
-    total_steps = config.max_train_steps or config.num_train_epochs * len(dataset) // batch_size
+    batch_size, total_steps = length_of_run(config, accelerator, len(dataset))
+    check_disk(config, pipeline.unet, total_steps)
     pipeline.to(accelerator.device)
     state = make_state(config, pipeline.unet, total_steps, batch_size, accelerator.num_processes)
     model, state.optimizer = accelerator.prepare(state.unet, state.optimizer)
@@ -105,7 +100,7 @@ def train(
             if measure and evaluate is not None:
                 accelerator.log(evaluate(pipeline), step=state.step)
 
-    any_process_stops = make_vote(accelerator)
+    any_process_stops = make_vote(config, accelerator)
     preemption.running, saved_step = True, state.step
     try:
         for step in step_batches(config, accelerator, dataset, state.unet, range(state.step, total_steps), log):
@@ -150,6 +145,18 @@ def train(
     return state
 
 
+def length_of_run(config: TrainConfig, accelerator: Accelerator, num_images: int) -> tuple[int, int]:
+    """Images in a step, on all processes and accumulated, and steps. Raises UserError if there are too few images."""
+    batch_size = config.train_batch_size * accelerator.num_processes * config.gradient_accumulation_steps
+    if num_images < batch_size:
+        raise UserError(
+            f"There are {num_images} images, but a step takes {batch_size} ({config.train_batch_size} on each of "
+            f"{accelerator.num_processes} processes, {config.gradient_accumulation_steps} times): lower "
+            "--train_batch_size."
+        )
+    return batch_size, config.max_train_steps or config.num_train_epochs * num_images // batch_size
+
+
 @torch.no_grad()
 def label_gain(config: TrainConfig, dataset: Dataset, unet: torch.nn.Module, loss_of: Loss, n: int = 256) -> float:
     """
@@ -190,14 +197,14 @@ def due(every: int, step: int) -> bool:
     return every > 0 and step % every == 0
 
 
-def make_vote(accelerator: Accelerator) -> Callable[[bool], bool]:
+def make_vote(config: TrainConfig, accelerator: Accelerator) -> Callable[[bool], bool]:
     """
     A function that says whether any of the processes says yes. It speaks between the machines' CPUs, so that no process
     waits for its GPU to answer.
     """
     if accelerator.num_processes == 1:
         return lambda vote: vote
-    group = torch.distributed.new_group(backend="gloo")
+    group = torch.distributed.new_group(backend="gloo", timeout=timedelta(seconds=config.ddp_timeout))
 
     def any_process(vote: bool) -> bool:
         votes = torch.tensor(int(vote))
@@ -221,7 +228,7 @@ def make_accelerator(config: TrainConfig) -> Accelerator:
     """The processes and the device that `accelerate launch` gave. Raises UserError for a tracker that is missing."""
     # Unless it is told that there is no GPU, accelerate takes several processes without one for several runs.
     cpu = not torch.accelerator.is_available()
-    state = PartialState(cpu=cpu)
+    state = PartialState(cpu=cpu, timeout=timedelta(seconds=config.ddp_timeout))
     logging.basicConfig(
         format="%(levelname)s %(message)s", level=logging.INFO if state.is_main_process else logging.ERROR
     )

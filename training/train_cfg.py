@@ -22,6 +22,7 @@ def train_cfg(config: TrainConfig, preemption: Preemption | None = None) -> None
     from loop import make_accelerator, train
     from model import build_pipeline, image_channels
     from objectives import prediction_target, squared_error
+    from plan import describe_plan
     from record import write_run_record
 
     # Everything that can be wrong is found before anything is written
@@ -34,6 +35,10 @@ def train_cfg(config: TrainConfig, preemption: Preemption | None = None) -> None
         images = load_labelled_images(config)
     pipeline = build_pipeline(config, images)
     dataset = training_dataset(images, config, image_channels(pipeline), show_progress=accelerator.is_main_process)
+    if config.dry_run:
+        if accelerator.is_main_process:
+            print(describe_plan(config, accelerator, dataset, pipeline, checkpoint))
+        return
     scheduler, null_class_label = pipeline.scheduler, pipeline.unet.null_class_label
 
     def loss_of(unet, x, c, draws):
@@ -85,7 +90,7 @@ def check_hub(config: TrainConfig) -> None:
     name = config.hub_model_id or Path(config.output_dir).resolve().name
     try:
         config.hub_model_id = prepare_repository(
-            name, config.hub_private_repo or None, config.hub_token, config.overwrite_hub_repo
+            name, config.hub_private_repo or None, config.hub_token, config.overwrite_hub_repo, not config.dry_run
         )
     except PublishError as error:
         raise UserError(f"--push_to_hub: {error}") from error

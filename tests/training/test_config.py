@@ -103,7 +103,8 @@ def test_the_command_line_is_frozen():
         "adam_beta1", "adam_beta2", "adam_weight_decay", "adam_epsilon", "max_grad_norm", "use_ema", "ema_max_decay",
         "ema_inv_gamma", "ema_power", "mixed_precision", "allow_tf32", "report_to", "logging_dir",
         "checkpointing_steps", "checkpoints_total_limit", "resume_from_checkpoint", "dataloader_num_workers",
-        "enable_xformers_memory_efficient_attention", "validation_steps", "conditioning_dropout_prob",
+        "enable_xformers_memory_efficient_attention", "validation_steps", "conditioning_dropout_prob", "dry_run",
+        "ddp_timeout",
     }  # fmt: skip
 
 

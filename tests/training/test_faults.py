@@ -10,12 +10,14 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import checkpoint
 import loop
 import numpy as np
 import objectives
+import psutil
 import pytest
 import torch
 from checkpoint import checkpoints, find_damage
@@ -218,20 +220,36 @@ def test_without_checkpoints_a_signal_saves_all_the_same(tmp_path, monkeypatch, 
     assert names(tmp_path / "out") == ["checkpoint-2"]
 
 
-def run_and_signal(cwd: Path, *argv: str, at: str | None = None, processes: int = 1, times: int = 1) -> tuple[int, str]:
-    """Run the script; when a text appears on stderr, or after a second, signal it. Exit code and stderr."""
-    command = [sys.executable, str(TRAINING / "train_cfg.py"), *TINY, "--output_dir", "out", *argv]
-    if processes > 1:
-        launcher = ["-m", "torch.distributed.run", "--nproc_per_node", str(processes)]
-        command = [sys.executable, *launcher, *command[1:]]
-    said = ""
-    with subprocess.Popen(command, cwd=cwd, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True) as process:
+TWO = ["-m", "torch.distributed.run", "--nproc_per_node", "2"]
+
+
+def run_and_signal(
+    cwd: Path,
+    *argv: str,
+    at: str | None = None,
+    launcher: Sequence[str] = (),
+    number: int = signal.SIGTERM,
+    rank: int | None = None,
+    times: int = 1,
+) -> tuple[int, str]:
+    """
+    Run the script; when a text appears on stderr, or after a second, signal it, or one of its two processes. Exit code
+    and stderr.
+    """
+    command = [sys.executable, *launcher, str(TRAINING / "train_cfg.py"), *TINY, "--output_dir", "out", *argv]
+    said, environment = "", {**os.environ, "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
+    with subprocess.Popen(
+        command, cwd=cwd, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True, env=environment
+    ) as process:
         if at is None:
             time.sleep(1)
         while at is not None and at not in said and process.poll() is None:
             said += process.stderr.read(1)
-        for _ in range(times):
-            process.send_signal(signal.SIGTERM)
+        for _ in range(times if process.poll() is None else 0):
+            target = psutil.Process(process.pid)
+            if rank is not None:
+                target = sorted(target.children(), key=lambda child: child.pid)[rank]
+            target.send_signal(number)
             time.sleep(0.2)
         said += process.stderr.read()
         return process.wait(), said
@@ -263,10 +281,41 @@ def test_a_signal_from_outside(tmp_path):
 @pytest.mark.slow
 def test_a_signal_stops_two_processes_at_the_same_step(tmp_path):
     _, said = run_and_signal(tmp_path, "--max_train_steps", "100000", "--checkpointing_steps", "0", at="step 20 of",
-                             processes=2)  # fmt: skip
+                             launcher=TWO)  # fmt: skip
     assert "Stopped and saved" in said
     (path,) = checkpoints(tmp_path / "out")
     assert find_damage(path) is None
+
+
+# ----- several processes, of which one fails -----
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_killed_process_is_started_again(tmp_path, rank):
+    flags = ["--max_train_steps", "60", "--checkpointing_steps", "10", "--resume_from_checkpoint", "latest"]
+    launcher = [*TWO, "--max_restarts", "1"]
+    code, said = run_and_signal(tmp_path, *flags, at="step 25 of", launcher=launcher, rank=rank, number=signal.SIGKILL)
+    assert code == 0, said
+    assert "Resumed from out/checkpoint-20" in said
+    (tmp_path / "out").rename(tmp_path / "again")
+    code, said = run_and_signal(tmp_path, *flags, at="Saved", launcher=TWO, times=0)
+    assert code == 0, said
+    for name in ("unet", "checkpoint-60/unet", "checkpoint-60/unet_ema"):
+        assert_same_tensors(tmp_path / "again" / name / WEIGHTS, tmp_path / "out" / name / WEIGHTS)
+
+
+@pytest.mark.slow
+def test_nobody_waits_for_ever(tmp_path):
+    """A process that answers no more, as behind a network that was cut."""
+    flags = ["--max_train_steps", "100000", "--checkpointing_steps", "20", "--ddp_timeout", "10"]
+    then = time.monotonic()
+    code, said = run_and_signal(tmp_path, *flags, at="step 25 of", launcher=TWO, rank=1, number=signal.SIGSTOP)
+    assert code != 0
+    assert "Timed out waiting 10000ms" in said
+    assert "Root Cause" in said  # of torchrun, which has ended the one that was stopped too
+    assert time.monotonic() - then < 300
+    assert find_damage(tmp_path / "out" / "checkpoint-20") is None
 
 
 # ----- kills -----

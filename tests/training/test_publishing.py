@@ -101,6 +101,17 @@ def test_a_wrong_token_fails_before_training(hub, script, tmp_path, token, messa
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow
+def test_a_dry_run_makes_no_repository(hub, script, tmp_path):
+    argv = ["train_cfg.py", *TINY, "--output_dir", "out", "--push_to_hub", "--dry_run"]
+    result = script(*argv, token="hf_writer")
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.endswith("published as   me/out\n")
+    assert "me/out" not in hub.repositories
+    assert not (tmp_path / "out").exists()
+    assert script(*argv, token="wrong").returncode != 0
+
+
 def test_the_token_is_not_written_down(tmp_path):
     config = parse_config(["--hub_token", "hf_secret"])
     config.save(tmp_path / "config.yaml")
