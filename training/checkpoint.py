@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from config import TrainConfig, UserError
@@ -28,8 +29,8 @@ RUN_FILES = [
 ]  # fmt: skip
 # Settings that a run cannot go on without: another value means other batches, other noise or other weights.
 SETTINGS_OF_A_RUN = [
-    "seed", "resolution", "conditioning_dropout_prob", "prediction_type", "dataset_name", "train_data_dir",
-    "max_train_steps", "lr_scheduler", "learning_rate",
+    "seed", "resolution", "conditioning_dropout_prob", "prediction_type", "dataset_name", "train_data_dir", "streaming",
+    "shuffle_buffer_size", "max_train_steps", "lr_scheduler", "learning_rate",
 ]  # fmt: skip
 
 
@@ -46,6 +47,7 @@ class TrainState:
     scaler: torch.amp.GradScaler | None = None
     step: int = 0
     seconds: float = 0.0
+    stream: dict[str, Any] | None = None  # the place in data that is streamed
 
 
 @contextmanager
@@ -223,6 +225,7 @@ def write_checkpoint(folder: Path, config: TrainConfig, state: TrainState) -> No
         "seconds": state.seconds,
         "batch_size": state.batch_size,
         "num_processes": state.num_processes,
+        "stream": state.stream,
         "lr_scheduler": state.lr_scheduler.state_dict(),
         "scaler": state.scaler.state_dict() if state.scaler is not None else None,
         "settings": {name: getattr(config, name) for name in SETTINGS_OF_A_RUN},
@@ -317,4 +320,4 @@ def load_checkpoint(path: Path, config: TrainConfig, state: TrainState) -> None:
         group["lr"] = learning_rate
     if state.scaler is not None:
         state.scaler.load_state_dict(record["scaler"])
-    state.step, state.seconds = record["step"], record["seconds"]
+    state.step, state.seconds, state.stream = record["step"], record["seconds"], record.get("stream")

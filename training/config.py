@@ -37,6 +37,8 @@ class DataConfig:
     dataset_config_name: str | None = flag(None, "The configuration of the data set.")
     dataset_split: str = flag("train", "The split to train on.")
     train_data_dir: str | None = flag(None, "A folder with one folder of images for each class, named after it.")
+    streaming: bool = flag(False, "Read the data set as it is used, without downloading it first.")
+    shuffle_buffer_size: int = flag(1000, "With --streaming, the images that are shuffled at a time.")
     image_column: str = flag("image", "The column with the images.")
     label_column: str = flag("label", "The column with the class labels. -1 or null is an image without a label.")
     cache_dir: str | None = flag(None, "Where `datasets` keeps what it downloads.")
@@ -171,7 +173,7 @@ class TrainConfig(HubConfig, RunConfig, OptimizationConfig, ModelConfig, DataCon
     def _check_ranges(self) -> None:
         at_least = {
             1: "resolution layers_per_block train_batch_size gradient_accumulation_steps num_train_epochs "
-            "num_inference_steps logging_steps max_nonfinite_steps ddp_timeout",
+            "num_inference_steps logging_steps max_nonfinite_steps shuffle_buffer_size ddp_timeout",
             0: "lr_warmup_steps checkpointing_steps validation_steps eval_steps dataloader_num_workers "
             "adam_weight_decay seed",
         }
@@ -204,6 +206,13 @@ class TrainConfig(HubConfig, RunConfig, OptimizationConfig, ModelConfig, DataCon
             )
         if self.dataset_name is not None and self.train_data_dir is not None:
             raise UserError("Give --dataset_name or --train_data_dir, not both.")
+        if self.streaming and self.dataset_name is None and self.train_data_dir is None:
+            raise UserError("--streaming needs a data set to read: give --dataset_name or --train_data_dir.")
+        if self.streaming and self.eval_steps:
+            raise UserError(
+                "--eval_steps measures against the whole data set, which --streaming does not have: leave it out, and "
+                "run evaluate_cfg.py when the model is trained."
+            )
 
     def _check_resolution(self) -> None:
         """Each level but the last halves the image. (With a VAE or a config file the size is known only later.)"""

@@ -8,21 +8,30 @@ from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from itertools import repeat
+from operator import length_hint
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from config import DataConfig, UserError
+from config import DataConfig, TrainConfig, UserError
 from PIL import Image, ImageOps
-from torch.utils.data import Dataset
+from streaming import Position, shuffled_blocks
+from torch.utils.data import Dataset, IterableDataset, get_worker_info
 from tqdm.auto import tqdm
+from workers import Hands
 
 logger = logging.getLogger(__name__)
 
 UNLABELLED = -1
 # Data that takes no more than this as uint8 is decoded once and kept; larger data is decoded as it is used.
 MAX_CACHED_BYTES = 2 * 1024**3
+# A data set of fewer files is streamed by the parts of its files, where their format has parts.
+MANY_SHARDS = 128
+# Of a stream so many images are looked at before it is used,
+PROBE_SIZE = 256
+# and from so many on its share of unreadable images is judged.
+MIN_SEEN = 1000
 GREY_MODES = {"1", "L", "LA", "I", "I;16", "F"}
 
 
@@ -30,6 +39,7 @@ class Batch(NamedTuple):
     images: torch.Tensor  # (batch, channels, resolution, resolution), uint8
     class_labels: torch.Tensor  # (batch,), int64; -1 is unlabelled
     unreadable: list[str]  # names of the images that could not be read, and were replaced by another
+    reached: tuple[int, Position] | None = None  # the stream that they are of, and where it goes on after them
 
     @property
     def images_rgb(self) -> torch.Tensor:
@@ -44,14 +54,16 @@ class LabelledImages:
     Args:
         class_labels (`numpy.ndarray` of shape `(images,)`): int64, `0 … num_classes - 1`, or -1 for unlabelled.
         id2label (`dict[int, str]`): name of each class.
+        present (`numpy.ndarray`, *optional*): the classes that there are; by default those of `class_labels`.
 
     Raises:
         UserError: there are fewer than two classes.
     """
 
-    def __init__(self, class_labels: np.ndarray, id2label: dict[int, str]):
+    def __init__(self, class_labels: np.ndarray, id2label: dict[int, str], present: np.ndarray | None = None):
         self.class_labels, self.id2label = class_labels, id2label
-        present = np.unique(class_labels[class_labels != UNLABELLED])
+        if present is None:
+            present = np.unique(class_labels[class_labels != UNLABELLED])
         if len(present) < 2:
             raise UserError(
                 f"Class-conditional training needs at least two classes, but the data has {len(present)} "
@@ -106,27 +118,98 @@ class DatasetImages(LabelledImages):
     def __init__(self, dataset, image_column: str, label_column: str):
         from datasets import Image as EncodedImage
 
-        kinds = {name: type(feature).__name__ for name, feature in dataset.features.items()}
-        for flag, column in (("--image_column", image_column), ("--label_column", label_column)):
-            if column not in kinds:
-                raise UserError(f"The data set has no column {column!r}: {flag} can be one of {sorted(kinds)}.")
-        if kinds[image_column] != "Image":
-            raise UserError(
-                f"The column {image_column!r} holds {kinds[image_column]}, not images: --image_column can be one of "
-                f"{[name for name, kind in kinds.items() if kind == 'Image']}."
-            )
+        check_columns(dataset, image_column, label_column)
         names = getattr(dataset.features[label_column], "names", None)
         super().__init__(*class_ids(dataset[label_column][:], names))
         self.column = image_column
         self.encoded = dataset.select_columns(image_column).cast_column(image_column, EncodedImage(decode=False))
 
     def open_image(self, index: int) -> Image.Image:
-        row = self.encoded[index][self.column]
-        return Image.open(row["path"] if row["bytes"] is None else io.BytesIO(row["bytes"]))
+        return open_encoded(self.encoded[index][self.column])
 
     def name_image(self, index: int) -> str:
         path = self.encoded[index][self.column]["path"]
         return f"row {index}" + (f" ({path})" if path else "")
+
+
+class EncodedImage(NamedTuple):
+    name: str
+    content: dict[str, Any]  # as `datasets` has it
+    class_label: int
+
+
+class ImageStream(LabelledImages):
+    """
+    A `datasets.IterableDataset`, which is read as it is used. Some of its first images are what there is to look at.
+    Raises UserError for a column that does not fit, or labels whose names are not known beforehand.
+    """
+
+    def __init__(self, dataset, config: DataConfig):
+        check_columns(dataset, config.image_column, config.label_column)
+        names = getattr(dataset.features[config.label_column], "names", None)
+        if names is None:
+            raise UserError(
+                f"--streaming has to know the classes beforehand, but the column {config.label_column!r} holds plain "
+                "values: leave out --streaming, or make it a ClassLabel (with cast_column, or under `dataset_info` in "
+                "the README.md of the data set)."
+            )
+        self.columns, self.num_classes = [config.image_column, config.label_column], len(names)
+        dataset = dataset.decode(False).select_columns(self.columns)
+        self.dataset = dataset if dataset.num_shards >= MANY_SHARDS else dataset.reshard()
+        self.num_shards = self.dataset.num_shards
+        split = (dataset.info.splits or {}).get(str(dataset.split))
+        self.num_images = (split.num_examples if split is not None else None) or 0  # where it is not known
+
+        _, first = next(shuffled_blocks(self, config.shuffle_buffer_size, 0, 0, 1, Position()))
+        if len({image.class_label for image in first}) == 1 < len(first):
+            logger.warning(
+                "The first %d images are all of one class: the data seems to be sorted, and training will see a class "
+                "at a time. Raise --shuffle_buffer_size, or leave out --streaming.",
+                len(first),
+            )
+        self.first = first[:PROBE_SIZE]
+        class_labels = np.array([image.class_label for image in self.first])
+        super().__init__(class_labels, dict(enumerate(names)), present=np.arange(len(names)))
+
+    def rows(self, shard: int, first: int) -> Iterator[EncodedImage]:
+        """The images of a shard from a row on, not decoded yet."""
+        batches = self.dataset.shard(self.num_shards, shard).skip(first).iter(batch_size=100)
+        pairs = (pair for batch in batches for pair in zip(*(batch[name] for name in self.columns), strict=True))
+        for row, (content, label) in enumerate(pairs, first):
+            name = f"row {row} of shard {shard}" + (f" ({content['path']})" if content and content["path"] else "")
+            label = UNLABELLED if label is None else label
+            if not UNLABELLED <= label < self.num_classes:
+                raise UserError(f"The label of {name} is {label}, but there are {self.num_classes} names.")
+            yield EncodedImage(name, content, label)
+
+    def open_image(self, index: int) -> Image.Image:
+        return open_encoded(self.first[index].content)
+
+    def name_image(self, index: int) -> str:
+        return self.first[index].name
+
+
+def check_columns(dataset, image_column: str, label_column: str) -> None:
+    """Raises UserError if a data set has no such columns, or the first is not one of images."""
+    kinds = {name: type(feature).__name__ for name, feature in (dataset.features or {}).items()}
+    for flag, column in (("--image_column", image_column), ("--label_column", label_column)):
+        if column not in kinds:
+            raise UserError(f"The data set has no column {column!r}: {flag} can be one of {sorted(kinds)}.")
+    if kinds[image_column] != "Image":
+        raise UserError(
+            f"The column {image_column!r} holds {kinds[image_column]}, not images: --image_column can be one of "
+            f"{[name for name, kind in kinds.items() if kind == 'Image']}."
+        )
+
+
+def open_encoded(content: dict[str, Any]) -> Image.Image:
+    """Open an image as `datasets` has it: its bytes, or the path of its file, which may be on the Hub."""
+    path, data = content["path"], content["bytes"]
+    if data is None and "://" in path:
+        from datasets import Image as EncodedImage
+
+        return EncodedImage().decode_example(content)
+    return Image.open(path if data is None else io.BytesIO(data))
 
 
 # ----- where they come from -----
@@ -135,10 +218,15 @@ class DatasetImages(LabelledImages):
 def load_labelled_images(config: DataConfig) -> LabelledImages:
     """The data that the settings name. Raises UserError if it cannot be found or does not have what training needs."""
     if config.train_data_dir is not None:
-        return DatasetImages(load_class_folders(config), config.image_column, config.label_column)
-    if config.dataset_name is not None:
-        return DatasetImages(load_dataset(config), config.image_column, config.label_column)
-    return Digits()
+        dataset = load_class_folders(config)
+    elif config.dataset_name is not None:
+        dataset = load_dataset(config)
+    else:
+        return Digits()
+    if config.streaming:
+        with named_errors(config.dataset_name or config.train_data_dir):
+            return ImageStream(dataset, config)
+    return DatasetImages(dataset, config.image_column, config.label_column)
 
 
 def load_class_folders(config: DataConfig):
@@ -151,22 +239,26 @@ def load_class_folders(config: DataConfig):
         raise UserError(f"--train_data_dir {folder} has no folders in it, but each class needs a folder of its own.")
     with named_errors(folder):
         return datasets.load_dataset(
-            "imagefolder", data_dir=str(folder), split=config.dataset_split, cache_dir=config.cache_dir
-        )
+            "imagefolder", data_dir=str(folder), split=config.dataset_split, cache_dir=config.cache_dir,
+            streaming=config.streaming,
+        )  # fmt: skip
 
 
 def load_dataset(config: DataConfig):
     import datasets
 
     source = config.dataset_name
+    if config.streaming and any((Path(source) / name).is_file() for name in ("dataset_dict.json", "state.json")):
+        raise UserError(f"--streaming: {source} was written by save_to_disk, and is read from there without it.")
     with named_errors(source):
         if (Path(source) / "dataset_dict.json").is_file():  # written by save_to_disk
             return datasets.load_from_disk(source)[config.dataset_split]
         if (Path(source) / "state.json").is_file():
             return datasets.load_from_disk(source)
         return datasets.load_dataset(
-            source, config.dataset_config_name, split=config.dataset_split, cache_dir=config.cache_dir
-        )
+            source, config.dataset_config_name, split=config.dataset_split, cache_dir=config.cache_dir,
+            streaming=config.streaming,
+        )  # fmt: skip
 
 
 @contextmanager
@@ -174,6 +266,8 @@ def named_errors(source: str | Path) -> Iterator[None]:
     """What goes wrong inside is the data set's fault."""
     try:
         yield
+    except UserError:
+        raise
     except (OSError, KeyError, ValueError) as error:
         raise UserError(f"The data set {str(source)!r} cannot be loaded: {error}") from error
 
@@ -233,9 +327,11 @@ def to_array(image: Image.Image, resolution: int, channels: int, center_crop: bo
 
 def training_dataset(images: LabelledImages, config: DataConfig, channels: int, show_progress: bool) -> Dataset:
     """The images as a `Dataset` of uint8 arrays, in memory if they fit. Raises UserError if too many are unreadable."""
+    if isinstance(images, ImageStream):
+        return StreamedImages(images, config, channels)
     if len(images) * channels * config.resolution**2 <= MAX_CACHED_BYTES:
         return stack_images(images, config, channels, show_progress)
-    return LazyImages(images, config.resolution, channels, config.center_crop)
+    return LazyImages(images, config.resolution, channels, config.center_crop, config.dataloader_num_workers)
 
 
 def stack_images(images: LabelledImages, config: DataConfig, channels: int, show_progress: bool) -> "CachedImages":
@@ -288,8 +384,8 @@ class CachedImages(Dataset):
 class LazyImages(Dataset):
     """Images decoded when they are asked for. One that cannot be read is replaced by the next that can."""
 
-    def __init__(self, images: LabelledImages, resolution: int, channels: int, center_crop: bool):
-        self.images, self.to_array_args = images, (resolution, channels, center_crop)
+    def __init__(self, images: LabelledImages, resolution: int, channels: int, center_crop: bool, num_workers: int = 0):
+        self.images, self.to_array_args, self.hands = images, (resolution, channels, center_crop), Hands(num_workers)
         self.class_labels = torch.from_numpy(images.class_labels)
 
     def __len__(self) -> int:
@@ -298,17 +394,139 @@ class LazyImages(Dataset):
     def __getitems__(self, indices: list[int]) -> Batch:
         unreadable = []
         arrays, labels = zip(*map(self._read, indices, repeat(unreadable)), strict=True)
+        self.hands.hold("")
         return Batch(torch.from_numpy(np.stack(arrays)), torch.tensor(labels), unreadable)
 
     def _read(self, index: int, unreadable: list[str]) -> tuple[np.ndarray, int]:
         for candidate in range(index, index + len(self)):
             candidate %= len(self)
+            self.hands.hold(str(candidate))
             try:
                 array = to_array(self.images.open_image(candidate), *self.to_array_args)
                 return array, self.class_labels[candidate].item()
             except Exception:  # whatever a decoder raises, the image cannot be used
                 unreadable.append(self.images.name_image(candidate))
         raise UserError("None of the images can be read.")
+
+    def name_held(self, item: str) -> str:
+        """What to call in a message what a worker had in its hands."""
+        return self.images.name_image(int(item))
+
+
+class StreamedImages(IterableDataset):
+    """
+    Batches without end, read and decoded as they are asked for. Each worker of each process has a stream of its own,
+    and they take turns: of n streams, number i mod n gives batch i of all processes'. An image that cannot be read is
+    left out.
+
+    Attributes:
+        probe (`CachedImages`): some of the images, to look at.
+        reached (`dict[int, Position]`): where the streams of this process go on, as far as their batches were used.
+    """
+
+    def __init__(self, images: ImageStream, config: TrainConfig, channels: int):
+        self.images, self.config, self.num_shards = images, config, images.num_shards
+        self.to_array_args = (config.resolution, channels, config.center_crop)
+        self.probe = stack_images(images, config, channels, show_progress=False)
+        self.hands = Hands(config.dataloader_num_workers)
+        self.divide(0, 1)
+
+    def __len__(self) -> int:
+        if not self.images.num_images:
+            raise TypeError("The data set does not say how many images it has.")
+        return self.images.num_images
+
+    def divide(self, rank: int, world_size: int) -> None:
+        """Take the share of one process of several."""
+        self.rank, self.world_size = rank, world_size
+        num_streams = world_size * max(1, self.config.dataloader_num_workers)
+        self.positions, self.reached, self.batches = [Position()] * num_streams, {}, 0
+
+    def __iter__(self) -> Iterator[Batch]:
+        worker = get_worker_info()
+        turn = self.batches + self.rank + (worker.id * self.world_size if worker is not None else 0)
+        stream = turn % len(self.positions)
+        blocks = shuffled_blocks(
+            self, self.config.shuffle_buffer_size, self.config.seed, stream, len(self.positions), self.positions[stream]
+        )
+        arrays, labels, unreadable = [], [], []
+        for position, block in blocks:
+            for done, image in enumerate(block[position.done :], position.done + 1):
+                self.hands.hold(image.name)
+                try:
+                    arrays.append(to_array(open_encoded(image.content), *self.to_array_args))
+                    labels.append(image.class_label)
+                except Exception:  # whatever a decoder raises, the image cannot be used
+                    unreadable.append(image.name)
+                    if not arrays and len(unreadable) >= MIN_SEEN:
+                        raise UserError(
+                            f"None of {MIN_SEEN} images in a row could be read: {unreadable[0]}, …"
+                        ) from None
+                if len(arrays) == self.config.train_batch_size:
+                    self.hands.hold("")
+                    reached = (stream, position._replace(done=done))
+                    yield Batch(torch.from_numpy(np.stack(arrays)), torch.tensor(labels), unreadable, reached)
+                    arrays, labels, unreadable = [], [], []
+
+    def rows(self, shard: int, first: int) -> Iterator[EncodedImage]:
+        self.hands.hold(f"shard {shard}")
+        return self.images.rows(shard, first)
+
+    def name_held(self, item: str) -> str:
+        return item
+
+    def used(self, batch: Batch) -> None:
+        """Take note that this process, as all others, has used its next batch."""
+        stream, position = batch.reached
+        self.reached[stream] = Position(*position)
+        self.batches += self.world_size
+
+    def state_dict(self, reached: list[dict[int, Position]]) -> dict[str, Any]:
+        """The place in the data, for JSON, from what all processes have reached."""
+        positions = list(self.positions)
+        for stream, position in (item for part in reached for item in part.items()):
+            positions[stream] = position
+        return {
+            "num_shards": self.num_shards,
+            "batch_size": self.config.train_batch_size,
+            "batches": self.batches,
+            "positions": positions,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from there. Raises UserError if the data is divided otherwise now."""
+        if state["num_shards"] != self.num_shards:
+            raise UserError(
+                f"The data set has {self.num_shards} shards, but had {state['num_shards']} when the checkpoint was "
+                "written: it is not the same data. Start anew with --overwrite_output_dir."
+            )
+        if state["batch_size"] != self.config.train_batch_size:
+            raise UserError(
+                f"--train_batch_size {self.config.train_batch_size}: streams that were read in batches of "
+                f"{state['batch_size']} can only go on in such."
+            )
+        if len(state["positions"]) != len(self.positions):
+            raise UserError(
+                f"The checkpoint holds the places of {len(state['positions'])} streams, one for each worker of each "
+                f"process, but there are {self.world_size} processes with --dataloader_num_workers "
+                f"{self.config.dataloader_num_workers}: choose them so that there are as many (0 workers count as 1)."
+            )
+        self.batches, self.positions = state["batches"], [Position(*position) for position in state["positions"]]
+
+
+def num_images(dataset: Dataset) -> int | None:
+    """How many images there are, where that is known."""
+    return length_hint(dataset) or None
+
+
+def name_dead_worker(dataset: Dataset, error: RuntimeError) -> None:
+    """If it is torch's word that a worker died, raises UserError with what that had in its hands."""
+    if "DataLoader worker" in str(error):
+        held = [dataset.name_held(item) for item in dataset.hands.of_dead(error)]
+        raise UserError(
+            f"{str(error).rstrip(' .')}. It held {', '.join(held) or 'no image'}: is that damaged, or did the machine "
+            "run out of memory (then lower --dataloader_num_workers)? Go on with --resume_from_checkpoint latest."
+        ) from error
 
 
 def fingerprint(dataset: Dataset) -> str:

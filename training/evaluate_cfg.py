@@ -160,7 +160,7 @@ def load_data(model: str, given: dict[str, Any], pipeline, show_progress: bool):
 
     is_other_data = "dataset_name" in given or "train_data_dir" in given
     settings = {} if is_other_data else recorded_data(model, pipeline)
-    config = DataConfig(**{**settings, **given, "resolution": image_resolution(pipeline)})
+    config = DataConfig(**{**settings, **given, "resolution": image_resolution(pipeline), "streaming": False})
     images, channels = load_labelled_images(config), image_channels(pipeline)
 
     names = pipeline.id2label or images.id2label

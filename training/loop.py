@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from accelerate import Accelerator, PartialState
-from accelerate.utils import ProjectConfiguration
+from accelerate.utils import ProjectConfiguration, gather_object
 from checkpoint import (
     TrainState,
     averaged_weights,
@@ -23,7 +23,17 @@ from checkpoint import (
     save_checkpoint,
 )
 from config import TrainConfig, UserError
-from data import UNLABELLED, CachedImages, check_unreadable, keep_batch, to_float
+from data import (
+    MIN_SEEN,
+    UNLABELLED,
+    CachedImages,
+    StreamedImages,
+    check_unreadable,
+    keep_batch,
+    name_dead_worker,
+    num_images,
+    to_float,
+)
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
 from grid import sample_grid
@@ -65,24 +75,36 @@ def train(
     if checkpoint is not None:
         keep_batch_size(checkpoint, config, accelerator.num_processes)
     accelerator.gradient_accumulation_steps = config.gradient_accumulation_steps
-    batch_size, total_steps = length_of_run(config, accelerator, len(dataset))
+    available = num_images(dataset)
+    batch_size, total_steps = length_of_run(config, accelerator, available)
+    stream = dataset if isinstance(dataset, StreamedImages) else None
     check_disk(config, pipeline.unet, total_steps)
     pipeline.to(accelerator.device)
     state = make_state(config, pipeline.unet, total_steps, batch_size, accelerator.num_processes)
     model, state.optimizer = accelerator.prepare(state.unet, state.optimizer)
     state.scaler = accelerator.scaler
+    if stream is not None:
+        stream.divide(accelerator.process_index, accelerator.num_processes)
     if checkpoint is not None:
         load_checkpoint(checkpoint, config, state)
+        if stream is not None and state.stream is not None:
+            stream.load_state_dict(state.stream)
         logger.info("Resumed from %s", checkpoint)
     if accelerator.is_main_process:
         prepare_output_dir(config)
     started = time.perf_counter() - state.seconds
     log = Log(config, accelerator, state.step, total_steps, batch_size, pipeline.scheduler)
+    epochs = f" ({total_steps * batch_size / available:.1f} epochs)" if available is not None else ""
     logger.info(
-        "%d images, %d classes, %.1f M parameters, %d steps of %d images (%.1f epochs) on %d × %s",
-        len(dataset), state.unet.num_classes, sum(p.numel() for p in state.unet.parameters()) / 1e6, total_steps,
-        batch_size, total_steps * batch_size / len(dataset), accelerator.num_processes, accelerator.device.type,
+        "%s images, %d classes, %.1f M parameters, %d steps of %d images%s on %d × %s",
+        available or "Streamed", state.unet.num_classes, sum(p.numel() for p in state.unet.parameters()) / 1e6,
+        total_steps, batch_size, epochs, accelerator.num_processes, accelerator.device.type,
     )  # fmt: skip
+
+    def note_place() -> None:
+        """Have the main process know how far all of them are in the data. Called by all of them."""
+        if stream is not None:
+            state.stream = stream.state_dict(gather_object([stream.reached]))
 
     def save() -> None:
         if accelerator.is_main_process:
@@ -93,10 +115,12 @@ def train(
 
     def look(draw: bool, measure: bool) -> None:
         """Samples and figures of the run as it is. They can wait, where the run is asked to stop."""
+        note_place()
         with averaged_weights(state), preemption.interruptible():
             if draw:
                 save_samples(config, accelerator, pipeline, state.step)
-                accelerator.log({"label_gain": label_gain(config, dataset, state.unet, loss_of)}, step=state.step)
+                probe = dataset if stream is None else stream.probe
+                accelerator.log({"label_gain": label_gain(config, probe, state.unet, loss_of)}, step=state.step)
             if measure and evaluate is not None:
                 accelerator.log(evaluate(pipeline), step=state.step)
 
@@ -123,10 +147,12 @@ def train(
             log.step(state.step, grad_norm, state.lr_scheduler.get_last_lr()[0])
             last = state.step == total_steps
             if due(config.checkpointing_steps, state.step) or (config.checkpointing_steps and last):
+                note_place()
                 save()
                 saved_step = state.step
                 accelerator.wait_for_everyone()
             if any_process_stops(preemption.requested):
+                note_place()
                 raise Preempted
             draw, measure = due(config.validation_steps, state.step), due(config.eval_steps, state.step)
             if (draw or measure) and not last:
@@ -137,6 +163,9 @@ def train(
             save()
         log.close()
         raise
+    except RuntimeError as error:  # torch says so wherever the main process is
+        name_dead_worker(dataset, error)
+        raise
 
     log.close()
     if state.averages:
@@ -145,16 +174,21 @@ def train(
     return state
 
 
-def length_of_run(config: TrainConfig, accelerator: Accelerator, num_images: int) -> tuple[int, int]:
-    """Images in a step, on all processes and accumulated, and steps. Raises UserError if there are too few images."""
+def length_of_run(config: TrainConfig, accelerator: Accelerator, available: int | None) -> tuple[int, int]:
+    """
+    Images in a step, on all processes and accumulated, and steps. Raises UserError if so many images are too few, or
+    nobody knows how many there are.
+    """
     batch_size = config.train_batch_size * accelerator.num_processes * config.gradient_accumulation_steps
-    if num_images < batch_size:
+    if available is None and config.max_train_steps is None:
+        raise UserError("The data set does not say how many images it has, so --max_train_steps is needed.")
+    if available is not None and available < batch_size:
         raise UserError(
-            f"There are {num_images} images, but a step takes {batch_size} ({config.train_batch_size} on each of "
+            f"There are {available} images, but a step takes {batch_size} ({config.train_batch_size} on each of "
             f"{accelerator.num_processes} processes, {config.gradient_accumulation_steps} times): lower "
             "--train_batch_size."
         )
-    return batch_size, config.max_train_steps or config.num_train_epochs * num_images // batch_size
+    return batch_size, config.max_train_steps or config.num_train_epochs * available // batch_size
 
 
 @torch.no_grad()
@@ -313,25 +347,37 @@ def step_batches(
     """
     device, rank, world_size = accelerator.device, accelerator.process_index, accelerator.num_processes
     batch_size, accumulation = config.train_batch_size, config.gradient_accumulation_steps
+    streamed = isinstance(dataset, StreamedImages)
+    if streamed:
+        order = {"batch_size": None}
+    else:
+        sampler = GlobalBatchSampler(len(dataset), batch_size, config.seed, steps, rank, world_size, accumulation)
+        order = {"batch_sampler": sampler}
     loader = DataLoader(
         dataset,
-        batch_sampler=GlobalBatchSampler(len(dataset), batch_size, config.seed, steps, rank, world_size, accumulation),
+        **order,
         collate_fn=keep_batch,
         num_workers=0 if isinstance(dataset, CachedImages) else config.dataloader_num_workers,
         pin_memory=device.type == "cuda",
     )
-    batches, unreadable = iter(loader), set()
+    batches, unreadable, seen = iter(loader), set(), 0
 
     def one_step(step: int):
+        nonlocal seen
         draws = Draws.of_step(config.seed, step, (accumulation * world_size * batch_size, *sample_shape(unet)), device)
         for micro_step in range(accumulation):
             first = (micro_step * world_size + rank) * batch_size
             asked = time.perf_counter()
             rows, batch = draws[first : first + batch_size], next(batches)
             log.data_wait += time.perf_counter() - asked
+            if streamed:
+                dataset.used(batch)
+            seen += batch_size + len(batch.unreadable)
             if batch.unreadable:
                 unreadable.update(batch.unreadable)
-                check_unreadable(unreadable, len(dataset), config.max_unreadable_fraction)
+                if seen >= MIN_SEEN or not streamed:
+                    among = seen if streamed else len(dataset)
+                    check_unreadable(unreadable, among, config.max_unreadable_fraction)
             images = to_float(batch.images.to(device, non_blocking=True))
             if config.random_flip:
                 images = torch.where(rows.flip.view(-1, 1, 1, 1), images.flip(-1), images)

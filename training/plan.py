@@ -6,7 +6,7 @@ import torch
 from accelerate import Accelerator
 from checkpoint import check_disk, checkpoint_bytes, checkpoints_at_once, free_bytes, gib, keep_batch_size
 from config import TrainConfig
-from data import CachedImages
+from data import CachedImages, num_images
 from loop import length_of_run, sample_shape
 from torch.utils.data import Dataset
 
@@ -20,7 +20,9 @@ def describe_plan(
     unet, device = pipeline.unet, accelerator.device
     if checkpoint is not None:
         keep_batch_size(checkpoint, config, accelerator.num_processes)
-    batch_size, total_steps = length_of_run(config, accelerator, len(dataset))
+    available = num_images(dataset)
+    batch_size, total_steps = length_of_run(config, accelerator, available)
+    epochs = f": {total_steps * batch_size / available:.1f} epochs" if available is not None else ""
     check_disk(config, unet, total_steps)
     num_parameters = sum(parameter.numel() for parameter in unet.parameters())
     averages = len(config.ema_max_decay) if config.use_ema else 0
@@ -30,11 +32,11 @@ def describe_plan(
     free = f", {gib(torch.accelerator.get_memory_info(device)[0])} are free" if device.type != "cpu" else ""
     number, size = checkpoints_at_once(config, total_steps), checkpoint_bytes(config, unet)
     lines = {
-        "images": f"{len(dataset)} of {len(pipeline.id2label)} classes, "
+        "images": f"{available or 'unknown'} of {len(pipeline.id2label)} classes, "
         + ("decoded and kept in memory" if isinstance(dataset, CachedImages) else "decoded as they are used"),
         "network": f"{num_parameters / 1e6:.1f} M parameters, for samples of {'×'.join(map(str, sample_shape(unet)))}",
         "target": f"{config.prediction_type}, {config.conditioning_dropout_prob:.0%} of the labels dropped",
-        "steps": f"{total_steps} of {batch_size} images: {total_steps * batch_size / len(dataset):.1f} epochs",
+        "steps": f"{total_steps} of {batch_size} images{epochs}",
         "a step": f"{accelerator.num_processes} × {device.type} × {config.gradient_accumulation_steps} batches of "
         f"{config.train_batch_size}, {precision}",
         "learning rate": f"{config.learning_rate:g}, {config.lr_scheduler}, {config.lr_warmup_steps} steps of warm-up",

@@ -10,7 +10,7 @@ from checkpoint import TrainState
 from config import DataConfig, TrainConfig
 
 
-def write_run_record(config: TrainConfig, accelerator: Accelerator, state: TrainState, num_images: int) -> None:
+def write_run_record(config: TrainConfig, accelerator: Accelerator, state: TrainState, num_images: int | None) -> None:
     """Write `run.json`: facts that others may know, so no paths of this machine and no secrets."""
     device = accelerator.device
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type.upper()

@@ -17,7 +17,7 @@ def train_cfg(config: TrainConfig, preemption: Preemption | None = None) -> None
     # Imported here and not above: they take seconds, which --help and a wrong flag need not wait for.
     from checkpoint import check_output_dir, find_checkpoint, save_variants
     from conditioning import drop_class_labels
-    from data import load_labelled_images, training_dataset
+    from data import load_labelled_images, num_images, training_dataset
     from evaluation import training_evaluation
     from loop import make_accelerator, train
     from model import build_pipeline, image_channels
@@ -69,7 +69,7 @@ def train_cfg(config: TrainConfig, preemption: Preemption | None = None) -> None
     if is_main_process:
         pipeline.save_pretrained(config.output_dir)
         save_variants(state, Path(config.output_dir) / "unet")
-        write_run_record(config, accelerator, state, len(dataset))
+        write_run_record(config, accelerator, state, num_images(dataset))
         some_class = images.id2label[0]
         print(
             f"\nSaved to {config.output_dir}; a grid of samples is in {config.output_dir}/samples. Load and guide it:\n"

@@ -57,6 +57,9 @@ def test_shipped_settings_are_valid(path):
         ({"block_out_channels": 32}, "block_out_channels must be a list.*32"),
         ({"log_snr_min": 5.0, "log_snr_max": 0.0}, "log_snr_min=5.0"),
         ({"dataset_name": "a", "train_data_dir": "b"}, "not both"),
+        ({"streaming": True}, "--streaming needs a data set.*--train_data_dir"),
+        ({"streaming": True, "dataset_name": "a", "eval_steps": 5}, r"--eval_steps.*evaluate_cfg\.py"),
+        ({"shuffle_buffer_size": 0}, "shuffle_buffer_size must be at least 1"),
     ],
 )
 def test_wrong_settings_are_named(settings, message):
@@ -104,7 +107,7 @@ def test_the_command_line_is_frozen():
         "ema_inv_gamma", "ema_power", "mixed_precision", "allow_tf32", "report_to", "logging_dir",
         "checkpointing_steps", "checkpoints_total_limit", "resume_from_checkpoint", "dataloader_num_workers",
         "enable_xformers_memory_efficient_attention", "validation_steps", "conditioning_dropout_prob", "dry_run",
-        "ddp_timeout",
+        "ddp_timeout", "streaming", "shuffle_buffer_size",
     }  # fmt: skip
 
 
