@@ -429,7 +429,6 @@ class StreamedImages(IterableDataset):
         self.to_array_args = (config.resolution, channels, config.center_crop)
         self.probe = stack_images(images, config, channels, show_progress=False)
         self.hands = Hands(config.dataloader_num_workers)
-        self.divide(0, 1)
 
     def __len__(self) -> int:
         if not self.images.num_images:
@@ -437,9 +436,14 @@ class StreamedImages(IterableDataset):
         return self.images.num_images
 
     def divide(self, rank: int, world_size: int) -> None:
-        """Take the share of one process of several."""
+        """Take the share of one process of several. Called before anything else."""
         self.rank, self.world_size = rank, world_size
         num_streams = world_size * max(1, self.config.dataloader_num_workers)
+        if self.num_shards < num_streams:
+            logger.warning(
+                "The data set has %d shards for %d streams: each of them reads all of it, and decodes its own part.",
+                self.num_shards, num_streams,
+            )  # fmt: skip
         self.positions, self.reached, self.batches = [Position()] * num_streams, {}, 0
 
     def __iter__(self) -> Iterator[Batch]:

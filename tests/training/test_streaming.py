@@ -159,9 +159,10 @@ def test_a_stream_gives_every_image_once_an_epoch(tmp_path):
 
 
 @pytest.mark.parametrize("sizes", [(8, 8, 8, 8), (16, 16), (32,)])
-def test_processes_and_workers_have_parts_of_their_own(tmp_path, sizes):
+def test_processes_and_workers_have_parts_of_their_own(tmp_path, caplog, sizes):
     source = save_shards(tmp_path / "data", *sizes)
     by_process = torch.tensor([numbers(stream(source, rank, 2, num_workers=2), 4) for rank in range(2)])
+    assert (f"{len(sizes)} shards for 4 streams" in caplog.text) == (len(sizes) < 4)
     assert by_process.flatten().sort().values.tolist() == list(range(32))
     # The same streams, all in one process
     in_turn = by_process.view(2, 4, 4).transpose(0, 1).flatten().tolist()
