@@ -37,7 +37,7 @@ from data import (
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
 from grid import sample_grid
-from preemption import Preempted, Preemption
+from preemption import Preempted, Preemption, leave_signals_to_the_parent
 from randomness import Draws, GlobalBatchSampler, seed_of, seeded_generator
 from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
@@ -358,6 +358,7 @@ def step_batches(
         **order,
         collate_fn=keep_batch,
         num_workers=0 if isinstance(dataset, CachedImages) else config.dataloader_num_workers,
+        worker_init_fn=leave_signals_to_the_parent,
         pin_memory=device.type == "cuda",
     )
     batches, unreadable, seen = iter(loader), set(), 0

@@ -9,6 +9,7 @@ from types import FrameType
 
 # "Resume me", as HTCondor has it
 EXIT_RESUME = 85
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 
 
 class Preempted(Exception):
@@ -30,7 +31,7 @@ class Preemption:
         self.requested = self.running = self._interruptible = False
 
     def install(self) -> None:
-        for number in (signal.SIGTERM, signal.SIGUSR1):
+        for number in SIGNALS:
             signal.signal(number, self._handle)
 
     def _handle(self, number: int, _frame: FrameType | None) -> None:
@@ -53,3 +54,9 @@ class Preemption:
             yield
         finally:
             self._interruptible = False
+
+
+def leave_signals_to_the_parent(_worker: int) -> None:
+    """For the workers of a data loader: clusters signal all processes of a job, but these serve the step to its end."""
+    for number in SIGNALS:
+        signal.signal(number, signal.SIG_IGN)

@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import checkpoint
+import data
 import loop
 import numpy as np
 import objectives
@@ -211,6 +212,32 @@ def test_a_signal_saves_the_step(tmp_path, monkeypatch, preemption, module, name
         assert_same_tensors(tmp_path / "out" / file, tmp_path / "whole" / file)
     grids = [(tmp_path / run / "samples" / "step-4.png").read_bytes() for run in ("out", "whole")]
     assert grids[0] == grids[1]
+
+
+def test_a_signal_to_all_processes_leaves_the_workers_at_work(tmp_path, monkeypatch, preemption):
+    """As the scheduler of a cluster sends it: those that read the data are needed until the step is done."""
+    works, calls = objectives.squared_error, []
+
+    def signal_all(*args):
+        calls.append(1)
+        if len(calls) == 3:
+            workers = psutil.Process().children()
+            assert len(workers) >= 2
+            for process in [*workers, psutil.Process()]:
+                process.send_signal(signal.SIGTERM)
+            time.sleep(0.5)
+        return works(*args)
+
+    monkeypatch.setattr(data, "MAX_CACHED_BYTES", 0)
+    flags = ["--gradient_accumulation_steps", "2", "--dataloader_num_workers", "2"]
+    with monkeypatch.context() as patch:
+        patch.setattr(objectives, "squared_error", signal_all)
+        with pytest.raises(Preempted):
+            start(tmp_path / "out", preemption, *flags)
+    assert names(tmp_path / "out") == ["checkpoint-2"]
+    start(tmp_path / "out", Preemption(), *flags, "--resume_from_checkpoint", "latest")
+    start(tmp_path / "whole", Preemption(), *flags)
+    assert_same_tensors(tmp_path / "out" / "unet" / WEIGHTS, tmp_path / "whole" / "unet" / WEIGHTS)
 
 
 def test_without_checkpoints_a_signal_saves_all_the_same(tmp_path, monkeypatch, preemption):
