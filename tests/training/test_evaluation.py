@@ -142,6 +142,24 @@ def test_real_images_are_as_good_as_real_images(digits, tmp_path):
     assert row["class_accuracy"] == pytest.approx(np.mean(list(row["accuracy_by_class"].values())), abs=0.02)
 
 
+def test_samples_are_measured_against_all_real_images(digits, tmp_path):
+    measured = evaluation_of(digits, tmp_path, num_samples=400)
+    features, _ = measured.extractor(digits.images.expand(-1, 3, -1, -1))
+    torch.testing.assert_close(measured.reference[0], features.double().mean(0), rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(measured.reference[1], features.double().T.cov(), rtol=1e-5, atol=1e-6)
+
+
+def test_classes_that_are_missing_cost_recall_and_not_precision(digits, tmp_path):
+    measured = evaluation_of(digits, tmp_path, num_samples=400)
+    few, summary = (digits.class_labels < 5).nonzero().flatten()[:400], measured.new_summary()
+    batch = digits.__getitems__(few.tolist())
+    measured.add(summary, torch.arange(400), batch.images_rgb, batch.class_labels)
+    row = measured.measure(summary)
+    assert row["precision"] > measured.floor["precision"] - 0.05
+    assert row["recall"] < 0.7 * measured.floor["recall"]
+    assert row["coverage"] < 0.7 * measured.floor["coverage"]
+
+
 def test_the_statistics_are_kept(digits, tmp_path, monkeypatch):
     first = evaluation_of(digits, tmp_path)
     files = sorted(path.name for path in tmp_path.iterdir())
