@@ -19,6 +19,7 @@ from diffusers import AutoencoderKL, DiffusionPipeline, ImagePipelineOutput, Sch
 from diffusers.guiders import BaseGuidance
 from diffusers.guiders.guider_utils import rescale_noise_cfg
 from diffusers.image_processor import VaeImageProcessor
+from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from diffusers.utils import logging
 from diffusers.utils.torch_utils import randn_tensor
 
@@ -297,7 +298,11 @@ class CFGPipeline(DiffusionPipeline):
         """
         if self.vae is None:
             return images
-        latents = self.vae.encode(images.to(self.vae.dtype)).latent_dist.sample(generator)
+        return self.draw_latents(self.vae.encode(images.to(self.vae.dtype)).latent_dist.parameters, generator)
+
+    def draw_latents(self, moments: torch.Tensor, generator: torch.Generator | None = None) -> torch.Tensor:
+        """A draw from the VAE's posterior, given its mean and log-variance: what `encode` makes of them."""
+        latents = DiagonalGaussianDistribution(moments).sample(generator)
         return (latents - self._vae_shift) * self.vae.config.scaling_factor
 
     def decode(self, latents: torch.Tensor) -> torch.Tensor:

@@ -15,8 +15,9 @@ from typing import Any, Literal
 import yaml
 
 CONFIGS = Path(__file__).parent / "configs"
-# Where evaluations keep what they know of the real images
+# Where evaluations keep what they know of the real images, and --cache_latents what it encodes
 STATISTICS_DIR = Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "diffusers-cfg"
+LATENTS_DIR = STATISTICS_DIR / "latents"
 
 
 class UserError(ValueError):
@@ -64,6 +65,7 @@ class ModelConfig:
         None, "Go on from this pipeline, of the Hub or a folder: its network, noise process and autoencoder."
     )
     pretrained_vae_model_name_or_path: str | None = flag(None, "Train on the latents of this AutoencoderKL.")
+    cache_latents: bool = flag(False, "Encode each image once, before the first step, and keep its latents on disk.")
     # Not the paper's ε: x̃ = (z - σε)/α multiplies the network's error by up to 1/α = 22026, x̃ = αz - σv by at most 1.
     prediction_type: Literal["epsilon", "v_prediction", "sample"] = flag(
         "v_prediction", "What the network predicts: ε (as in the paper), v = αε - σx, or x."
@@ -203,6 +205,15 @@ class TrainConfig(HubConfig, RunConfig, OptimizationConfig, ModelConfig, DataCon
             raise UserError(
                 "--pretrained_model_name_or_path brings its own network and autoencoder: give no "
                 "--model_config_name_or_path and no --pretrained_vae_model_name_or_path with it."
+            )
+        if self.cache_latents and not (self.pretrained_vae_model_name_or_path or self.pretrained_model_name_or_path):
+            raise UserError(
+                "--cache_latents needs an autoencoder: give --pretrained_vae_model_name_or_path, or a "
+                "--pretrained_model_name_or_path that has one."
+            )
+        if self.cache_latents and self.streaming:
+            raise UserError(
+                "--cache_latents keeps the whole data set, which --streaming does not: leave out one of them."
             )
         if self.dataset_name is not None and self.train_data_dir is not None:
             raise UserError("Give --dataset_name or --train_data_dir, not both.")

@@ -48,6 +48,11 @@ class Batch(NamedTuple):
         """The images with three channels, grey or not."""
         return self.images.expand(-1, 3, -1, -1)
 
+    def training_input(self, device: torch.device, flip: torch.Tensor | None = None) -> torch.Tensor:
+        """The images in [-1, 1] on a device, flipped where `flip` says."""
+        images = to_float(self.images.to(device, non_blocking=True))
+        return images if flip is None else torch.where(flip.view(-1, 1, 1, 1), images.flip(-1), images)
+
 
 class LabelledImages:
     """

@@ -32,7 +32,6 @@ from data import (
     keep_batch,
     name_dead_worker,
     num_images,
-    to_float,
 )
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
@@ -49,7 +48,7 @@ logger = logging.getLogger(__name__)
 # The loss is also logged for each of so many intervals of the log-SNR λ, each drawn as often as another in training.
 NOISE_LEVELS = 8
 
-# (network, images in [-1, 1], class_labels, draws) -> loss of each sample
+# (network, the training input of a batch, its class_labels, draws) -> loss of each sample
 Loss = Callable[[torch.nn.Module, torch.Tensor, torch.Tensor, Draws], torch.Tensor]
 
 
@@ -128,9 +127,9 @@ def train(
     preemption.running, saved_step = True, state.step
     try:
         for step in step_batches(config, accelerator, dataset, state.unet, range(state.step, total_steps), log):
-            for images, class_labels, draws in step:
+            for x, class_labels, draws in step:
                 with accelerator.accumulate(model):
-                    losses = loss_of(model, images, class_labels, draws)
+                    losses = loss_of(model, x, class_labels, draws)
                     accelerator.backward(losses.mean())
                     if accelerator.sync_gradients:
                         grad_norm = accelerator.clip_grad_norm_(model.parameters(), config.max_grad_norm)
@@ -202,14 +201,14 @@ def label_gain(config: TrainConfig, dataset: Dataset, unet: torch.nn.Module, los
     labelled = (dataset.class_labels != UNLABELLED).nonzero().flatten()
     chosen = labelled[torch.randperm(len(labelled), generator=generator)[:n]]
     batch = dataset.__getitems__(chosen.tolist())
-    images, right = to_float(batch.images).to(device), batch.class_labels
+    x, right = batch.training_input(device), batch.class_labels
     wrong = (right + torch.randint(1, num_classes, right.shape, generator=generator)) % num_classes
     draws = Draws.of_step(config.seed, -1, (len(chosen), *sample_shape(unet)), device)
     draws.dropout.fill_(1.0)  # no label is dropped
     gain = torch.zeros(len(chosen), device=device)
     for rows in torch.arange(len(chosen)).split(config.train_batch_size):
         part = slice(int(rows[0]), int(rows[-1]) + 1)
-        losses = [loss_of(unet, images[part], labels[part].to(device), draws[part]) for labels in (wrong, right)]
+        losses = [loss_of(unet, x[part], labels[part].to(device), draws[part]) for labels in (wrong, right)]
         gain[part] = losses[0] - losses[1]
     standard_errors = (gain.mean() / (gain.std() / len(chosen) ** 0.5)).item()
     if standard_errors < 3:
@@ -342,7 +341,7 @@ def step_batches(
     log: "Log",
 ) -> Iterator[Iterator[tuple[torch.Tensor, torch.Tensor, Draws]]]:
     """
-    For each step the batches of this process: images, float32 in [-1, 1], flipped if that was drawn; their labels; and
+    For each step the batches of this process: their training input, flipped where that was drawn; their labels; and
     their share of the global batch's random numbers. All on the device.
     """
     device, rank, world_size = accelerator.device, accelerator.process_index, accelerator.num_processes
@@ -379,12 +378,10 @@ def step_batches(
                 if seen >= MIN_SEEN or not streamed:
                     among = seen if streamed else len(dataset)
                     check_unreadable(unreadable, among, config.max_unreadable_fraction)
-            images = to_float(batch.images.to(device, non_blocking=True))
-            if config.random_flip:
-                images = torch.where(rows.flip.view(-1, 1, 1, 1), images.flip(-1), images)
+            x = batch.training_input(device, rows.flip if config.random_flip else None)
             # What the network itself draws, its dropout, comes from torch's own generator.
             torch.manual_seed(seed_of(config.seed, "network", step, micro_step, rank))
-            yield images, batch.class_labels.to(device, non_blocking=True), rows
+            yield x, batch.class_labels.to(device, non_blocking=True), rows
 
     yield from map(one_step, steps)
     if unreadable:

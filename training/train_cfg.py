@@ -19,6 +19,7 @@ def train_cfg(config: TrainConfig, preemption: Preemption | None = None) -> None
     from conditioning import drop_class_labels
     from data import load_labelled_images, num_images, training_dataset
     from evaluation import training_evaluation
+    from latents import cache_latents
     from loop import make_accelerator, train
     from model import build_pipeline, image_channels
     from objectives import prediction_target, squared_error
@@ -39,11 +40,15 @@ def train_cfg(config: TrainConfig, preemption: Preemption | None = None) -> None
         if accelerator.is_main_process:
             print(describe_plan(config, accelerator, dataset, pipeline, checkpoint))
         return
+    evaluate = training_evaluation(config, accelerator, dataset, images.id2label) if config.eval_steps else None
+    encode = pipeline.encode
+    if config.cache_latents:
+        dataset, encode = cache_latents(config, accelerator, dataset, pipeline.vae), pipeline.draw_latents
     scheduler, null_class_label = pipeline.scheduler, pipeline.unet.null_class_label
 
     def loss_of(unet, x, c, draws):
         """Algorithm 1, for a batch: the loss of each sample."""
-        x = pipeline.encode(x, draws.generator)
+        x = encode(x, draws.generator)
         c = drop_class_labels(c, config.conditioning_dropout_prob, null_class_label, draws.dropout)
         t = scheduler.timestep(draws.u)  # λ ~ p(λ), by way of u ~ U[0, 1]
         z = scheduler.add_noise(x, draws.noise, t)  # z = αx + σε
@@ -62,7 +67,7 @@ def train_cfg(config: TrainConfig, preemption: Preemption | None = None) -> None
         checkpoint,
         preemption or Preemption(),
         after_checkpoint=publisher and (lambda state: publisher.publish(pipeline, state.step)),
-        evaluate=training_evaluation(config, accelerator, dataset, images.id2label) if config.eval_steps else None,
+        evaluate=evaluate,
     )
 
     is_main_process = accelerator.is_main_process

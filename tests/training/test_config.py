@@ -60,6 +60,11 @@ def test_shipped_settings_are_valid(path):
         ({"streaming": True}, "--streaming needs a data set.*--train_data_dir"),
         ({"streaming": True, "dataset_name": "a", "eval_steps": 5}, r"--eval_steps.*evaluate_cfg\.py"),
         ({"shuffle_buffer_size": 0}, "shuffle_buffer_size must be at least 1"),
+        ({"cache_latents": True}, "--cache_latents needs an autoencoder.*--pretrained_vae_model_name_or_path"),
+        (
+            {"cache_latents": True, "streaming": True, "dataset_name": "a", "pretrained_vae_model_name_or_path": "b"},
+            "--cache_latents keeps the whole data set.*--streaming",
+        ),
     ],
 )
 def test_wrong_settings_are_named(settings, message):
@@ -107,7 +112,7 @@ def test_the_command_line_is_frozen():
         "ema_inv_gamma", "ema_power", "mixed_precision", "allow_tf32", "report_to", "logging_dir",
         "checkpointing_steps", "checkpoints_total_limit", "resume_from_checkpoint", "dataloader_num_workers",
         "enable_xformers_memory_efficient_attention", "validation_steps", "conditioning_dropout_prob", "dry_run",
-        "ddp_timeout", "streaming", "shuffle_buffer_size",
+        "ddp_timeout", "streaming", "shuffle_buffer_size", "cache_latents",
     }  # fmt: skip
 
 

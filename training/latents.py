@@ -1,0 +1,154 @@
+"""Latents that are encoded once: what an autoencoder says of each image of a data set, kept on disk."""
+
+import json
+import logging
+import shutil
+from collections.abc import Iterator
+from itertools import chain, islice
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from accelerate import Accelerator
+from config import LATENTS_DIR, TrainConfig, UserError
+from data import CachedImages, check_unreadable, fingerprint, keep_batch
+from diffusers import AutoencoderKL
+from feature_extractors import digest, write_safetensors
+from model import sample_size
+from randomness import seed_of
+from safetensors import SafetensorError, safe_open
+from torch.utils.data import BatchSampler, DataLoader, Dataset
+from tqdm.auto import tqdm
+
+logger = logging.getLogger(__name__)
+
+# Images in a file. A run that is killed while it encodes loses no more than one file of each process.
+FILE_SIZE = 512
+
+
+class LatentBatch(NamedTuple):
+    # (batch, 1 or 2, 2 · channels, height, width): mean and log-variance for each image and, if any is, for it flipped
+    moments: torch.Tensor
+    class_labels: torch.Tensor  # (batch,), int64; -1 is unlabelled
+    unreadable: list[str]  # none: they were counted before
+
+    def training_input(self, device: torch.device, flip: torch.Tensor | None = None) -> torch.Tensor:
+        """The moments on a device, those of the flipped image where `flip` says."""
+        moments = self.moments.to(device, non_blocking=True)
+        return moments[:, 0] if flip is None else torch.where(flip.view(-1, 1, 1, 1), moments[:, 1], moments[:, 0])
+
+
+class CachedLatents(Dataset):
+    """What `cache_latents` keeps of each image, in the order of the data; it stays on disk until it is asked for."""
+
+    def __init__(self, files: list[dict[str, torch.Tensor]]):
+        self.moments = [file["moments"] for file in files]
+        self.class_labels = torch.cat([file["class_labels"] for file in files])
+
+    def __len__(self) -> int:
+        return len(self.class_labels)
+
+    def __getitems__(self, indices: list[int]) -> LatentBatch:
+        moments = torch.stack([self.moments[index // FILE_SIZE][index % FILE_SIZE] for index in indices])
+        return LatentBatch(moments, self.class_labels[indices], [])
+
+
+def cache_latents(
+    config: TrainConfig, accelerator: Accelerator, dataset: Dataset, vae: AutoencoderKL | None
+) -> CachedLatents:
+    """
+    The latents of all images, as a run before this one has encoded them, or as the processes now do together.
+
+    Raises:
+        UserError: there is no autoencoder; the latents do not fit on the disk; too many images cannot be read.
+    """
+    if vae is None:
+        raise UserError(f"--cache_latents: {config.pretrained_model_name_or_path} has no autoencoder.")
+    identity = {
+        "data": fingerprint(dataset),
+        "vae": digest(vae.state_dict()),
+        "dtype": str(vae.dtype),
+        "flip": str(config.random_flip),
+    }
+    folder = LATENTS_DIR / f"{seed_of(*identity.values()):016x}"
+    parts = BatchSampler(range(len(dataset)), FILE_SIZE, drop_last=False)
+    files = {folder / f"{rows[0]}-{rows[-1]}.safetensors": rows for rows in parts}
+    mine = list(files)[accelerator.process_index :: accelerator.num_processes]
+    missing = {path: files[path] for path in mine if not is_whole(path, identity)}
+    try:
+        check_space(config, vae, folder, sum(len(rows) for path, rows in files.items() if not path.is_file()))
+        encoded = encode(config, accelerator, dataset, vae, list(missing.values()))
+        for path, (tensors, unreadable) in zip(missing, encoded, strict=True):
+            write_safetensors(
+                tensors, {**identity, "digest": digest(tensors), "unreadable": json.dumps(unreadable)}, path
+            )
+        accelerator.wait_for_everyone()
+        tensors, metadata = zip(*map(read_file, files), strict=True)
+    except (OSError, SafetensorError) as error:  # which safetensors raises for a full disk too
+        raise UserError(
+            f"--cache_latents cannot keep latents in {folder}, where every process has to write and read: {error}"
+        ) from error
+    unreadable = {name for entry in metadata for name in json.loads(entry["unreadable"])}
+    check_unreadable(unreadable, len(dataset), config.max_unreadable_fraction)
+    if unreadable:
+        logger.warning("%d images could not be read: %s", len(unreadable), ", ".join(sorted(unreadable)[:20]))
+    return CachedLatents(tensors)
+
+
+def read_file(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+    """The tensors of a file, which are read when they are used, and its metadata."""
+    with safe_open(path, "pt") as file:
+        return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
+
+
+def is_whole(path: Path, identity: dict[str, str]) -> bool:
+    """Whether there is a file of the latents that are wanted, and as it was written."""
+    if not path.is_file():
+        return False
+    try:
+        tensors, metadata = read_file(path)
+        whole = metadata.items() >= {**identity, "digest": digest(tensors)}.items()
+    except (OSError, SafetensorError):
+        whole = False
+    if not whole:
+        logger.warning("%s is damaged, or of something else: its images are encoded anew.", path)
+    return whole
+
+
+def check_space(config: TrainConfig, vae: AutoencoderKL, folder: Path, num_images: int) -> None:
+    """Raises UserError if the latents of so many images do not fit on the disk."""
+    numbers = 2 * vae.config.latent_channels * sample_size(config, vae) ** 2 * (2 if config.random_flip else 1)
+    needed = num_images * numbers * vae.dtype.itemsize
+    folder.mkdir(parents=True, exist_ok=True)
+    free = shutil.disk_usage(folder).free
+    if needed > free:
+        raise UserError(
+            f"--cache_latents needs {needed / 1e6:.2f} MB for the latents of {num_images} images, but {folder} has "
+            f"{free / 1e6:.2f} MB left: make room, or have XDG_CACHE_HOME name a folder on another disk."
+        )
+
+
+def encode(
+    config: TrainConfig, accelerator: Accelerator, dataset: Dataset, vae: AutoencoderKL, parts: list[list[int]]
+) -> Iterator[tuple[dict[str, torch.Tensor], list[str]]]:
+    """For each part of the data its moments and labels, and the names of the images that could not be read."""
+    batches = [list(BatchSampler(rows, config.train_batch_size, drop_last=False)) for rows in parts]
+    loader = DataLoader(
+        dataset,
+        batch_sampler=[*chain(*batches)],
+        collate_fn=keep_batch,
+        num_workers=0 if isinstance(dataset, CachedImages) else config.dataloader_num_workers,
+    )
+    loaded, vae = iter(loader), vae.to(accelerator.device)
+    quiet = None if accelerator.is_main_process else True  # None: if the output is no terminal
+    with tqdm(desc="Encoding", total=sum(map(len, parts)), unit="image", leave=False, disable=quiet) as progress:
+        for part in batches:
+            moments, class_labels, unreadable = [], [], []
+            for batch in islice(loaded, len(part)):
+                images = batch.training_input(accelerator.device).to(vae.dtype)
+                views = [images, images.flip(-1)] if config.random_flip else [images]
+                moments.append(torch.stack([vae.encode(view).latent_dist.parameters for view in views], dim=1).cpu())
+                class_labels.append(batch.class_labels)
+                unreadable += batch.unreadable
+                progress.update(len(images))
+            yield {"moments": torch.cat(moments), "class_labels": torch.cat(class_labels)}, unreadable
