@@ -291,7 +291,9 @@ class CFGPipeline(DiffusionPipeline):
 
     # ----- latent models -----
 
-    def encode(self, images: torch.Tensor, generator: torch.Generator | None = None) -> torch.Tensor:
+    def encode(
+        self, images: torch.Tensor, generator: torch.Generator | list[torch.Generator] | None = None
+    ) -> torch.Tensor:
         """
         Images `(batch, channels, height, width)` in [-1, 1] to what the UNet models: a draw from the VAE's posterior,
         shifted and scaled as its config says; without a VAE the images themselves.
@@ -300,7 +302,9 @@ class CFGPipeline(DiffusionPipeline):
             return images
         return self.draw_latents(self.vae.encode(images.to(self.vae.dtype)).latent_dist.parameters, generator)
 
-    def draw_latents(self, moments: torch.Tensor, generator: torch.Generator | None = None) -> torch.Tensor:
+    def draw_latents(
+        self, moments: torch.Tensor, generator: torch.Generator | list[torch.Generator] | None = None
+    ) -> torch.Tensor:
         """A draw from the VAE's posterior, given its mean and log-variance: what `encode` makes of them."""
         latents = DiagonalGaussianDistribution(moments).sample(generator)
         return (latents - self._vae_shift) * self.vae.config.scaling_factor

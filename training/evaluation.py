@@ -257,6 +257,7 @@ class Evaluation:
         def distance(blocks: torch.Tensor | slice = slice(None)) -> float:
             return frechet_distance(self.reference, summary.moments(blocks), self.sqrt_reference)
 
+        assert summary.sums["count"].sum() == len(summary.features), "some images were not added, or some twice"
         row = {"frechet_distance": distance()}
         if summary.moment_blocks > 1:
             row["frechet_distance_error"] = jackknife(distance, summary.moment_blocks)

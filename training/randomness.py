@@ -30,7 +30,8 @@ class Draws:
     noise: torch.Tensor  # (batch, channels, height, width)  ε ~ N(0, I)
     dropout: torch.Tensor  # (batch,)  U[0, 1), whether the label is dropped
     flip: torch.Tensor  # (batch,)  bool, whether the image is flipped
-    key: tuple[int | str, ...]  # names these rows
+    key: tuple[int, int]  # (seed, step)
+    rows: range  # of the global batch
 
     @classmethod
     def of_step(cls, seed: int, step: int, shape: tuple[int, ...], device: torch.device) -> "Draws":
@@ -38,16 +39,15 @@ class Draws:
         generator = seeded_generator(device, seed, "draws", step)
         u, dropout, flip = torch.rand(3, shape[0], generator=generator, device=device)
         noise = torch.randn(shape, generator=generator, device=device)
-        return cls(u, noise, dropout, flip < 0.5, (seed, step))
+        return cls(u, noise, dropout, flip < 0.5, (seed, step), range(shape[0]))
 
     def __getitem__(self, rows: slice) -> "Draws":
-        key = (*self.key, rows.start)
-        return Draws(self.u[rows], self.noise[rows], self.dropout[rows], self.flip[rows], key)
+        return Draws(self.u[rows], self.noise[rows], self.dropout[rows], self.flip[rows], self.key, self.rows[rows])
 
     @property
-    def generator(self) -> torch.Generator:
-        """For what else is random about these rows: the draw from an autoencoder's posterior."""
-        return seeded_generator(self.u.device, "posterior", *self.key)
+    def generators(self) -> list[torch.Generator]:
+        """For what else is random about each row: the draw from an autoencoder's posterior."""
+        return [seeded_generator(self.u.device, "posterior", *self.key, row) for row in self.rows]
 
 
 class GlobalBatchSampler(Sampler[list[int]]):

@@ -41,14 +41,14 @@ def train_cfg(config: TrainConfig, preemption: Preemption | None = None) -> None
             print(describe_plan(config, accelerator, dataset, pipeline, checkpoint))
         return
     evaluate = training_evaluation(config, accelerator, dataset, images.id2label) if config.eval_steps else None
-    encode = pipeline.encode
     if config.cache_latents:
-        dataset, encode = cache_latents(config, accelerator, dataset, pipeline.vae), pipeline.draw_latents
+        dataset = cache_latents(config, accelerator, dataset, pipeline.vae)
     scheduler, null_class_label = pipeline.scheduler, pipeline.unet.null_class_label
 
     def loss_of(unet, x, c, draws):
         """Algorithm 1, for a batch: the loss of each sample."""
-        x = encode(x, draws.generator)
+        if pipeline.vae is not None:
+            x = (pipeline.draw_latents if config.cache_latents else pipeline.encode)(x, draws.generators)
         c = drop_class_labels(c, config.conditioning_dropout_prob, null_class_label, draws.dropout)
         t = scheduler.timestep(draws.u)  # λ ~ p(λ), by way of u ~ U[0, 1]
         z = scheduler.add_noise(x, draws.noise, t)  # z = αx + σε

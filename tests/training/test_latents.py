@@ -82,6 +82,15 @@ def test_training_is_the_same_with_and_without(tmp_path, encoded, flip):
     assert_same_tensors(tmp_path / "with" / WEIGHTS, tmp_path / "again" / WEIGHTS)
 
 
+@pytest.mark.parametrize("cache", [[], ["--cache_latents"]])
+def test_accumulated_batches_are_one_batch(tmp_path, cache):
+    """What is drawn from the posterior belongs to the image, however the step is cut up."""
+    flags = [*vae_flags(tmp_path / "vae"), *cache]
+    train(tmp_path / "whole", *flags)
+    train(tmp_path / "parts", *flags, "--train_batch_size", "4", "--gradient_accumulation_steps", "2")
+    assert_same_tensors(tmp_path / "whole" / WEIGHTS, tmp_path / "parts" / WEIGHTS, **CLOSE)
+
+
 def test_a_resumed_run_with_latents_is_the_run_that_never_stopped(tmp_path):
     flags = [*vae_flags(tmp_path / "vae"), "--cache_latents"]
     train(tmp_path / "whole", *flags)
@@ -207,16 +216,20 @@ def test_damaged_and_foreign_files_are_written_anew(tmp_path, folder, encoded, c
 
 
 def test_a_disk_without_room_is_named_before_anything_is_encoded(tmp_path, folder, encoded, monkeypatch):
-    flags = [*vae_flags(tmp_path / "vae"), "--cache_latents"]
+    flags, left = [*vae_flags(tmp_path / "vae"), "--cache_latents"], [25_599]
+
+    def disk_usage(path: Path) -> SimpleNamespace:
+        return SimpleNamespace(free=left[0] if folder in [path, *path.parents] else 1e9)
+
+    monkeypatch.setattr(latents.shutil, "disk_usage", disk_usage)
     # 100 images · 4 × 4 · 2 channels · 2 moments · 4 bytes
-    monkeypatch.setattr(latents.shutil, "disk_usage", lambda path: SimpleNamespace(free=25_599))
     with pytest.raises(UserError, match=r"needs 0\.03 MB for the latents of 100 images, but .* has 0\.03 MB left"):
         train(tmp_path / "out", *flags)
     assert (encoded, list(folder.rglob("*.*")), (tmp_path / "out").exists()) == ([], [], False)
-    monkeypatch.setattr(latents.shutil, "disk_usage", lambda path: SimpleNamespace(free=25_600))
+    left[0] = 25_600
     train(tmp_path / "out", *flags)
     # What is there needs no room
-    monkeypatch.setattr(latents.shutil, "disk_usage", lambda path: SimpleNamespace(free=0))
+    left[0] = 0
     train(tmp_path / "again", *flags)
 
 
