@@ -18,6 +18,8 @@ CONFIGS = Path(__file__).parent / "configs"
 # Where evaluations keep what they know of the real images, and --cache_latents what it encodes
 STATISTICS_DIR = Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "diffusers-cfg"
 LATENTS_DIR = STATISTICS_DIR / "latents"
+# What the file of --model_config_name_or_path says instead
+NETWORK_SETTINGS = {"block_out_channels", "layers_per_block", "attention_resolutions", "dropout"}
 
 
 class UserError(ValueError):
@@ -240,8 +242,9 @@ class TrainConfig(HubConfig, RunConfig, OptimizationConfig, ModelConfig, DataCon
             )
 
     def public(self) -> dict[str, Any]:
-        """The settings by name, without the one that is a secret."""
-        return {name: value for name, value in dataclasses.asdict(self).items() if name != "hub_token"}
+        """The settings by name, without the one that is a secret, and those that a file for the network replaces."""
+        left_out = {"hub_token"} | (NETWORK_SETTINGS if self.model_config_name_or_path else set())
+        return {name: value for name, value in dataclasses.asdict(self).items() if name not in left_out}
 
     def save(self, path: Path) -> None:
         """Write the settings as YAML, for `--config`."""
@@ -254,7 +257,10 @@ class TrainConfig(HubConfig, RunConfig, OptimizationConfig, ModelConfig, DataCon
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
-    """The settings in a YAML file, by name. Raises UserError if it is missing, or holds something else."""
+    """
+    The settings in a YAML file, by name. It may name a file for the network that lies beside it. Raises UserError if it
+    is missing, or holds something else.
+    """
     if not path.is_file():
         raise UserError(f"--config {path} does not exist.")
     settings = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
@@ -264,6 +270,9 @@ def read_yaml(path: Path) -> dict[str, Any]:
     unknown = sorted(set(settings) - known)
     if unknown:
         raise UserError(f"{path} has unknown settings {unknown}; --help lists those that exist.")
+    network = settings.get("model_config_name_or_path")
+    if network is not None and (path.parent / str(network)).exists():
+        settings["model_config_name_or_path"] = str((path.parent / str(network)).resolve())
     return settings
 
 
@@ -295,6 +304,13 @@ def parse_config(argv: list[str] | None = None) -> TrainConfig:
     if args.dataset_name is None and args.train_data_dir is None:
         parser.set_defaults(**{**read_yaml(CONFIGS / "digits.yaml"), **settings})
         args = parser.parse_args(argv)
+    flags = {arg.removeprefix("--").split("=")[0].replace("-", "_") for arg in argv if arg.startswith("--")}
+    given = flags if "model_config_name_or_path" in flags else flags | settings.keys()
+    if args.model_config_name_or_path is not None and (useless := sorted(NETWORK_SETTINGS & given)):
+        raise UserError(
+            f"{', '.join(useless)}: the network is what --model_config_name_or_path {args.model_config_name_or_path} "
+            "says. Change it there, or leave one of the two out."
+        )
     values = vars(args)
     del values["config"]
     return TrainConfig(**values)

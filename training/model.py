@@ -25,6 +25,7 @@ def build_pipeline(config: TrainConfig, images: LabelledImages) -> CFGPipeline:
         log_snr_min=config.log_snr_min,
         log_snr_max=config.log_snr_max,
         prediction_type=config.prediction_type,
+        variance_interpolation=0.3 if config.resolution < 128 else 0.2,  # the paper's, at 64×64 and at 128×128
         clip_sample=vae is None,  # latents have no fixed range
     )
     return CFGPipeline(unet, scheduler, vae, images.id2label, config.conditioning_dropout_prob)
@@ -146,8 +147,12 @@ def build_unet(config: TrainConfig, vae: AutoencoderKL | None, channels: int, nu
         "in_channels": channels,
         "out_channels": channels,
         "num_class_embeds": num_classes + 1,
+        "class_embed_type": None,
     }
-    unet = UNet2DCFGModel.from_config(settings)
+    try:
+        unet = UNet2DCFGModel.from_config(settings)
+    except Exception as error:  # whatever layers raise that do not fit
+        raise UserError(f"There is no network with the settings {settings}: {error}") from error
     check_sample_size(unet, size)
     return unet
 
@@ -156,9 +161,9 @@ def load_model_config(name_or_path: str) -> dict:
     """A UNet2DModel's config, from a JSON file, a folder or the Hub."""
     try:
         if Path(name_or_path).is_file():
-            return json.loads(Path(name_or_path).read_text(encoding="utf-8"))
+            return dict(json.loads(Path(name_or_path).read_text(encoding="utf-8")))
         return dict(UNet2DCFGModel.load_config(name_or_path))
-    except (OSError, ValueError) as error:
+    except (OSError, TypeError, ValueError) as error:
         raise UserError(f"--model_config_name_or_path {name_or_path} cannot be read: {error}") from error
 
 

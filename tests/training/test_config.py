@@ -36,6 +36,38 @@ def test_saved_settings_are_read_back(tmp_path):
     assert parse_config(["--config", str(tmp_path / "train_config.yaml")]) == config
 
 
+def test_a_file_for_the_network_may_lie_beside_the_settings(tmp_path, monkeypatch):
+    (tmp_path / "recipe").mkdir()
+    (tmp_path / "recipe" / "network.json").write_text("{}")
+    (tmp_path / "recipe" / "run.yaml").write_text("dataset_name: a\nmodel_config_name_or_path: network.json\n")
+    monkeypatch.chdir(tmp_path)
+    config = parse_config(["--config", "recipe/run.yaml"])
+    assert config.model_config_name_or_path == str(tmp_path / "recipe" / "network.json")
+    config.save(tmp_path / "train_config.yaml")
+    monkeypatch.chdir("/")
+    assert parse_config(["--config", str(tmp_path / "train_config.yaml")]) == config
+
+    (tmp_path / "run.yaml").write_text("dataset_name: a\nmodel_config_name_or_path: someone/something\n")
+    assert parse_config(["--config", str(tmp_path / "run.yaml")]).model_config_name_or_path == "someone/something"
+
+
+def test_what_the_file_for_the_network_says_is_not_said_twice(tmp_path):
+    path, network = tmp_path / "run.yaml", ["--model_config_name_or_path", "network.json"]
+    for argv in (["--dropout", "0.0"], ["--dropout=0.0"], ["--layers-per-block", "1"]):
+        name = argv[0].lstrip("-").split("=")[0].replace("-", "_")
+        with pytest.raises(UserError, match=f"^{name}: the network is what --model_config_name_or_path network.json"):
+            parse_config([*network, *argv])
+        path.write_text("model_config_name_or_path: network.json\n")
+        with pytest.raises(UserError, match=f"^{name}: the network"):
+            parse_config(["--config", str(path), *argv])
+    path.write_text("model_config_name_or_path: network.json\ndropout: 0.1\nblock_out_channels: [8]\n")
+    with pytest.raises(UserError, match="^block_out_channels, dropout: the network"):
+        parse_config(["--config", str(path)])
+    # A flag overrides the file of settings, with all that it says of the network
+    path.write_text("dropout: 0.1\n")
+    parse_config(["--config", str(path), *network])
+
+
 @pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.yaml")), ids=lambda path: path.name)
 def test_shipped_settings_are_valid(path):
     assert isinstance(parse_config(["--config", str(path)]), TrainConfig)

@@ -7,8 +7,9 @@ from itertools import chain
 import pytest
 import torch
 from conditioning import drop_class_labels
-from config import TrainConfig, UserError
-from model import build_unet
+from config import CONFIGS, TrainConfig, UserError, parse_config
+from data import Digits
+from model import build_pipeline, build_unet
 from objectives import prediction_target, squared_error
 from randomness import Draws, GlobalBatchSampler, seeded_generator
 
@@ -140,3 +141,52 @@ def test_a_config_file_describes_the_network(tmp_path):
         build_unet(TrainConfig(model_config_name_or_path=str(path), resolution=9), None, 1, 2)
     with pytest.raises(UserError, match="nowhere"):
         build_unet(TrainConfig(model_config_name_or_path=str(tmp_path / "nowhere")), None, 1, 2)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("[1, 2]", "cannot be read"),
+        ("{", "cannot be read"),
+        ('{"block_out_channels": [6, 6], "norm_num_groups": 4}', "no network with the settings .*norm_num_groups.*: "),
+    ],
+)
+def test_a_config_file_that_describes_no_network(tmp_path, text, message):
+    (tmp_path / "config.json").write_text(text)
+    with pytest.raises(UserError, match=message):
+        build_unet(TrainConfig(model_config_name_or_path=str(tmp_path / "config.json"), resolution=8), None, 1, 2)
+
+
+def recipe(name: str) -> TrainConfig:
+    return parse_config(["--config", str(CONFIGS / f"{name}.yaml")])
+
+
+# Those of ADM's code (github.com/openai/guided-diffusion) with the flags that its README gives for each of the two and
+# `--learn_sigma False`: the same layers, 1000 classes. It publishes them as 296 M and 422 M, with the learned variance.
+@pytest.mark.parametrize(
+    ("name", "adm", "published", "heads", "dropout"),
+    [("imagenet64", 295_899_267, 296, [6, 9, 12], 0.1), ("imagenet128", 421_522_691, 422, [4, 6, 8], 0.0)],
+)
+def test_the_networks_of_the_recipes_are_adms(name, adm, published, heads, dropout):
+    with torch.device("meta"):
+        unet = build_unet(recipe(name), None, channels=3, num_classes=1000)
+    null_row = unet.class_embedding.weight[-1].numel()
+    assert unet.num_parameters() == adm + null_row
+    assert round(unet.num_parameters() / 1e6) == published
+    attended = [block.attentions[0] for block in unet.down_blocks if hasattr(block, "attentions")]
+    assert [attention.heads for attention in attended] == heads
+    assert {block.resnets[0].dropout.p for block in unet.down_blocks} == {dropout}
+
+
+@pytest.mark.parametrize(("resolution", "v"), [(64, 0.3), (128, 0.2)])
+def test_the_sampling_variance_is_the_papers(resolution, v):
+    config = TrainConfig(resolution=resolution, block_out_channels=[8], attention_resolutions=[0])
+    assert build_pipeline(config, Digits()).scheduler.config.variance_interpolation == v
+
+
+@pytest.mark.slow
+def test_a_network_of_the_recipes_learns_all_over():
+    unet = build_unet(recipe("imagenet64"), None, channels=3, num_classes=1000).train()
+    pred = unet(torch.randn(1, 3, 64, 64), torch.tensor([500.0]), class_labels=torch.tensor([3])).sample
+    pred.square().mean().backward()
+    assert [name for name, p in unet.named_parameters() if not p.grad.isfinite().all() or not p.grad.any()] == []
