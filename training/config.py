@@ -107,6 +107,7 @@ class OptimizationConfig:
         10, "Stop if so many steps in a row had to be skipped, because their loss or gradient was not finite."
     )
     gradient_checkpointing: bool = flag(False, "Save memory by computing activations twice.")
+    compile: bool = flag(False, "Compile the network for training. The first step then takes minutes.")
     enable_xformers_memory_efficient_attention: bool = flag(False, "Use xformers' attention (GPU only).")
     mixed_precision: Literal["no", "fp16", "bf16"] | None = flag(
         None, "Precision of the network's passes; by default what `accelerate config` says. Always fp32 on a CPU."

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from accelerate import Accelerator, PartialState
-from accelerate.utils import ProjectConfiguration, gather_object
+from accelerate.utils import DynamoBackend, ProjectConfiguration, gather_object, parse_flag_from_env
 from checkpoint import (
     TrainState,
     averaged_weights,
@@ -22,7 +22,7 @@ from checkpoint import (
     prepare_output_dir,
     save_checkpoint,
 )
-from config import TrainConfig, UserError
+from config import CONFIGS, TrainConfig, UserError
 from data import (
     MIN_SEEN,
     UNLABELLED,
@@ -35,6 +35,7 @@ from data import (
 )
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
+from diffusers.utils import is_xformers_available
 from grid import sample_grid
 from preemption import Preempted, Preemption, leave_signals_to_the_parent
 from randomness import Draws, GlobalBatchSampler, seed_of, seeded_generator
@@ -89,6 +90,12 @@ def train(
         if stream is not None and state.stream is not None:
             stream.load_state_dict(state.stream)
         logger.info("Resumed from %s", checkpoint)
+    steps = accelerator.gather(torch.tensor([state.step], device=accelerator.device)).tolist()
+    if len(set(steps)) > 1:
+        raise UserError(
+            f"The processes would go on from different steps, {steps}: --output_dir {config.output_dir} has to be a "
+            "folder that all machines share."
+        )
     if accelerator.is_main_process:
         prepare_output_dir(config)
     started = time.perf_counter() - state.seconds
@@ -258,7 +265,17 @@ def skip_if_not_finite(state: TrainState, grad_norm: torch.Tensor) -> None:
 
 
 def make_accelerator(config: TrainConfig) -> Accelerator:
-    """The processes and the device that `accelerate launch` gave. Raises UserError for a tracker that is missing."""
+    """
+    The processes and the device that `accelerate launch` gave. Raises UserError for a tracker that is missing, and for
+    what cuts the network into pieces.
+    """
+    for kind in ("FSDP", "DEEPSPEED", "MEGATRON_LM", "PARALLELISM_CONFIG"):
+        if parse_flag_from_env(f"ACCELERATE_USE_{kind}"):
+            raise UserError(
+                f"`accelerate launch` was told --use_{kind.lower()}, but checkpoints, averages and samples need each "
+                "process to have the whole network. Use DDP, such as --config_file "
+                f"{CONFIGS / 'accelerate' / 'ddp.yaml'}; it needs some 20 bytes for each parameter."
+            )
     # Unless it is told that there is no GPU, accelerate takes several processes without one for several runs.
     cpu = not torch.accelerator.is_available()
     state = PartialState(cpu=cpu, timeout=timedelta(seconds=config.ddp_timeout))
@@ -282,11 +299,19 @@ def make_accelerator(config: TrainConfig) -> Accelerator:
         cpu=cpu,
         mixed_precision=mixed_precision,
         gradient_accumulation_steps=config.gradient_accumulation_steps,
+        # It compiles a wrapper: the network that is sampled and saved stays as it is.
+        dynamo_backend="inductor" if config.compile else None,
         log_with=None if config.report_to == "none" else config.report_to,
         project_config=ProjectConfiguration(
             project_dir=config.output_dir, logging_dir=str(Path(config.output_dir) / config.logging_dir)
         ),
     )
+    if accelerator.state.dynamo_plugin.backend != DynamoBackend.NO:
+        import torch._inductor.config as inductor
+
+        # With it torch 2.13 loses, on a CPU at least and without a word, the gradient of all that lies before an
+        # upsampling: most of the network would not learn.
+        inductor.layout_optimization = False
     if config.report_to != "none" and not accelerator.log_with:
         raise UserError(f"--report_to {config.report_to}: that tracker is not installed. Install it, or say none.")
     return accelerator
@@ -305,6 +330,11 @@ def make_state(
     if config.gradient_checkpointing:
         unet.enable_gradient_checkpointing()
     if config.enable_xformers_memory_efficient_attention:
+        if not (is_xformers_available() and torch.cuda.is_available()):
+            raise UserError(
+                '--enable_xformers_memory_efficient_attention needs a GPU and xformers (pip install -e ".[xformers]"); '
+                "leave it out to use torch's own attention."
+            )
         unet.enable_xformers_memory_efficient_attention()
     averages = [
         EMAModel(

@@ -4,6 +4,7 @@ import json
 import math
 import os
 import shutil
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -13,7 +14,7 @@ import pytest
 import torch
 from accelerate.state import AcceleratorState, GradientState
 from checkpoint import checkpoints
-from config import TrainConfig, UserError, parse_config
+from config import CONFIGS, TrainConfig, UserError, parse_config
 from data import Digits, stack_images
 from model import build_unet
 from PIL import Image
@@ -194,6 +195,33 @@ def test_accumulated_batches_are_one_batch(tmp_path):
     )
 
 
+def test_gradient_checkpointing_changes_no_weight(tmp_path, monkeypatch):
+    flags, recomputed = ["--attention_resolutions", "4", "--dropout", "0.2"], []
+    train(tmp_path / "kept", *flags)
+    works = torch.utils.checkpoint.checkpoint
+    monkeypatch.setattr(torch.utils.checkpoint, "checkpoint", lambda *a, **k: (recomputed.append(1), works(*a, **k))[1])
+    train(tmp_path / "recomputed", *flags, "--gradient_checkpointing")
+    assert recomputed
+    assert_same_tensors(tmp_path / "kept" / "unet" / WEIGHTS, tmp_path / "recomputed" / "unet" / WEIGHTS)
+
+
+@pytest.mark.slow
+def test_a_compiled_network_learns_the_same(tmp_path):
+    """torch 2.13 compiles this very network to one with a wrong gradient, if its layouts are optimised."""
+    train(tmp_path / "plain")
+    torch.compiler.reset()
+    counters = torch._dynamo.utils.counters["stats"]
+    before = counters["unique_graphs"]
+    train(tmp_path / "compiled", "--compile")
+    assert counters["unique_graphs"] > before
+    assert_same_tensors(
+        tmp_path / "plain" / "unet" / WEIGHTS, tmp_path / "compiled" / "unet" / WEIGHTS, rtol=1e-4, atol=1e-4
+    )
+    for part in ("unet", "unet_ema"):
+        folders = [tmp_path / run / "checkpoint-4" / part / WEIGHTS for run in ("plain", "compiled")]
+        assert_same_tensors(*folders, rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.parametrize("prediction_type", ["v_prediction", "sample"])
 def test_other_prediction_types_train(tmp_path, prediction_type):
     train(tmp_path, "--prediction_type", prediction_type)
@@ -293,11 +321,21 @@ def test_other_settings_are_pointed_out(tmp_path, caplog):
         (["--resolution", "9"], "resolution 9 cannot be halved 1 times"),
         (["--train_data_dir", "/nowhere", "--resolution", "8"], "/nowhere is not a folder"),
         (["--report_to", "wandb"], "wandb.*not installed"),
+        (["--enable_xformers_memory_efficient_attention"], "xformers_memory_efficient_attention needs a GPU and xform"),
     ],
 )
 def test_what_cannot_work_is_named_before_anything_is_written(tmp_path, argv, message):
     with pytest.raises(UserError, match=message):
         train(tmp_path / "out", *argv)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("kind", ["fsdp", "deepspeed", "megatron_lm", "parallelism_config"])
+def test_a_network_in_pieces_is_refused(tmp_path, monkeypatch, kind):
+    """On a CPU accelerate would not even look at what `accelerate launch` was told, and train as if it had not been."""
+    monkeypatch.setenv(f"ACCELERATE_USE_{kind.upper()}", "true")
+    with pytest.raises(UserError, match=f"told --use_{kind}.* Use DDP, .*configs/accelerate/ddp.yaml"):
+        train(tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
@@ -420,3 +458,45 @@ def test_two_processes_with_workers_go_on_in_the_middle_of_an_epoch(tmp_path, ph
     assert max((first[name] - second[name]).abs().max().item() for name in seen) < 1e-5
     alone = dict(scalars(tmp_path / "alone")["loss"])
     assert all(abs(alone[step] - loss) < 1e-5 for step, loss in losses[1].items())
+
+
+def launch_machines(name: str, *scripts: list[str], cwd: Path) -> list[tuple[int, str]]:
+    """
+    Two processes by a shipped launch configuration, on as many machines as there are scripts, all played by this one.
+    Exit code and stderr of each machine.
+    """
+    flags = ["--config_file", str(CONFIGS / "accelerate" / name), "--num_processes", "2"]
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        flags += ["--main_process_port", str(free.getsockname()[1]), "--main_process_ip", "127.0.0.1"]
+    runs = [
+        subprocess.Popen(
+            [sys.executable, "-m", "accelerate.commands.launch", *flags, "--machine_rank", str(rank),
+             str(TRAINING / "train_cfg.py"), *TINY, "--train_batch_size", "4", *script],
+            cwd=cwd, env={**os.environ, "HF_HUB_OFFLINE": "1"}, stderr=subprocess.PIPE, text=True,
+        )
+        for rank, script in enumerate(scripts)
+    ]  # fmt: skip
+    said = [run.communicate(timeout=600)[1] for run in runs]
+    return [(run.returncode, text) for run, text in zip(runs, said, strict=True)]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "machines"), [("ddp.yaml", 1), ("ddp_two_machines.yaml", 2)])
+def test_the_shipped_launch_configurations(tmp_path, name, machines):
+    ends = launch_machines(name, *[["--output_dir", "two"]] * machines, cwd=tmp_path)
+    assert [code for code, _ in ends] == [0] * machines, ends
+    assert "4 steps of 8 images (0.0 epochs) on 2 × cpu" in ends[0][1]
+    train(tmp_path / "one")
+    assert_same_tensors(tmp_path / "one" / "unet" / WEIGHTS, tmp_path / "two" / "unet" / WEIGHTS, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.slow
+def test_machines_that_do_not_share_their_checkpoints(tmp_path):
+    train(tmp_path / "here", "--train_batch_size", "4")
+    flags = ["--max_train_steps", "6", "--resume_from_checkpoint", "latest", "--output_dir"]
+    ends = launch_machines("ddp_two_machines.yaml", [*flags, "here"], [*flags, "there"], cwd=tmp_path)
+    for code, said in ends:
+        assert code != 0
+        assert "would go on from different steps, [4, 0]: --output_dir" in said
+    assert not (tmp_path / "there").exists()
