@@ -493,7 +493,7 @@ def test_the_shipped_launch_configurations(tmp_path, name, machines):
 
 @pytest.mark.slow
 def test_machines_that_do_not_share_their_checkpoints(tmp_path):
-    train(tmp_path / "here", "--train_batch_size", "4")
+    train(tmp_path / "here")
     flags = ["--max_train_steps", "6", "--resume_from_checkpoint", "latest", "--output_dir"]
     ends = launch_machines("ddp_two_machines.yaml", [*flags, "here"], [*flags, "there"], cwd=tmp_path)
     for code, said in ends:
