@@ -157,10 +157,10 @@ def train(
                 save()
                 saved_step = state.step
                 accelerator.wait_for_everyone()
-            if any_process_stops(preemption.requested):
+            draw, measure = due(config.validation_steps, state.step), due(config.eval_steps, state.step)
+            if any_process_stops(preemption.requested, at_once=draw or measure or last):
                 note_place()
                 raise Preempted
-            draw, measure = due(config.validation_steps, state.step), due(config.eval_steps, state.step)
             if (draw or measure) and not last:
                 look(draw, measure)
         look(draw=True, measure=True)
@@ -237,19 +237,23 @@ def due(every: int, step: int) -> bool:
     return every > 0 and step % every == 0
 
 
-def make_vote(config: TrainConfig, accelerator: Accelerator) -> Callable[[bool], bool]:
+def make_vote(config: TrainConfig, accelerator: Accelerator) -> Callable[[bool, bool], bool]:
     """
-    A function that says whether any of the processes says yes. It speaks between the machines' CPUs, so that no process
-    waits for its GPU to answer.
+    A function that says whether any of the processes says yes: at once, or else to the question of the call before, so
+    that nobody waits. It speaks between the machines' CPUs, so that nobody waits for a GPU either.
     """
     if accelerator.num_processes == 1:
-        return lambda vote: vote
+        return lambda vote, at_once: vote
     group = torch.distributed.new_group(backend="gloo", timeout=timedelta(seconds=config.ddp_timeout))
+    under_way = []
 
-    def any_process(vote: bool) -> bool:
+    def any_process(vote: bool, at_once: bool) -> bool:
         votes = torch.tensor(int(vote))
-        torch.distributed.all_reduce(votes, group=group)
-        return votes.item() > 0
+        under_way.append((votes, torch.distributed.all_reduce(votes, group=group, async_op=True)))
+        asked = [under_way.pop(0) for _ in range(len(under_way) - (not at_once))]
+        for _, work in asked:
+            work.wait()
+        return any(votes.item() for votes, _ in asked)
 
     return any_process
 
