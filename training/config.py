@@ -18,7 +18,7 @@ CONFIGS = Path(__file__).parent / "configs"
 # Where evaluations keep what they know of the real images, and --cache_latents what it encodes
 STATISTICS_DIR = Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "diffusers-cfg"
 LATENTS_DIR = STATISTICS_DIR / "latents"
-# What the file of --model_config_name_or_path says instead
+# What a file for the network, or a pretrained one, says instead
 NETWORK_SETTINGS = {"block_out_channels", "layers_per_block", "attention_resolutions", "dropout"}
 
 
@@ -164,7 +164,7 @@ class TrainConfig(HubConfig, RunConfig, OptimizationConfig, ModelConfig, DataCon
     """All settings of a run. Raises UserError for one that cannot work; the message names it."""
 
     def __post_init__(self) -> None:
-        if isinstance(self.ema_max_decay, (int, float)):  # as runs wrote it that knew one average
+        if isinstance(self.ema_max_decay, (int, float)):  # as one writes it in a file
             self.ema_max_decay = [self.ema_max_decay]
         self._check_types()
         self._check_ranges()
@@ -243,8 +243,9 @@ class TrainConfig(HubConfig, RunConfig, OptimizationConfig, ModelConfig, DataCon
             )
 
     def public(self) -> dict[str, Any]:
-        """The settings by name, without the one that is a secret, and those that a file for the network replaces."""
-        left_out = {"hub_token"} | (NETWORK_SETTINGS if self.model_config_name_or_path else set())
+        """The settings by name, without the one that is a secret, and those of a network that comes from elsewhere."""
+        elsewhere = self.model_config_name_or_path or self.pretrained_model_name_or_path
+        left_out = {"hub_token"} | (NETWORK_SETTINGS if elsewhere else set())
         return {name: value for name, value in dataclasses.asdict(self).items() if name not in left_out}
 
     def save(self, path: Path) -> None:
@@ -306,12 +307,13 @@ def parse_config(argv: list[str] | None = None) -> TrainConfig:
         parser.set_defaults(**{**read_yaml(CONFIGS / "digits.yaml"), **settings})
         args = parser.parse_args(argv)
     flags = {arg.removeprefix("--").split("=")[0].replace("-", "_") for arg in argv if arg.startswith("--")}
-    given = flags if "model_config_name_or_path" in flags else flags | settings.keys()
-    if args.model_config_name_or_path is not None and (useless := sorted(NETWORK_SETTINGS & given)):
-        raise UserError(
-            f"{', '.join(useless)}: the network is what --model_config_name_or_path {args.model_config_name_or_path} "
-            "says. Change it there, or leave one of the two out."
-        )
+    for source in ("model_config_name_or_path", "pretrained_model_name_or_path"):
+        given = flags if source in flags else flags | settings.keys()
+        if getattr(args, source) is not None and (useless := sorted(NETWORK_SETTINGS & given)):
+            raise UserError(
+                f"{', '.join(useless)}: the network is that of --{source} {getattr(args, source)}. Leave one of the "
+                "two out."
+            )
     values = vars(args)
     del values["config"]
     return TrainConfig(**values)

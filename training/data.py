@@ -560,8 +560,8 @@ def name_dead_worker(dataset: Dataset, error: RuntimeError) -> None:
     if "DataLoader worker" in str(error):
         held = [dataset.name_held(item) for item in dataset.hands.of_dead(error)]
         raise UserError(
-            f"{str(error).rstrip(' .')}. It held {', '.join(held) or 'no image'}: is that damaged, or did the machine "
-            "run out of memory (then lower --dataloader_num_workers)? Go on with --resume_from_checkpoint latest."
+            f"{str(error).rstrip(' .')}. It held {', '.join(held) or 'no image'}. Did the machine run out of memory "
+            "(then lower --dataloader_num_workers), or is that damaged? Go on with --resume_from_checkpoint latest."
         ) from error
 
 

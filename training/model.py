@@ -39,8 +39,7 @@ def image_channels(pipeline: CFGPipeline) -> int:
 def image_resolution(pipeline: CFGPipeline) -> int:
     """Height and width of the images that a pipeline draws."""
     size = pipeline.unet.config.sample_size
-    height = size if isinstance(size, int) else size[0]
-    return height * (1 if pipeline.vae is None else 2 ** (len(pipeline.vae.config.block_out_channels) - 1))
+    return (size if isinstance(size, int) else size[0]) * pixels_per_latent(pipeline.vae)
 
 
 # ----- from a published pipeline -----
@@ -109,7 +108,12 @@ def load_vae(config: ModelConfig) -> AutoencoderKL | None:
 
 def sample_size(config: TrainConfig, vae: AutoencoderKL | None) -> int:
     """Height and width of what the UNet sees: images of the run's resolution, or their latents."""
-    return config.resolution // (2 ** (len(vae.config.block_out_channels) - 1) if vae is not None else 1)
+    return config.resolution // pixels_per_latent(vae)
+
+
+def pixels_per_latent(vae: AutoencoderKL | None) -> int:
+    """In each direction; each level of an autoencoder but the last halves the image."""
+    return 1 if vae is None else 2 ** (len(vae.config.block_out_channels) - 1)
 
 
 def check_sample_size(unet: UNet2DCFGModel, size: int) -> int:

@@ -36,7 +36,7 @@ def write_run_record(config: TrainConfig, accelerator: Accelerator, state: Train
     path.write_text(json.dumps({k: v for k, v in record.items() if v is not None}, indent=2) + "\n", encoding="utf-8")
 
 
-def is_built_in(config: TrainConfig) -> bool:
+def is_built_in(config: DataConfig) -> bool:
     return config.dataset_name is None and config.train_data_dir is None
 
 
@@ -55,5 +55,6 @@ def public_name(name_or_path: str | None) -> str | None:
 
 def local_name(config: DataConfig) -> str:
     """What to call data that is not on the Hub: the last part of its path."""
-    path = config.dataset_name or config.train_data_dir
-    return "scikit-learn's digits" if path is None else Path(path).resolve().name
+    if is_built_in(config):
+        return "scikit-learn's digits"
+    return Path(config.dataset_name or config.train_data_dir).resolve().name

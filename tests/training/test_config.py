@@ -51,21 +51,24 @@ def test_a_file_for_the_network_may_lie_beside_the_settings(tmp_path, monkeypatc
     assert parse_config(["--config", str(tmp_path / "run.yaml")]).model_config_name_or_path == "someone/something"
 
 
-def test_what_the_file_for_the_network_says_is_not_said_twice(tmp_path):
-    path, network = tmp_path / "run.yaml", ["--model_config_name_or_path", "network.json"]
+@pytest.mark.parametrize("source", ["model_config_name_or_path", "pretrained_model_name_or_path"])
+def test_what_the_network_is_is_not_said_twice(tmp_path, source):
+    path, network = tmp_path / "run.yaml", [f"--{source}", "network"]
     for argv in (["--dropout", "0.0"], ["--dropout=0.0"], ["--layers-per-block", "1"]):
         name = argv[0].lstrip("-").split("=")[0].replace("-", "_")
-        with pytest.raises(UserError, match=f"^{name}: the network is what --model_config_name_or_path network.json"):
+        with pytest.raises(UserError, match=f"^{name}: the network is that of --{source} network. Leave"):
             parse_config([*network, *argv])
-        path.write_text("model_config_name_or_path: network.json\n")
+        path.write_text(f"{source}: network\n")
         with pytest.raises(UserError, match=f"^{name}: the network"):
             parse_config(["--config", str(path), *argv])
-    path.write_text("model_config_name_or_path: network.json\ndropout: 0.1\nblock_out_channels: [8]\n")
+    path.write_text(f"{source}: network\ndropout: 0.1\nblock_out_channels: [8]\n")
     with pytest.raises(UserError, match="^block_out_channels, dropout: the network"):
         parse_config(["--config", str(path)])
     # A flag overrides the file of settings, with all that it says of the network
     path.write_text("dropout: 0.1\n")
-    parse_config(["--config", str(path), *network])
+    config = parse_config(["--config", str(path), *network])
+    config.save(path)
+    assert getattr(parse_config(["--config", str(path)]), source) == "network"
 
 
 @pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.yaml")), ids=lambda path: path.name)
@@ -126,7 +129,7 @@ def test_unknown_flags_and_values_end_the_program(argv, capsys):
 def test_one_decay_or_several():
     assert parse_config(["--ema_max_decay", "0.999"]).ema_max_decay == [0.999]
     assert parse_config(["--ema_max_decay", "0.999", "0.99"]).ema_max_decay == [0.999, 0.99]
-    assert TrainConfig(ema_max_decay=0.9).ema_max_decay == [0.9]  # as the files of older runs have it
+    assert TrainConfig(ema_max_decay=0.9).ema_max_decay == [0.9]  # as one writes it in a file
     for wrong in ([], [1.0], [0.9, 0.9]):
         with pytest.raises(UserError, match="ema_max_decay must be"):
             TrainConfig(ema_max_decay=wrong)

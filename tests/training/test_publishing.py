@@ -15,7 +15,7 @@ from data import LabelledImages
 from hub_server import Fault
 from model import build_pipeline, replace_classes
 from record import public_name
-from test_train import TINY, WEIGHTS, train
+from test_train import SETTINGS, TINY, WEIGHTS, train
 
 TRAINING = Path(__file__).parents[2] / "training"
 
@@ -63,8 +63,8 @@ def test_train_publish_and_go_on(hub, script, tmp_path):
 
     # Fine-tune what was published
     result = script(
-        "train_cfg.py", *TINY, "--output_dir", "more", "--pretrained_model_name_or_path", "me/digits", "--push_to_hub",
-        "--max_train_steps", "1", token="hf_writer",
+        "train_cfg.py", *SETTINGS, "--output_dir", "more", "--pretrained_model_name_or_path", "me/digits",
+        "--push_to_hub", "--max_train_steps", "1", token="hf_writer",
     )  # fmt: skip
     assert result.returncode == 0, result.stderr
     assert "base_model: me/digits" in hub.files("me/more")["README.md"].decode()

@@ -27,12 +27,14 @@ from diffusers_cfg import CFGPipeline, UNet2DCFGModel
 TRAINING = Path(__file__).parents[2] / "training"
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 # The digits, a network of 20 thousand parameters, seconds.
-TINY = [
-    "--block_out_channels", "8", "16", "--train_batch_size", "8", "--max_train_steps", "4", "--lr_warmup_steps", "1",
+NETWORK = ["--block_out_channels", "8", "16"]
+SETTINGS = [
+    "--train_batch_size", "8", "--max_train_steps", "4", "--lr_warmup_steps", "1",
     "--learning_rate", "1e-3", "--checkpointing_steps", "2", "--validation_steps", "0", "--num_inference_steps", "2",
     "--validation_guidance_scales", "0", "1", "--logging_steps", "1", "--report_to", "none",
     "--checkpoints_total_limit", "9",
 ]  # fmt: skip
+TINY = [*NETWORK, *SETTINGS]
 
 # What is logged of time, which no two runs share
 TIMES = {"images_per_second", "data_wait"}
@@ -41,7 +43,8 @@ TIMES = {"images_per_second", "data_wait"}
 def train(output_dir: Path, *argv: str) -> TrainConfig:
     AcceleratorState._reset_state(reset_partial_state=True)
     GradientState._reset_state()
-    config = parse_config([*TINY, "--output_dir", str(output_dir), *argv])
+    tiny = SETTINGS if "--pretrained_model_name_or_path" in argv else TINY
+    config = parse_config([*tiny, "--output_dir", str(output_dir), *argv])
     train_cfg(config)
     return config
 
