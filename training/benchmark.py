@@ -52,7 +52,7 @@ def benchmark(args: Namespace, config: TrainConfig) -> dict[str, Any]:
     record = {
         "machine": torch.cuda.get_device_name() if on_gpu else f"{torch.get_num_threads()} threads of a CPU",
         "versions": {"python": platform.python_version(), "torch": torch.__version__},
-        "parameters": sum(parameter.numel() for parameter in pipeline.unet.parameters()),
+        "parameters": pipeline.unet.num_parameters(),
         "sampling": sampling(args, pipeline),
         "training": training(args, config),
     }
@@ -93,14 +93,11 @@ def take_turns(ours: Callable[[], float], peer: Callable[[], float], repeats: in
 
 def timed(function: Callable[[], Any]) -> Callable[[], float]:
     """A function that calls another, and returns the seconds until the device was done too."""
-    import torch
 
     def seconds() -> float:
-        then = time.perf_counter()
+        then = now()
         function()
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
-        return time.perf_counter() - then
+        return now() - then
 
     return seconds
 

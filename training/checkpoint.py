@@ -146,8 +146,7 @@ def gib(size: float) -> str:
 
 def checkpoint_bytes(config: TrainConfig, unet: torch.nn.Module) -> int:
     """The size of a checkpoint: the weights, Adam's two moments and the averages."""
-    averages = len(config.ema_max_decay) if config.use_ema else 0
-    return 4 * sum(parameter.numel() for parameter in unet.parameters()) * (3 + averages)
+    return 4 * unet.num_parameters() * (3 + len(config.ema_decays))
 
 
 def checkpoints_at_once(config: TrainConfig, total_steps: int) -> int:

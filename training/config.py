@@ -242,6 +242,11 @@ class TrainConfig(HubConfig, RunConfig, OptimizationConfig, ModelConfig, DataCon
                 f"does: use a multiple of {2**halvings} (such as {fitting}), or fewer --block_out_channels."
             )
 
+    @property
+    def ema_decays(self) -> list[float]:
+        """The decay of each average of the weights, none without `use_ema`."""
+        return self.ema_max_decay if self.use_ema else []
+
     def public(self) -> dict[str, Any]:
         """The settings by name, without the one that is a secret, and those of a network that comes from elsewhere."""
         elsewhere = self.model_config_name_or_path or self.pretrained_model_name_or_path

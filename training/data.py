@@ -400,6 +400,12 @@ def check_unreadable(unreadable: Iterable[str], num_images: int, max_unreadable_
         )
 
 
+def warn_of_unreadable(unreadable: set[str]) -> None:
+    """Name those that there are, or the first of them."""
+    if unreadable:
+        logger.warning("%d images could not be read: %s", len(unreadable), ", ".join(sorted(unreadable)[:20]))
+
+
 class CachedImages(Dataset):
     """Images decoded once. `__getitems__` is what a `DataLoader` calls for a whole batch."""
 

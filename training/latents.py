@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from accelerate import Accelerator
 from config import LATENTS_DIR, TrainConfig, UserError
-from data import CachedImages, check_unreadable, fingerprint, keep_batch
+from data import CachedImages, check_unreadable, fingerprint, keep_batch, warn_of_unreadable
 from diffusers import AutoencoderKL
 from feature_extractors import digest, write_safetensors
 from model import sample_size
@@ -90,8 +90,7 @@ def cache_latents(
         ) from error
     unreadable = {name for entry in metadata for name in json.loads(entry["unreadable"])}
     check_unreadable(unreadable, len(dataset), config.max_unreadable_fraction)
-    if unreadable:
-        logger.warning("%d images could not be read: %s", len(unreadable), ", ".join(sorted(unreadable)[:20]))
+    warn_of_unreadable(unreadable)
     return CachedLatents(tensors)
 
 

@@ -32,6 +32,7 @@ from data import (
     keep_batch,
     name_dead_worker,
     num_images,
+    warn_of_unreadable,
 )
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
@@ -103,7 +104,7 @@ def train(
     epochs = f" ({total_steps * batch_size / available:.1f} epochs)" if available is not None else ""
     logger.info(
         "%s images, %d classes, %.1f M parameters, %d steps of %d images%s on %d × %s",
-        available or "Streamed", state.unet.num_classes, sum(p.numel() for p in state.unet.parameters()) / 1e6,
+        available or "Streamed", state.unet.num_classes, state.unet.num_parameters() / 1e6,
         total_steps, batch_size, epochs, accelerator.num_processes, accelerator.device.type,
     )  # fmt: skip
 
@@ -349,7 +350,7 @@ def make_state(
             power=config.ema_power,
             foreach=True,
         )
-        for decay in (config.ema_max_decay if config.use_ema else [])
+        for decay in config.ema_decays
     ]
     optimizer = torch.optim.AdamW(
         unet.parameters(),
@@ -418,8 +419,7 @@ def step_batches(
             yield x, batch.class_labels.to(device, non_blocking=True), rows
 
     yield from map(one_step, steps)
-    if unreadable:
-        logger.warning("%d images could not be read: %s", len(unreadable), ", ".join(sorted(unreadable)[:20]))
+    warn_of_unreadable(unreadable)
 
 
 class Log:

@@ -24,17 +24,16 @@ def describe_plan(
     batch_size, total_steps = length_of_run(config, accelerator, available)
     epochs = f": {total_steps * batch_size / available:.1f} epochs" if available is not None else ""
     check_disk(config, unet, total_steps)
-    num_parameters = sum(parameter.numel() for parameter in unet.parameters())
-    averages = len(config.ema_max_decay) if config.use_ema else 0
     precision = "fp32" if accelerator.mixed_precision == "no" else accelerator.mixed_precision
-    fixed = 4 * num_parameters * (4 + averages)  # weights, gradient, Adam's two moments
+    fixed = 4 * unet.num_parameters() * (4 + len(config.ema_decays))  # weights, gradient, Adam's two moments
     activations = activation_bytes(config, unet) / (1 if precision == "fp32" else 2)
     free = f", {gib(torch.accelerator.get_memory_info(device)[0])} are free" if device.type != "cpu" else ""
     number, size = checkpoints_at_once(config, total_steps), checkpoint_bytes(config, unet)
     lines = {
         "images": f"{available or 'unknown'} of {len(pipeline.id2label)} classes, "
         + ("decoded and kept in memory" if isinstance(dataset, CachedImages) else "decoded as they are used"),
-        "network": f"{num_parameters / 1e6:.1f} M parameters, for samples of {'×'.join(map(str, sample_shape(unet)))}",
+        "network": f"{unet.num_parameters() / 1e6:.1f} M parameters, for samples of "
+        + "×".join(map(str, sample_shape(unet))),
         "target": f"{config.prediction_type}, {config.conditioning_dropout_prob:.0%} of the labels dropped",
         "steps": f"{total_steps} of {batch_size} images{epochs}",
         "a step": f"{accelerator.num_processes} × {device.type} × {config.gradient_accumulation_steps} batches of "
