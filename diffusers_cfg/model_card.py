@@ -62,7 +62,7 @@ def model_card(folder: Path, repo_id: str, existing: str | None = None) -> str:
     sections = [
         introduction(repo_id, index, unet, run, has_samples),
         how_to_load(repo_id, index),
-        the_scale(index),
+        the_scale(index, unet),
         classes(index),
         training(index, unet, scheduler, run),
         results(folder),
@@ -176,7 +176,13 @@ def has_guider(index: dict) -> bool:
     return bool(index.get("guider", [None])[0])
 
 
-def the_scale(index: dict) -> str:
+def the_scale(index: dict, unet: dict) -> str:
+    if unet.get("max_guidance_scale") is not None:
+        return (
+            f"`guidance_scale` is the paper's w, in 0 … {unet['max_guidance_scale']:g}. The model was distilled "
+            "([Meng et al. 2023](https://arxiv.org/abs/2210.03142)): by one network evaluation a step it draws what "
+            "ε̃ = (1 + w) ε(z, c) − w ε(z) draws by two. Most other pipelines of diffusers take s = 1 + w."
+        )
     if has_guider(index):
         return (
             f"The pipeline comes with diffusers' `{index['guider'][1]}`, which brings its own rule and scale. Set "
@@ -205,15 +211,17 @@ def classes(index: dict, most: int = 1000) -> str:
 
 def training(index: dict, unet: dict, scheduler: dict, run: dict) -> str:
     seconds = run.get("seconds")
+    # As LogSNRScheduler has them, or as it hands them to diffusers' schedulers
+    low, high = (scheduler.get(name, scheduler.get(f"_{name}")) for name in ("log_snr_min", "log_snr_max"))
+    steps = index.get("num_inference_steps")
     facts = {
         "data": run.get("dataset"),
         "images": run.get("num_images"),
         "started from": run.get("base_model"),
         "label dropout p_uncond": index.get("conditioning_dropout_prob"),
         "prediction": scheduler.get("prediction_type"),
-        "log-SNR λ": f"{scheduler['log_snr_min']:g} … {scheduler['log_snr_max']:g}"
-        if "log_snr_min" in scheduler
-        else None,
+        "log-SNR λ": f"{low:g} … {high:g}" if low is not None else None,
+        "sampled by": f"{index['scheduler'][1]}, {steps} steps unless told otherwise" if steps else None,
         "parameters": f"{run['num_parameters'] / 1e6:.1f} M" if "num_parameters" in run else None,
         "channels": ", ".join(map(str, unet["block_out_channels"])),
         "steps": run.get("steps"),

@@ -40,6 +40,7 @@ class CFGPipeline(DiffusionPipeline):
         guider (`BaseGuidance`, *optional*): one of diffusers' guiders, in place of the rule above.
         id2label (`dict`, *optional*): name of each class id. Keys may be strings, as JSON makes them.
         conditioning_dropout_prob (`float`, *optional*): the p_uncond that the model was trained with.
+        num_inference_steps (`int`, *optional*): how many steps to take where a call does not say.
 
     Raises:
         ValueError: `id2label` names a class that the UNet does not have, or gives one name to two classes.
@@ -86,6 +87,7 @@ class CFGPipeline(DiffusionPipeline):
         conditioning_dropout_prob: float | None = None,
         guide_unet: UNet2DModel | None = None,
         guider: BaseGuidance | None = None,
+        num_inference_steps: int | None = None,
     ):
         super().__init__()
         self.register_modules(unet=unet, scheduler=scheduler, vae=vae, guide_unet=guide_unet, guider=guider)
@@ -98,7 +100,11 @@ class CFGPipeline(DiffusionPipeline):
             repeated = sorted(name for name, count in Counter(id2label.values()).items() if count > 1)
             if repeated:
                 raise ValueError(f"id2label gives the names {repeated} to more than one class.")
-        self.register_to_config(id2label=id2label, conditioning_dropout_prob=conditioning_dropout_prob)
+        self.register_to_config(
+            id2label=id2label,
+            conditioning_dropout_prob=conditioning_dropout_prob,
+            num_inference_steps=num_inference_steps,
+        )
         self.image_processor = VaeImageProcessor()
 
     def __setattr__(self, name: str, value: Any) -> None:
@@ -113,18 +119,24 @@ class CFGPipeline(DiffusionPipeline):
         """Name of each class id; empty if the classes have no names."""
         return {int(class_id): name for class_id, name in (self.config.id2label or {}).items()}
 
+    @property
+    def num_inference_steps(self) -> int:
+        """How many steps to take where a call does not say."""
+        return self.config.num_inference_steps or 64
+
     @torch.no_grad()
     def __call__(
         self,
         class_labels: int | str | dict[int | str, float] | Sequence[int | str | dict[int | str, float]] | torch.Tensor,
         guidance_scale: float | Sequence[float] | torch.Tensor | Callable[[float], Any] | None = None,
-        num_inference_steps: int = 64,
+        num_inference_steps: int | None = None,
         num_images_per_label: int = 1,
         generator: torch.Generator | list[torch.Generator] | None = None,
         latents: torch.Tensor | None = None,
         negative_class_labels: int | str | Sequence[int | str] | torch.Tensor | None = None,
         guidance_interval: tuple[float, float] | None = None,
         guidance_rescale: float = 0.0,
+        guidance_tolerance: float = 0.0,
         guider: BaseGuidance | None = None,
         output_type: str = "pil",
         return_dict: bool = True,
@@ -140,9 +152,11 @@ class CFGPipeline(DiffusionPipeline):
                 `{"three": 0.7, "eight": 0.3}` mixes classes: its weights, of 0 or more, add up to one, and so do the
                 class embeddings they weigh. A tensor holds ids, `(labels,)`, or weights, `(labels, num_classes)`.
             guidance_scale (`float`, a list of them, one per label or per image, or `Callable`): the paper's w, 1 by
-                default; s = 1 + w. A callable gives it (or the list) at each step's log-SNR: w(λ), λ = log(α²/σ²).
-            num_inference_steps (`int`): T. Each step evaluates the network on every image once if no image is guided
-                (w = 0 or w = -1 for all of them), else twice in one batch.
+                default; s = 1 + w. A network that was distilled takes 0 … `unet.max_guidance_scale`. A callable gives
+                it (or the list) at each step's log-SNR: w(λ), λ = log(α²/σ²).
+            num_inference_steps (`int`, *optional*): T; by default what the pipeline was saved with, or else 64. Each
+                step evaluates the network on every image once if no image is guided (w = 0 or w = -1 for all of them)
+                or the network takes w as an input, else twice in one batch.
             num_images_per_label (`int`): images drawn for each label, next to each other in the output.
             generator (`torch.Generator` or a list of them, one per image, *optional*): source of all noise. With a list
                 an image does not depend on the batch that it is drawn in.
@@ -154,6 +168,9 @@ class CFGPipeline(DiffusionPipeline):
                 al. 2024, arXiv 2404.07724; σ/α = exp(-λ/2) is their σ). A step outside costs one evaluation.
             guidance_rescale (`float`): φ in [0, 1] of Lin et al. 2023, arXiv 2305.08891, section 3.4, against
                 saturation: the guided prediction's standard deviation is drawn back to the conditional one's.
+            guidance_tolerance (`float`): stop guiding an image once guidance moves x̃ by less than this, root mean
+                square over its values (images are in [-1, 1]). The movement falls towards the end of the process. The
+                steps cost one evaluation once it is so for all images. To know it waits for the device at each step.
             guider (`BaseGuidance`, *optional*): one of diffusers' guiders instead of the pipeline's own, with its own
                 scale and its own `start` and `stop`. Most of them take s = 1 + w unless told
                 `use_original_formulation=True`.
@@ -173,9 +190,14 @@ class CFGPipeline(DiffusionPipeline):
         """
         # 1. Check and lay out everything per image
         guider = guider if guider is not None else self.guider
+        if num_inference_steps is None:
+            num_inference_steps = self.num_inference_steps
         self._check_arguments(num_inference_steps, num_images_per_label, output_type)
         self._check_callback_inputs(callback_on_step_end_tensor_inputs)
-        self._check_guidance(guider, guidance_scale, guidance_interval, guidance_rescale)
+        self._check_guidance(guidance_interval, guidance_rescale, guidance_tolerance)
+        optional = {"guidance_rescale": guidance_rescale or None, "guidance_tolerance": guidance_tolerance or None}
+        self._check_guider(guider, guidance_scale=guidance_scale, guidance_interval=guidance_interval, **optional)
+        self._check_networks(guider=guider, negative_class_labels=negative_class_labels, **optional)
         self._check_scheduler()
         device = self._execution_device
         class_labels = self._class_labels(class_labels)
@@ -187,8 +209,7 @@ class CFGPipeline(DiffusionPipeline):
         # 2. λ_min … λ_max, w at each of them, and z ~ N(0, I)
         self._set_timesteps(num_inference_steps, device)
         scales = self._guidance_scales(guidance_scale, guidance_interval, num_images, num_images_per_label)
-        needs_cond = (scales != -1).any(1).tolist()
-        needs_uncond = (scales != 0).any(1).tolist()
+        needs_cond, needs_uncond = self._needed_passes(scales)
         self._warn_if_never_dropped(guide_labels, any(needs_uncond))
         scales = scales.view(*scales.shape, 1, 1, 1).to(device)  # (steps, images, 1, 1, 1)
         latents = self._prepare_latents(latents, num_images, generator, device)
@@ -198,9 +219,11 @@ class CFGPipeline(DiffusionPipeline):
         for i, t in enumerate(self.progress_bar(self.scheduler.timesteps)):
             z = self.scheduler.scale_model_input(latents, t)
             if guider is None:
-                pred = self.guided_prediction(
-                    z, t, class_labels, guide_labels, scales[i], needs_cond[i], needs_uncond[i], guidance_rescale
-                )
+                preds = self.predictions(z, t, class_labels, guide_labels, scales[i], needs_cond[i], needs_uncond[i])
+                pred = self.guide(*preds, scales[i], guidance_rescale)
+                if guidance_tolerance and None not in preds:
+                    scales[i + 1 :, self._settled(*preds, scales[i], i, guidance_tolerance)] = 0.0
+                    needs_cond, needs_uncond = self._needed_passes(scales)
             else:
                 pred = self.guider_prediction(guider, z, t, i, class_labels, guide_labels)
             latents = self.scheduler.step(pred, t, latents, **step_kwargs).prev_sample
@@ -224,7 +247,7 @@ class CFGPipeline(DiffusionPipeline):
             return (images,)
         return ImagePipelineOutput(images=images)
 
-    def guided_prediction(
+    def predictions(
         self,
         z: torch.Tensor,
         t: torch.Tensor,
@@ -233,6 +256,43 @@ class CFGPipeline(DiffusionPipeline):
         w: torch.Tensor,
         needs_cond: bool = True,
         needs_uncond: bool = True,
+    ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+        r"""
+        What the network says of z with its classes, and without: ε(z, c) and ε(z), by two passes in one batch. A
+        network that takes w as an input says what is to come of the two by one.
+
+        Args:
+            z (`torch.Tensor` of shape `(batch, channels, height, width)`): the scaled noisy samples.
+            t (`torch.Tensor` of shape `()` or `(batch,)`): the network's time.
+            class_labels (`torch.Tensor` of shape `(batch,)`): c. Or weights, `(batch, num_classes + 1)`.
+            guide_labels (`torch.Tensor`, the same shape): what stands in the place of ∅, as `guide_unet` or else `unet`
+                sees it.
+            w (`torch.Tensor` of shape `(batch, 1, 1, 1)`): the guidance scales.
+            needs_cond (`bool`), needs_uncond (`bool`): `False` leaves that pass out, where w makes its weight zero.
+
+        Returns:
+            Two `torch.Tensor` of the shape of z, in float32, or `None` in the place of one that is not needed.
+        """
+        z = z.to(self.unet.dtype)
+        guide = self.unet if self.guide_unet is None else self.guide_unet
+        if self.unet.max_guidance_scale is not None:
+            return self.unet(z, t, class_labels=class_labels, guidance_scale=w.flatten()).sample.float(), None
+        if not needs_uncond:
+            return self.unet(z, t, class_labels=class_labels).sample.float(), None
+        if not needs_cond:
+            return None, guide(z, t, class_labels=guide_labels).sample.float()
+        if guide is not self.unet:
+            pred_cond = self.unet(z, t, class_labels=class_labels).sample.float()
+            return pred_cond, guide(z, t, class_labels=guide_labels).sample.float()
+        t = torch.cat([t, t]) if t.ndim else t
+        pred = self.unet(torch.cat([z, z]), t, class_labels=torch.cat([class_labels, guide_labels])).sample
+        return pred.float().chunk(2)
+
+    @staticmethod
+    def guide(
+        pred_cond: torch.Tensor | None,
+        pred_uncond: torch.Tensor | None,
+        w: torch.Tensor,
         guidance_rescale: float = 0.0,
     ) -> torch.Tensor:
         r"""
@@ -240,33 +300,35 @@ class CFGPipeline(DiffusionPipeline):
         ε at a given z, and the weights add up to one.
 
         Args:
-            z (`torch.Tensor` of shape `(batch, channels, height, width)`): the scaled noisy samples.
-            t (`torch.Tensor` of shape `()`): the network's time.
-            class_labels (`torch.Tensor` of shape `(batch,)`): c. Or weights, `(batch, num_classes + 1)`.
-            guide_labels (`torch.Tensor`, the same shape): what stands in the place of ∅, as `guide_unet` or else `unet`
-                sees it.
-            w (`torch.Tensor` that broadcasts over z): the guidance scales.
-            needs_cond (`bool`), needs_uncond (`bool`): `False` leaves that pass out, where w makes its weight zero.
+            pred_cond, pred_uncond (`torch.Tensor` or `None`): what `predictions` returned.
+            w (`torch.Tensor` of shape `(batch, 1, 1, 1)`): the guidance scales.
             guidance_rescale (`float`): φ.
 
         Returns:
-            `torch.Tensor` of the shape of z, in float32.
+            `torch.Tensor` of the same shape.
         """
-        z = z.to(self.unet.dtype)
-        guide = self.unet if self.guide_unet is None else self.guide_unet
-        if not needs_uncond:
-            return self.unet(z, t, class_labels=class_labels).sample.float()
-        if not needs_cond:
-            return guide(z, t, class_labels=guide_labels).sample.float()
-
-        if guide is self.unet:
-            pred = self.unet(torch.cat([z, z]), t, class_labels=torch.cat([class_labels, guide_labels])).sample
-            pred_cond, pred_uncond = pred.float().chunk(2)
-        else:
-            pred_cond = self.unet(z, t, class_labels=class_labels).sample.float()
-            pred_uncond = guide(z, t, class_labels=guide_labels).sample.float()
+        if pred_cond is None or pred_uncond is None:
+            return pred_cond if pred_uncond is None else pred_uncond
         pred = (1 + w) * pred_cond - w * pred_uncond
         return rescale_noise_cfg(pred, pred_cond, guidance_rescale) if guidance_rescale else pred
+
+    @staticmethod
+    def _needed_passes(scales: torch.Tensor) -> tuple[list[bool], list[bool]]:
+        """Whether any image needs ε(z, c), and whether any needs ε(z), at each step."""
+        return tuple((scales != w).flatten(1).any(1).tolist() for w in (-1, 0))
+
+    def _settled(
+        self, pred_cond: torch.Tensor, pred_uncond: torch.Tensor, w: torch.Tensor, step: int, tolerance: float
+    ) -> torch.Tensor:
+        """
+        The images, bool `(batch,)`, that are guided and whose x̃ guidance moves by less than the tolerance. Those of
+        w = -1 are not guided: they are unconditional to the end.
+        """
+        snr = self._log_snr()[step].exp().item()
+        moves = {"epsilon": snr**-0.5, "v_prediction": (1 + snr) ** -0.5, "sample": 1.0}  # |∂x̃/∂pred|
+        by = w * (pred_cond - pred_uncond) * moves[self.scheduler.config.prediction_type]
+        guided = (w != 0) & (w != -1)
+        return (by.square().flatten(1).mean(1).sqrt() < tolerance) & guided.flatten()
 
     def guider_prediction(
         self,
@@ -340,11 +402,7 @@ class CFGPipeline(DiffusionPipeline):
             )
 
     def _check_guidance(
-        self,
-        guider: BaseGuidance | None,
-        guidance_scale: Any,
-        guidance_interval: tuple[float, float] | None,
-        guidance_rescale: float,
+        self, guidance_interval: tuple[float, float] | None, guidance_rescale: float, guidance_tolerance: float
     ) -> None:
         if guidance_interval is not None:
             low, high = guidance_interval
@@ -354,9 +412,11 @@ class CFGPipeline(DiffusionPipeline):
                 )
         if not 0 <= guidance_rescale <= 1:
             raise ValueError(f"guidance_rescale must be in [0, 1], but is {guidance_rescale}.")
-        own = {"guidance_scale": guidance_scale, "guidance_interval": guidance_interval}
-        own |= {"guidance_rescale": guidance_rescale or None, "guide_unet": self.guide_unet}
-        given = [name for name, value in own.items() if value is not None]
+        if not 0 <= guidance_tolerance < math.inf:
+            raise ValueError(f"guidance_tolerance must be 0 or a small positive number, but is {guidance_tolerance}.")
+
+    def _check_guider(self, guider: BaseGuidance | None, **own: Any) -> None:
+        given = [name for name, value in {**own, "guide_unet": self.guide_unet}.items() if value is not None]
         if guider is not None and given:
             raise ValueError(
                 f"{', '.join(given)} cannot be combined with the guider {type(guider).__name__}, which brings its own "
@@ -365,6 +425,15 @@ class CFGPipeline(DiffusionPipeline):
         if type(guider).__name__ in self.refused_guiders:
             reason = self.refused_guiders[type(guider).__name__]
             raise ValueError(f"{type(guider).__name__} cannot guide this model: in this diffusers {reason}.")
+
+    def _check_networks(self, **needs_two_passes: Any) -> None:
+        given = {**needs_two_passes, "guide_unet": self.guide_unet}
+        given = [name for name, value in given.items() if value is not None]
+        if self.unet.max_guidance_scale is not None and given:
+            raise ValueError(
+                f"{', '.join(given)} cannot be used with this model: it was distilled to guide in one pass, and there "
+                "is no second one to change. Use the model that it was made from."
+            )
         for name in ("num_classes", "dtype"):
             ours, theirs = getattr(self.unet, name), getattr(self.guide_unet or self.unet, name)
             if ours != theirs:
@@ -522,7 +591,8 @@ class CFGPipeline(DiffusionPipeline):
                 self._scale_per_image(guidance_scale(x), num_images, num_images_per_label) for x in log_snr.tolist()
             ]
         else:
-            guidance_scale = 1.0 if guidance_scale is None else guidance_scale
+            if guidance_scale is None:
+                guidance_scale = min(1.0, self.unet.max_guidance_scale or 1.0)
             rows = [self._scale_per_image(guidance_scale, num_images, num_images_per_label)] * len(log_snr)
         scales = torch.stack(rows)
         if guidance_interval is not None:
@@ -534,6 +604,12 @@ class CFGPipeline(DiffusionPipeline):
                     f"{sigma.max():.4g} to {sigma.min():.4g}. Take a wider one, or more steps."
                 )
             scales = torch.where(inside[:, None], scales, 0.0)
+        largest = self.unet.max_guidance_scale
+        if largest is not None and not ((scales >= 0) & (scales <= largest)).all():
+            raise ValueError(
+                f"guidance_scale goes from {scales.min():g} to {scales.max():g}, but this model was distilled for 0 … "
+                f"{largest:g}. Use the model that it was made from, or class_labels=-1 for plain unconditional images."
+            )
         return scales
 
     def _scale_per_image(self, guidance_scale: Any, num_images: int, num_images_per_label: int) -> torch.Tensor:

@@ -156,6 +156,25 @@ class LogSNRScheduler(SchedulerMixin, ConfigMixin):
     def __len__(self) -> int:
         return self.config.num_train_timesteps
 
+    # ----- to diffusers' own schedulers, and back -----
+    #
+    # They do not know these settings, and warn of their names. Private names pass in silence, also through files.
+    _own_settings = ("log_snr_min", "log_snr_max", "variance_interpolation")
+
+    def solver(self, scheduler_class: type[SchedulerMixin]) -> SchedulerMixin:
+        """
+        One of diffusers' schedulers for the same model: `scheduler_class.from_config(self.config)` without a warning.
+        `LogSNRScheduler.from_config(solver.config)` is this one again.
+        """
+        config = {f"_{name}" if name in self._own_settings else name: value for name, value in self.config.items()}
+        return scheduler_class.from_config(config)
+
+    @classmethod
+    def extract_init_dict(cls, config_dict, **kwargs):
+        own = {name: config_dict[f"_{name}"] for name in cls._own_settings if f"_{name}" in config_dict}
+        config_dict = {name: value for name, value in config_dict.items() if name.removeprefix("_") not in own}
+        return super().extract_init_dict({**config_dict, **own}, **kwargs)
+
     # ----- the noise process: u ∈ [0, 1] <-> timestep; u -> λ, α, σ -----
 
     def timestep(self, u: torch.Tensor) -> torch.Tensor:
@@ -282,8 +301,10 @@ class LogSNRScheduler(SchedulerMixin, ConfigMixin):
             )
         return matches[0].item()
 
-    def predict_original_sample(self, model_output: torch.Tensor, sample: torch.Tensor, log_snr: float) -> torch.Tensor:
-        """x̃ from the prediction at z and λ, clipped if the scheduler clips. Shapes `(batch, …)`."""
+    def predict_original_sample(
+        self, model_output: torch.Tensor, sample: torch.Tensor, log_snr: float | torch.Tensor
+    ) -> torch.Tensor:
+        """x̃ from the prediction at z and λ, clipped if the scheduler clips. Shapes `(batch, …)`; λ broadcasts."""
         alpha, sigma = self._alpha_sigma_of(log_snr)
         if self.config.prediction_type == "epsilon":
             x = (sample - sigma * model_output) / alpha
@@ -310,8 +331,10 @@ class LogSNRScheduler(SchedulerMixin, ConfigMixin):
         return mean + math.sqrt(variance) * noise
 
     @staticmethod
-    def _alpha_sigma_of(log_snr: float) -> tuple[float, float]:
+    def _alpha_sigma_of(log_snr: float | torch.Tensor) -> tuple[float, float] | tuple[torch.Tensor, torch.Tensor]:
         """α = sigmoid(λ)^½ and σ = sigmoid(-λ)^½."""
+        if isinstance(log_snr, torch.Tensor):
+            return log_snr.sigmoid().sqrt(), (-log_snr).sigmoid().sqrt()
         return math.sqrt(1 / (1 + math.exp(-log_snr))), math.sqrt(1 / (1 + math.exp(log_snr)))
 
     def _clip(self, x: torch.Tensor) -> torch.Tensor:

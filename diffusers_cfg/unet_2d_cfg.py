@@ -4,10 +4,12 @@ This file travels with every saved model, so it must run alone under plain diffu
 torch and diffusers only, and keeps its helpers inside the class.
 """
 
+import inspect
 from pathlib import Path
 
 import torch
 from diffusers import ModelMixin, UNet2DModel  # noqa: F401 (diffusers finds how to load this class by ModelMixin here)
+from diffusers.models.embeddings import TimestepEmbedding, Timesteps
 from diffusers.models.unets.unet_2d import UNet2DOutput
 
 
@@ -22,11 +24,60 @@ class UNet2DCFGModel(UNet2DModel):
     unet = UNet2DCFGModel(sample_size=32, in_channels=1, out_channels=1, num_class_embeds=10 + 1)
     unet(z, t, class_labels=torch.tensor([3, -1])).sample  # ε(z, c = 3) and ε(z)
     ```
+
+    Args:
+        max_guidance_scale (`float`, *optional*): the largest w of a network that was distilled to predict what another
+            one predicts with guidance, and takes w as an input (Meng et al. 2023, arXiv 2210.03142). Without it there
+            is no such input.
+
+    Raises:
+        ValueError: `max_guidance_scale` is not a positive number.
     """
 
     # The text of this very class, for `CFGPipeline.save_pretrained`. It is read now and not when saving: repositories
     # loaded as remote code share one path, and the file there may by then hold another repository's text.
     remote_code = Path(__file__).read_text(encoding="utf-8")
+
+    class ClassEmbedding(torch.nn.Embedding):
+        """The rows of labels, or the mixes of rows that weights make; and what is added for w."""
+
+        def forward(self, conditions: tuple[torch.Tensor, torch.Tensor | None]) -> torch.Tensor:
+            class_labels, added = conditions
+            if class_labels.is_floating_point():
+                rows = class_labels.to(self.weight.dtype) @ self.weight
+            else:
+                rows = super().forward(class_labels)
+            return rows if added is None else rows + added
+
+    def __init__(self, *args, max_guidance_scale: float | None = None, **kwargs):
+        super().__init__(*args, **kwargs)
+        if isinstance(self.class_embedding, torch.nn.Embedding):
+            rows = self.class_embedding.weight.data
+            self.class_embedding = self.ClassEmbedding.from_pretrained(rows, freeze=False)
+        self.guidance_embedding = None
+        if max_guidance_scale is not None:
+            if not 0 < max_guidance_scale < float("inf"):
+                raise ValueError(f"max_guidance_scale must be a positive number, but is {max_guidance_scale}.")
+            self.register_to_config(max_guidance_scale=max_guidance_scale)
+            channels = self.time_embedding.linear_1.in_features
+            self.guidance_proj = Timesteps(channels, flip_sin_to_cos=True, downscale_freq_shift=0)
+            self.guidance_embedding = TimestepEmbedding(channels, self.time_embedding.linear_2.out_features)
+            # It starts as the network that it is made from: the conditional one, whatever w.
+            torch.nn.init.zeros_(self.guidance_embedding.linear_2.weight)
+            torch.nn.init.zeros_(self.guidance_embedding.linear_2.bias)
+
+    # By its parameters diffusers knows what belongs in a config.
+    __init__.__signature__ = inspect.signature(UNet2DModel.__init__).replace(
+        parameters=[
+            *inspect.signature(UNet2DModel.__init__).parameters.values(),
+            inspect.signature(__init__).parameters["max_guidance_scale"],
+        ]
+    )
+
+    @property
+    def max_guidance_scale(self) -> float | None:
+        """The largest w that the network takes as an input; `None` if it takes none, and guidance needs two passes."""
+        return self.config.get("max_guidance_scale")
 
     @property
     def num_classes(self) -> int:
@@ -44,6 +95,16 @@ class UNet2DCFGModel(UNet2DModel):
     def null_class_label(self) -> int:
         """Label of the null class ∅: the last row of the class embedding, `num_classes`."""
         return self.num_classes
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """
+        That of the weights. diffusers looks through all modules for it, and its `forward` asks twice: a small network
+        would spend a tenth of its time on that.
+        """
+        if hasattr(self.conv_in, "_diffusers_hook"):  # layerwise casting computes in another one
+            return super().dtype
+        return self.conv_in.weight.dtype
 
     def check_class_labels(self, class_labels: torch.Tensor, batch_size: int) -> None:
         """
@@ -91,6 +152,7 @@ class UNet2DCFGModel(UNet2DModel):
         timestep: torch.Tensor | float | int,
         class_labels: torch.Tensor | None = None,
         return_dict: bool = True,
+        guidance_scale: torch.Tensor | None = None,
     ) -> UNet2DOutput | tuple[torch.Tensor]:
         """
         Args:
@@ -101,14 +163,16 @@ class UNet2DCFGModel(UNet2DModel):
                 sample, `None` is the null class for the whole batch. Or weights, `(batch, num_classes + 1)`, which mix
                 the rows of the class embedding.
             return_dict (`bool`): whether to return a `UNet2DOutput` instead of a tuple.
+            guidance_scale (`torch.Tensor` of shape `(batch,)`, *optional*): the paper's w in [0, `max_guidance_scale`],
+                for a network that takes it; `None` is 0.
 
         Returns:
             `UNet2DOutput` or `tuple`: the prediction, of the shape of `sample`.
 
         Raises:
-            ValueError: the labels are neither integers nor weights, or not one per sample. A label out of range raises
-                on the CPU; on other devices reading it would stall every step, and `check_class_labels` is there to be
-                called before.
+            ValueError: the labels are neither integers nor weights, or not one per sample; or there is a w, and the
+                network takes none. A label out of range raises on the CPU; on other devices reading it would stall
+                every step, and `check_class_labels` is there to be called before.
         """
         batch_size = sample.shape[0]
         if class_labels is None:
@@ -117,17 +181,21 @@ class UNet2DCFGModel(UNet2DModel):
             self.check_class_labels(class_labels, batch_size)
         else:
             self._check_class_labels_layout(class_labels, batch_size)
-        if class_labels.is_floating_point():
-            return self._forward_mixed(sample, timestep, class_labels, return_dict)
-        class_labels = torch.where(class_labels == -1, self.null_class_label, class_labels)
-        return super().forward(sample, timestep, class_labels=class_labels, return_dict=return_dict)
+        if not class_labels.is_floating_point():
+            class_labels = torch.where(class_labels == -1, self.null_class_label, class_labels)
+        # The parent hands them on to the class embedding, and adds what comes to the embedding of the time.
+        conditions = class_labels, self._embed_guidance_scale(guidance_scale, sample)
+        return super().forward(sample, timestep, class_labels=conditions, return_dict=return_dict)
 
-    def _forward_mixed(self, sample, timestep, weights: torch.Tensor, return_dict: bool) -> UNet2DOutput | tuple:
-        """The parent looks a label's row up; for this call the layer answers with the weighted sum of its rows."""
-        mixed = weights.to(self.class_embedding.weight.dtype) @ self.class_embedding.weight
-        hook = self.class_embedding.register_forward_hook(lambda *_: mixed)
-        try:
-            any_labels = torch.zeros(len(sample), dtype=torch.int64, device=sample.device)
-            return super().forward(sample, timestep, class_labels=any_labels, return_dict=return_dict)
-        finally:
-            hook.remove()
+    def _embed_guidance_scale(self, w: torch.Tensor | None, sample: torch.Tensor) -> torch.Tensor | None:
+        if self.guidance_embedding is None:
+            if w is not None:
+                raise ValueError(
+                    "This network takes no guidance_scale: it was not distilled (its config has no max_guidance_scale)."
+                )
+            return None
+        if w is None:
+            w = torch.zeros(len(sample), device=sample.device)
+        # By its root, as a small w changes more than a large one; up to 100 the sinusoids turn at most sixteen times.
+        position = 100 * (w / self.max_guidance_scale).sqrt()
+        return self.guidance_embedding(self.guidance_proj(position).to(self.dtype))

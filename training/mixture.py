@@ -28,6 +28,8 @@ class GaussianMixtureModel(torch.nn.Module):
         probs (`torch.Tensor` of shape `(components,)`, *optional*): π, equal by default.
     """
 
+    max_guidance_scale = None  # it takes no w, as networks that were not distilled
+
     def __init__(
         self,
         scheduler: LogSNRScheduler,

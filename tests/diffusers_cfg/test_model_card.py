@@ -1,12 +1,14 @@
 import json
 import re
 
+import diffusers
 import pytest
 import yaml
 from conftest import make_pipeline, make_unet
 from diffusers.guiders import AdaptiveProjectedGuidance
 from PIL import Image
 
+from diffusers_cfg import LogSNRScheduler
 from diffusers_cfg.model_card import BEGIN, END, model_card
 
 RUN = {
@@ -132,6 +134,16 @@ def test_a_card_of_another_hand_is_kept_below(folder, own):
     assert text.rstrip().endswith("All my own words.")
     assert metadata["library_name"] == "diffusers"
     assert ("license" in metadata) == ("license" in own)
+
+
+def test_a_student_and_its_sampler_are_told_of(tmp_path):
+    scheduler = LogSNRScheduler().solver(diffusers.DDIMScheduler)
+    pipeline = make_pipeline(make_unet(max_guidance_scale=3.0), scheduler, num_inference_steps=4)
+    pipeline.save_pretrained(tmp_path)
+    card = model_card(tmp_path, "me/student")
+    assert "the paper's w, in 0 … 3. The model was distilled" in card
+    assert "| sampled by | DDIMScheduler, 4 steps unless told otherwise |" in card
+    assert "| log-SNR λ | -20 … 20 |" in card
 
 
 def test_a_guider_and_a_guide_are_told_of(pipeline, tmp_path):

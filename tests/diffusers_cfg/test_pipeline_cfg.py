@@ -9,6 +9,7 @@ from diffusers import guiders
 from diffusers.guiders import ClassifierFreeGuidance
 from diffusers.hooks import LayerSkipConfig
 from diffusers.models.unets.unet_2d import UNet2DOutput
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from diffusers_cfg import CFGPipeline, LogSNRScheduler, UNet2DCFGModel
 
@@ -18,17 +19,24 @@ def draw(pipeline: CFGPipeline, class_labels, guidance_scale=1.0, seeds=(0,), **
     return pipeline(class_labels, guidance_scale, generator=generators(*seeds), **settings).images
 
 
+def guided(pipeline: CFGPipeline, z, t, class_labels, guide_labels, w, guidance_rescale=0.0) -> torch.Tensor:
+    preds = pipeline.predictions(z, t, class_labels, guide_labels, w)
+    return pipeline.guide(*preds, w, guidance_rescale)
+
+
 class Calls:
     """Remembers what the UNet was called with."""
 
     def __init__(self, unet: torch.nn.Module):
-        self.samples, self.timesteps, self.labels = [], [], []
+        self.samples, self.timesteps, self.labels, self.scales = [], [], [], []
         unet.register_forward_pre_hook(self.remember, with_kwargs=True)
 
     def remember(self, _, args, kwargs):
         self.samples.append(args[0])
         self.timesteps.append(args[1])
         self.labels.append(kwargs["class_labels"].tolist())
+        if "guidance_scale" in kwargs:
+            self.scales.append(kwargs["guidance_scale"].tolist())
 
 
 # ----- the guidance rule -----
@@ -42,7 +50,7 @@ def test_the_rule_is_diffusers_original_formulation(pipeline, w):
     pred_uncond = pipeline.unet(z, t).sample
     guider = ClassifierFreeGuidance(guidance_scale=w, use_original_formulation=True)
     expected = guider.forward(pred_cond, pred_uncond).pred
-    actual = pipeline.guided_prediction(z, t, labels, torch.tensor([3, 3]), torch.full((2, 1, 1, 1), w))
+    actual = guided(pipeline, z, t, labels, torch.tensor([3, 3]), torch.full((2, 1, 1, 1), w))
     torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-6)
 
 
@@ -85,9 +93,8 @@ def test_an_image_does_not_depend_on_its_batch(pipeline):
 def test_the_prediction_is_float32_whatever_the_network_computes_in(pipeline):
     pipeline.to(torch.bfloat16)
     z, w = torch.randn(1, 1, 8, 8), torch.ones(1, 1, 1, 1)
-    assert (
-        pipeline.guided_prediction(z, torch.tensor(5.0), torch.tensor([0]), torch.tensor([3]), w).dtype == torch.float32
-    )
+    pred = guided(pipeline, z, torch.tensor(5.0), torch.tensor([0]), torch.tensor([3]), w)
+    assert pred.dtype == torch.float32
     assert draw(pipeline, 0).isfinite().all()
 
 
@@ -160,6 +167,122 @@ def test_wrong_guidance_is_named_before_anything_is_computed(pipeline, settings,
     assert calls.samples == []
 
 
+def test_guidance_that_moves_nothing_is_left_out():
+    """By the tolerance, image by image; what is left out is what the tolerance says."""
+    pipeline = make_pipeline(scheduler=LogSNRScheduler(prediction_type="v_prediction"))
+    labels, w, seeds = [0, 1, 2], [0.2, 2.0, 1.0], (0, 1, 2)
+    exact = draw(pipeline, labels, w, seeds, num_inference_steps=12, output_type="latent")
+    calls = Calls(pipeline.unet)
+    tolerance = 0.2
+    near = draw(pipeline, labels, w, seeds, num_inference_steps=12, output_type="latent", guidance_tolerance=tolerance)
+    sizes = [len(batch) for batch in calls.labels]
+    assert sizes == sorted(sizes, reverse=True)
+    assert 0 < sizes.count(3) < 12
+    error = (near - exact).square().mean((1, 2, 3)).sqrt()
+    assert ((error > 0) & (error < tolerance)).all()
+    for i, seed in enumerate(seeds):  # an image does not depend on the others
+        alone = draw(
+            pipeline,
+            labels[i],
+            w[i],
+            (seed,),
+            num_inference_steps=12,
+            output_type="latent",
+            guidance_tolerance=tolerance,
+        )
+        torch.testing.assert_close(alone[0], near[i], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction", "sample"])
+def test_the_tolerance_is_in_units_of_x(prediction_type):
+    """A difference d between the two predictions moves x̃ by w d times |∂x̃/∂pred|."""
+    pipeline = make_pipeline(scheduler=LogSNRScheduler(prediction_type=prediction_type, clip_sample=False))
+    pipeline.scheduler.set_timesteps(9)
+    z, step, w = torch.randn(2, 1, 8, 8), 3, torch.tensor([0.5, 2.0]).view(-1, 1, 1, 1)
+    preds = torch.randn(2, 2, 1, 8, 8)
+    log_snr = pipeline._log_snr()[step].item()
+    plain, guided_x = (
+        pipeline.scheduler.predict_original_sample(pred, z, log_snr) for pred in (preds[0], pipeline.guide(*preds, w))
+    )
+    by = (guided_x - plain).square().mean((1, 2, 3)).sqrt().tolist()
+    for i in range(2):
+        assert pipeline._settled(*preds, w, step, by[i] * 1.001)[i]
+        assert not pipeline._settled(*preds, w, step, by[i] * 0.999)[i]
+    assert not pipeline._settled(*preds, 0 * w, step, 1e9).any()  # it is not guided yet
+    assert not pipeline._settled(*preds, 0 * w - 1, step, 1e9).any()  # nor ever
+
+
+def test_guidance_that_starts_later_is_not_over(pipeline):
+    calls = Calls(pipeline.unet)
+    draw(pipeline, 1, 2.0, num_inference_steps=9, guidance_interval=(0.1, 1.1), guidance_tolerance=1e-9)
+    assert [len(batch) for batch in calls.labels] == [1, 1, 1, 1, 2, 2, 2, 2, 1]
+
+
+# ----- guidance in one pass -----
+
+
+@pytest.fixture
+def student() -> CFGPipeline:
+    torch.manual_seed(1)
+    unet = make_unet(max_guidance_scale=3.0)
+    torch.nn.init.normal_(unet.guidance_embedding.linear_2.weight)
+    return make_pipeline(unet)
+
+
+def test_a_student_takes_w_in_one_pass(student):
+    calls = Calls(student.unet)
+    images = draw(student, [0, 1, 1], [0.0, 1.0, 3.0], seeds=(0, 1, 1))
+    assert calls.labels == [[0, 1, 1]] * 4
+    assert (images[1] - images[2]).abs().max() > 1e-3
+    torch.testing.assert_close(images[1:2], draw(student, 1, 1.0, (1,)), rtol=1e-4, atol=1e-5)
+    calls.scales.clear()
+    draw(student, 1, 2.0, num_inference_steps=9, guidance_interval=(0.1, 1.1))
+    assert calls.scales == [[0.0]] * 4 + [[2.0]] * 4 + [[0.0]]
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"guidance_scale": 3.5}, "from 3.5 to 3.5, but this model was distilled for 0 … 3"),
+        ({"guidance_scale": -1.0}, "class_labels=-1"),
+        ({"guidance_scale": lambda log_snr: 4.0 if log_snr > 0 else 0.0}, "from 0 to 4"),
+        ({"negative_class_labels": 1}, "negative_class_labels cannot be used"),
+        ({"guidance_rescale": 0.5}, "guidance_rescale cannot be used"),
+        ({"guidance_tolerance": 0.1}, "guidance_tolerance cannot be used"),
+        ({"guider": ClassifierFreeGuidance()}, "guider cannot be used"),
+    ],
+)
+def test_what_needs_a_second_pass_is_refused(student, settings, message):
+    calls = Calls(student.unet)
+    with pytest.raises(ValueError, match=message):
+        student(**{"class_labels": 0, "num_inference_steps": 4, **settings})
+    assert calls.samples == []
+    student.guide_unet = make_unet()
+    with pytest.raises(ValueError, match="guide_unet cannot be used"):
+        draw(student, 0)
+
+
+def test_a_student_of_small_scales_draws_without_being_told_one():
+    pipeline = make_pipeline(make_unet(max_guidance_scale=0.5))
+    calls = Calls(pipeline.unet)
+    draw(pipeline, 0, None)
+    assert calls.scales == [[0.5]] * 4
+
+
+def test_a_student_comes_back_through_both_doors(student, tmp_path):
+    student.register_to_config(num_inference_steps=3)
+    student.save_pretrained(tmp_path)
+    images = draw(student, [0, 1], [0.5, 3.0], seeds=(0, 1), num_inference_steps=None)
+    doors = [CFGPipeline.from_pretrained(tmp_path)]
+    doors.append(diffusers.DiffusionPipeline.from_pretrained(tmp_path, trust_remote_code=True))
+    assert type(doors[1]) is not CFGPipeline
+    for door in doors:
+        door.set_progress_bar_config(disable=True)
+        calls = Calls(door.unet)
+        assert torch.equal(images, draw(door, [0, 1], [0.5, 3.0], seeds=(0, 1), num_inference_steps=None))
+        assert calls.labels == [[0, 1]] * 3
+
+
 # ----- kinds of guidance -----
 
 
@@ -167,13 +290,13 @@ def test_rescale_restores_the_conditional_deviation(pipeline):
     z = torch.randn(2, 1, 8, 8, generator=torch.Generator().manual_seed(0))
     arguments = (z, torch.tensor(300.0), torch.tensor([0, 2]), torch.tensor([3, 3]))
     w = torch.full((2, 1, 1, 1), 3.0)
-    cond = pipeline.guided_prediction(*arguments, 0 * w, needs_uncond=False)
-    guided = pipeline.guided_prediction(*arguments, w)
-    rescaled = pipeline.guided_prediction(*arguments, w, guidance_rescale=1.0)
-    half = pipeline.guided_prediction(*arguments, w, guidance_rescale=0.5)
+    cond, _ = pipeline.predictions(*arguments, 0 * w, needs_uncond=False)
+    plain = guided(pipeline, *arguments, w)
+    rescaled = guided(pipeline, *arguments, w, guidance_rescale=1.0)
+    half = guided(pipeline, *arguments, w, guidance_rescale=0.5)
     torch.testing.assert_close(rescaled.std((1, 2, 3)), cond.std((1, 2, 3)))
-    assert not torch.allclose(guided.std((1, 2, 3)), cond.std((1, 2, 3)), rtol=0.05)
-    torch.testing.assert_close(half, (guided + rescaled) / 2)
+    assert not torch.allclose(plain.std((1, 2, 3)), cond.std((1, 2, 3)), rtol=0.05)
+    torch.testing.assert_close(half, (plain + rescaled) / 2)
     assert not torch.equal(draw(pipeline, 0, 3.0), draw(pipeline, 0, 3.0, guidance_rescale=0.7))
 
 
@@ -222,7 +345,7 @@ def test_autoguidance_takes_the_same_classes_from_a_second_network(pipeline):
     strong.labels.clear()
     z, t, labels = torch.randn(2, 1, 8, 8), torch.tensor(300.0), torch.tensor([0, 2])
     with torch.no_grad():
-        actual = pipeline.guided_prediction(z, t, labels, labels, torch.full((2, 1, 1, 1), 1.5))
+        actual = guided(pipeline, z, t, labels, labels, torch.full((2, 1, 1, 1), 1.5))
         expected = 2.5 * pipeline.unet(z, t, class_labels=labels).sample - 1.5 * weak(z, t, class_labels=labels).sample
     torch.testing.assert_close(actual, expected)
 
@@ -425,6 +548,56 @@ def test_latents_are_the_start(pipeline):
     assert torch.equal(out, draw(pipeline, 0))
 
 
+def test_the_number_of_steps_is_the_pipelines_own(pipeline):
+    calls = Calls(pipeline.unet)
+    draw(pipeline, 0, 0.0, num_inference_steps=None)
+    assert len(calls.labels) == pipeline.num_inference_steps == 64
+    own = make_pipeline(num_inference_steps=5)
+    calls = Calls(own.unet)
+    draw(own, 0, 0.0, num_inference_steps=None)
+    draw(own, 0, 0.0, num_inference_steps=2)
+    assert len(calls.labels) == 5 + 2
+
+
+@pytest.mark.slow
+def test_a_compiled_network_is_compiled_once_for_each_number_of_passes(pipeline, tmp_path):
+    """Whatever w, the labels and the step; with aot_eager, which traces as inductor does and generates no code."""
+    torch._dynamo.reset()
+    images = draw(pipeline, [0, 1], seeds=(0, 1))
+    pipeline.unet = torch.compile(pipeline.unet, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(draw(pipeline, [0, 1], seeds=(0, 1)), images)
+    draw(pipeline, [0, 1], 0.0, seeds=(0, 1))
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        draw(pipeline, ["two", 1], [2.0, 0.5], seeds=(0, 1), num_inference_steps=6)
+        draw(pipeline, [1, 1], -1.0, seeds=(0, 1), num_inference_steps=5)
+        draw(pipeline, [2, 0], 1.0, seeds=(0, 1), num_inference_steps=9, guidance_interval=(0.1, 1.1))
+    pipeline.save_pretrained(tmp_path)
+    torch.testing.assert_close(draw(CFGPipeline.from_pretrained(tmp_path), [0, 1], seeds=(0, 1)), images)
+
+
+class ReadsOffTheDevice(TorchDispatchMode):
+    """Counts what would wait for a GPU."""
+
+    def __init__(self):
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.count += function.name() in ("aten::_local_scalar_dense", "aten::nonzero", "aten::equal")
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("name", ["LogSNRScheduler", "UniPCMultistepScheduler", "DPMSolverMultistepScheduler"])
+def test_a_step_does_not_wait_for_the_device(pipeline, name):
+    pipeline.scheduler = getattr(diffusers, name, LogSNRScheduler).from_config(pipeline.scheduler.config)
+    counts = []
+    for steps in (5, 15):
+        with ReadsOffTheDevice() as reads:
+            draw(pipeline, [0, 1], 1.0, seeds=(0, 1), num_inference_steps=steps)
+        counts.append(reads.count)
+    assert counts[0] == counts[1]
+
+
 def test_callback(pipeline):
     seen = []
 
@@ -489,9 +662,7 @@ def test_ddim_steps_along_the_noise_of_the_clipped_sample(pipeline):
     for clipped, z in expected.items():
         for t in scheduler.timesteps:
             with torch.no_grad():
-                pred = pipeline.guided_prediction(
-                    z, t, torch.tensor([0]), torch.tensor([3]), torch.full((1, 1, 1, 1), 3.0)
-                )
+                pred = guided(pipeline, z, t, torch.tensor([0]), torch.tensor([3]), torch.full((1, 1, 1, 1), 3.0))
             z = scheduler.step(pred, t, z, use_clipped_model_output=clipped).prev_sample
         expected[clipped] = z
     assert torch.equal(latents, expected[True])

@@ -91,6 +91,25 @@ def test_from_config_keeps_the_process(name, reloaded, tmp_path):
     assert torch.equal(back.alphas_cumprod, scheduler.alphas_cumprod)
 
 
+@pytest.mark.parametrize("reloaded", [False, True])
+def test_a_solver_knows_the_way_back_and_says_nothing(reloaded, tmp_path, caplog):
+    diffusers.utils.logging.enable_propagation()
+    scheduler = LogSNRScheduler(log_snr_min=-15.0, variance_interpolation=0.2, prediction_type="v_prediction")
+    solver = scheduler.solver(diffusers.UniPCMultistepScheduler)
+    if reloaded:
+        solver.save_pretrained(tmp_path)
+        solver = diffusers.UniPCMultistepScheduler.from_pretrained(tmp_path)
+    solver = diffusers.DDIMScheduler.from_config(solver.config)
+    assert solver.config.prediction_type == "v_prediction"
+    torch.testing.assert_close(solver.alphas_cumprod, scheduler.alphas_cumprod)
+    back = LogSNRScheduler.from_config(solver.config)
+    assert {name: back.config[name] for name in scheduler._own_settings} == {
+        "log_snr_min": -15.0, "log_snr_max": 20.0, "variance_interpolation": 0.2,
+    }  # fmt: skip
+    assert LogSNRScheduler.from_config(solver.config, log_snr_min=-10.0).config.log_snr_min == -10.0
+    assert "not expected" not in caplog.text
+
+
 def test_a_changed_process_is_passed_on():
     changed = LogSNRScheduler.from_config(LogSNRScheduler().config, log_snr_min=-10.0)
     stock = diffusers.DDIMScheduler.from_config(changed.config)

@@ -113,3 +113,53 @@ def test_compiles_without_a_graph_break_and_not_again_for_other_values(unet):
     torch.testing.assert_close(compiled(Z, T, class_labels=labels).sample, unet(Z, T, class_labels=labels).sample)
     with torch._dynamo.config.patch(error_on_recompile=True):
         compiled(Z, torch.tensor(3.5), class_labels=torch.tensor([2, 1]))
+
+    compiled = torch.compile(with_guidance_input(unet), fullgraph=True, backend="aot_eager")
+    compiled(Z, T, class_labels=labels, guidance_scale=torch.zeros(2))
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        compiled(Z, torch.tensor(3.5), class_labels=torch.tensor([2, 1]), guidance_scale=torch.tensor([1.0, 4.0]))
+
+
+# ----- networks that take w -----
+
+
+def with_guidance_input(unet) -> UNet2DCFGModel:
+    student = UNet2DCFGModel.from_config(unet.config, max_guidance_scale=4.0).eval()
+    student.load_state_dict(unet.state_dict(), strict=False)
+    return student
+
+
+def test_w_is_an_input_only_where_it_is_configured(unet, tmp_path):
+    assert "max_guidance_scale" not in unet.config
+    assert unet.max_guidance_scale is None
+    assert not [name for name in unet.state_dict() if "guidance" in name]
+    with pytest.raises(ValueError, match="takes no guidance_scale"):
+        unet(Z, T, guidance_scale=torch.ones(2))
+    for wrong in (0.0, -1.0, float("inf")):
+        with pytest.raises(ValueError, match=f"max_guidance_scale must be a positive number, but is {wrong}"):
+            UNet2DCFGModel.from_config(unet.config, max_guidance_scale=wrong)
+
+
+def test_a_student_starts_as_its_teacher_and_can_depend_on_w(unet, tmp_path):
+    student, labels, w = with_guidance_input(unet), torch.tensor([0, -1]), torch.tensor([0.5, 4.0])
+    assert torch.equal(student(Z, T, labels, guidance_scale=w).sample, unet(Z, T, labels).sample)
+    torch.manual_seed(0)
+    torch.nn.init.normal_(student.guidance_embedding.linear_2.weight)
+    guided = student(Z, T, labels, guidance_scale=w).sample
+    assert not torch.allclose(guided, unet(Z, T, labels).sample, atol=1e-3)
+    torch.testing.assert_close(guided[:1], student(Z[:1], T, labels[:1], guidance_scale=w[:1]).sample)
+    assert torch.equal(student(Z, T, labels).sample, student(Z, T, labels, guidance_scale=torch.zeros(2)).sample)
+    weights = torch.eye(4)[labels]
+    torch.testing.assert_close(student(Z, T, weights, guidance_scale=w).sample, guided)
+
+    student.save_pretrained(tmp_path)
+    again = UNet2DCFGModel.from_pretrained(tmp_path)
+    assert again.max_guidance_scale == 4.0
+    assert torch.equal(again(Z, T, labels, guidance_scale=w).sample, guided)
+
+
+def test_the_dtype_is_that_of_the_computation(unet):
+    assert unet.dtype == torch.float32
+    assert unet.to(torch.bfloat16).dtype == torch.bfloat16
+    unet.enable_layerwise_casting(storage_dtype=torch.float8_e4m3fn, compute_dtype=torch.bfloat16)
+    assert (unet.conv_in.weight.dtype, unet.dtype) == (torch.float8_e4m3fn, torch.bfloat16)

@@ -85,7 +85,8 @@ def test_classifier_guidance_of_the_unconditional_model_with_one_more(mixture, t
     (gradient,) = torch.autograd.grad(log_classifier.sum(), z)
     expected = mixture.eps(z, alpha, sigma) - (w + 1) * sigma * gradient
     pipeline = CFGPipeline(mixture, mixture.scheduler)
-    actual = pipeline.guided_prediction(z.detach(), t, labels, torch.full((6,), 3), torch.full((6, 1, 1, 1), w))
+    w = torch.full((6, 1, 1, 1), w)
+    actual = pipeline.guide(*pipeline.predictions(z.detach(), t, labels, torch.full((6,), 3), w), w)
     torch.testing.assert_close(actual.double(), expected, rtol=2e-6, atol=1e-6)
 
 
