@@ -1,4 +1,4 @@
-"""What sampling and training cost, beside what people would write instead: in turn, in one run, medians and ratios.
+"""What sampling, training and starting cost, beside what people would write: in turn, in one run, medians and ratios.
 
 python training/benchmark.py
 python training/benchmark.py --config training/configs/mnist.yaml --output benchmark.json
@@ -7,8 +7,10 @@ python training/benchmark.py --config training/configs/mnist.yaml --output bench
 import io
 import json
 import logging
+import os
 import platform
 import statistics
+import subprocess
 import sys
 import tempfile
 import threading
@@ -55,6 +57,7 @@ def benchmark(args: Namespace, config: TrainConfig) -> dict[str, Any]:
         "parameters": pipeline.unet.num_parameters(),
         "sampling": sampling(args, pipeline),
         "training": training(args, config),
+        "starting": starting(args),
     }
     print(tables(record))
     return record
@@ -133,6 +136,52 @@ class PeakMemory:
             self.watcher.join()
 
 
+class Stopwatch:
+    """Inside, adds up the seconds in a method of a class."""
+
+    def __init__(self, owner: type, method: str):
+        self.owner, self.method, self.seconds = owner, method, 0.0
+
+    def __enter__(self) -> "Stopwatch":
+        self.function = function = getattr(self.owner, self.method)
+
+        def timed_function(*args, **kwargs):
+            then = now()
+            try:
+                return function(*args, **kwargs)
+            finally:
+                self.seconds += now() - then
+
+        setattr(self.owner, self.method, timed_function)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        setattr(self.owner, self.method, self.function)
+
+
+class OptimizerWatch:
+    """Inside, adds up the seconds in steps of optimizers."""
+
+    def __init__(self):
+        self.seconds = 0.0
+
+    def __enter__(self) -> "OptimizerWatch":
+        from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
+
+        self.hooks = [register_optimizer_step_pre_hook(self._before), register_optimizer_step_post_hook(self._after)]
+        return self
+
+    def _before(self, *_: object) -> None:
+        self.then = now()
+
+    def _after(self, *_: object) -> None:
+        self.seconds += now() - self.then
+
+    def __exit__(self, *_: object) -> None:
+        for hook in self.hooks:
+            hook.remove()
+
+
 class Watched:
     """Inside, counts the samples that a network is evaluated on, and the seconds that it takes."""
 
@@ -170,33 +219,42 @@ def now() -> float:
 
 
 def sampling(args: Namespace, pipeline) -> list[dict[str, Any]]:
-    """The pipeline beside the usual loop over a stock network, with the same weights, noise and solver."""
+    """
+    The pipeline beside the usual loop over a stock network, with the same weights, noise and solver; and a distilled
+    network beside the loop at the same w.
+    """
     import torch
     from diffusers import DDIMScheduler, UNet2DModel
     from loop import sample_shape
+
+    from diffusers_cfg import CFGPipeline, UNet2DCFGModel
 
     scheduler = pipeline.scheduler = DDIMScheduler.from_config(pipeline.scheduler.config)
     stock = UNet2DModel.from_config(pipeline.unet.config).to(pipeline.device).eval()
     stock.load_state_dict(pipeline.unet.state_dict())
     pipeline.unet.eval()
+    # What it draws would have to be learned, but not what it costs.
+    student = UNet2DCFGModel.from_config(pipeline.unet.config, max_guidance_scale=4.0).to(pipeline.device).eval()
+    one_pass = CFGPipeline(student, scheduler)
+    one_pass.set_progress_bar_config(disable=True)
     rows = []
     for batch_size in args.batch_sizes:
         noise = torch.randn(batch_size, *sample_shape(stock), device=pipeline.device)
         labels = torch.arange(batch_size) % pipeline.unet.num_classes
-        for w in (0.0, 1.0):
+        for w, drawn_by in ((0.0, pipeline), (1.0, pipeline), (1.0, one_pass)):
 
-            def ours(w=w, labels=labels, noise=noise):
-                return pipeline(labels, w, args.sampling_steps, latents=noise, output_type="pt").images
+            def ours(w=w, labels=labels, noise=noise, drawn_by=drawn_by):
+                return drawn_by(labels, w, args.sampling_steps, latents=noise, output_type="pt").images
 
             def peer(w=w, labels=labels, noise=noise):
                 return hand_written_loop(stock, scheduler, labels, w, args.sampling_steps, noise)
 
             difference = (ours() - peer()).abs().max().item()
-            if difference > 1e-3:
+            if drawn_by is pipeline and difference > 1e-3:
                 raise AssertionError(f"The two sides draw other images: they differ by {difference}.")
-            row = {"batch_size": batch_size, "w": w}
+            row = {"batch_size": batch_size, "w": w, "distilled": drawn_by is one_pass}
             row["seconds"] = take_turns(timed(ours), timed(peer), args.repeats).summary()
-            for name, side, network in (("ours", ours, pipeline.unet), ("peer", peer, stock)):
+            for name, side, network in (("ours", ours, drawn_by.unet), ("peer", peer, stock)):
                 with PeakMemory() as memory, Watched(network) as watched:
                     total = timed(side)()
                 row[name] = {
@@ -230,7 +288,10 @@ def hand_written_loop(unet, scheduler, class_labels, w: float, num_inference_ste
 
 
 def training(args: Namespace, config: TrainConfig) -> dict[str, Any]:
-    """Images per second of train_cfg.py beside the steps of diffusers' train_unconditional.py, given labels."""
+    """
+    Images per second of train_cfg.py beside the steps of diffusers' train_unconditional.py, given labels; and what part
+    of a step goes to what.
+    """
     from data import load_labelled_images
     from loop import make_accelerator
     from train_cfg import train_cfg
@@ -251,7 +312,26 @@ def training(args: Namespace, config: TrainConfig) -> dict[str, Any]:
     turns = take_turns(ours, lambda: peer.run(args.training_steps), args.repeats)
     images_timed = args.training_steps * config.train_batch_size
     rates = {name: images_timed / seconds for name, seconds in turns.summary().items() if name != "ratio"}
-    return {"images_per_second": {**rates, "ratio": 1 / turns.summary()["ratio"]}, "peer_data_wait": peer.data_wait}
+    record = {"images_per_second": {**rates, "ratio": 1 / turns.summary()["ratio"]}}
+    for name, side in (("ours", ours), ("peer", lambda: peer.run(args.training_steps))):
+        with PeakMemory() as memory:
+            record[name] = {**shares(side), "peak_bytes": memory.bytes}
+    return record
+
+
+def shares(side: Callable[[], float]) -> dict[str, float]:
+    """What parts of a side's seconds are spent on what."""
+    from diffusers.training_utils import EMAModel
+    from torch.utils.data.dataloader import _BaseDataLoaderIter
+
+    with (
+        Stopwatch(_BaseDataLoaderIter, "__next__") as data,
+        OptimizerWatch() as optimizer,
+        Stopwatch(EMAModel, "step") as average,
+    ):
+        seconds = side()
+    watches = {"data": data, "optimizer": optimizer, "average": average}
+    return {name: watch.seconds / seconds for name, watch in watches.items()}
 
 
 class UnconditionalTraining:
@@ -280,7 +360,7 @@ class UnconditionalTraining:
             Decoded(images, config.resolution), batch_size=config.train_batch_size, shuffle=True
         )
         lr_scheduler = get_scheduler("cosine", optimizer, num_warmup_steps=500, num_training_steps=100_000)
-        self.accelerator, self.data_wait = accelerator, 0.0
+        self.accelerator = accelerator
         self.model, self.optimizer, self.loader, self.lr_scheduler = accelerator.prepare(
             model, optimizer, loader, lr_scheduler
         )
@@ -291,12 +371,10 @@ class UnconditionalTraining:
         import torch.nn.functional as F
         from tqdm.auto import tqdm
 
-        then, waited, done = now(), 0.0, 0
+        then, done = now(), 0
         progress = tqdm(total=steps, disable=None)
         while done < steps:
-            asked = time.perf_counter()
             for x, class_labels in self.loader:
-                waited += time.perf_counter() - asked
                 noise = torch.randn_like(x)
                 t = torch.randint(0, 1000, (len(x),), device=x.device)
                 z = self.noise_scheduler.add_noise(x, noise, t)
@@ -314,11 +392,8 @@ class UnconditionalTraining:
                 done += 1
                 if done == steps:
                     break
-                asked = time.perf_counter()
         progress.close()
-        seconds = now() - then
-        self.data_wait = waited / seconds
-        return seconds
+        return now() - then
 
 
 class Decoded:
@@ -341,30 +416,90 @@ class Decoded:
         return (pixels.float().div(255) - 0.5) / 0.5, int(self.images.class_labels[index])
 
 
+# ----- starting -----
+
+PEER_IMPORTS = (
+    "import torch; from diffusers import DiffusionPipeline, UNet2DModel, AutoencoderKL, DDIMScheduler; "
+    "from diffusers.guiders import BaseGuidance; from diffusers.image_processor import VaeImageProcessor"
+)
+
+
+def starting(args: Namespace) -> dict[str, Any]:
+    """Seconds and memory of a fresh process that imports the package, beside what it needs of diffusers; of --help."""
+    peer, ours = [], []
+    imports = take_turns(
+        lambda: fresh_process(["-c", f"{PEER_IMPORTS}; import diffusers_cfg"], ours),
+        lambda: fresh_process(["-c", PEER_IMPORTS], peer),
+        args.repeats,
+    )
+    script = str(Path(__file__).parent / "train_cfg.py")
+    usage = [fresh_process([script, "--help"], []) for _ in range(args.repeats)]
+    return {
+        "import": {
+            **imports.summary(),
+            "added": statistics.median(a - b for a, b in zip(imports.ours, imports.peer, strict=True)),
+            "added_bytes": statistics.median(ours) - statistics.median(peer),
+        },
+        "help": statistics.median(usage),
+    }
+
+
+def fresh_process(argv: list[str], peak_bytes: list[int]) -> float:
+    """Seconds that Python takes with these arguments; the most memory it had is noted."""
+    then = time.perf_counter()
+    process = subprocess.Popen([sys.executable, *argv], stdout=subprocess.DEVNULL)
+    _, status, usage = os.wait4(process.pid, 0)
+    seconds = time.perf_counter() - then
+    process.returncode = os.waitstatus_to_exitcode(status)
+    if process.returncode != 0:
+        raise RuntimeError(f"python {' '.join(argv)} failed.")
+    peak_bytes.append(usage.ru_maxrss * 1024)
+    return seconds
+
+
 # ----- the report -----
 
 
 def tables(record: dict[str, Any]) -> str:
     from report import table
 
-    header = ["images at once", "w", "ours, s/image", "by hand, s/image", "ratio", "evaluations", "outside", "peak MiB"]
-    rows = [
+    def both(row: dict, name: str, digits: int, unit: float = 1) -> str:
+        return " / ".join(f"{row[side][name] / unit:.{digits}f}" for side in ("ours", "peer"))
+
+    header = ["images at once", "w", "s/image", "ratio", "evaluations", "outside the network", "peak MiB"]
+    sampled = [
         [
             str(row["batch_size"]),
-            f"{row['w']:g}",
-            *(f"{row['seconds'][side] / row['batch_size']:.4f}" for side in ("ours", "peer")),
+            f"{row['w']:g}" + (", distilled" if row["distilled"] else ""),
+            " / ".join(f"{row['seconds'][side] / row['batch_size']:.4f}" for side in ("ours", "peer")),
             f"{row['seconds']['ratio']:.3f}",
-            *(f"{row['ours'][name]:.{digits}f} / {row['peer'][name]:.{digits}f}" for name, digits in
-              (("evaluations", 0), ("outside_network", 3))),
-            " / ".join(f"{row[side]['peak_bytes'] / 2**20:.0f}" for side in ("ours", "peer")),
+            both(row, "evaluations", 0),
+            both(row, "outside_network", 3),
+            both(row, "peak_bytes", 0, 2**20),
         ]
         for row in record["sampling"]
-    ]  # fmt: skip
-    rate = record["training"]["images_per_second"]
+    ]
+    seconds = {
+        (row["batch_size"], row["w"]): row["seconds"]["ours"] for row in record["sampling"] if not row["distilled"]
+    }
+    unguided = ", ".join(f"{seconds[n, 0] / seconds[n, 1]:.3f} ({n})" for n in dict.fromkeys(n for n, _ in seconds))
+    training, starting = record["training"], record["starting"]
+    rate = training["images_per_second"]
+    trained = [
+        [f"{rate['ours']:.1f} / {rate['peer']:.1f}", f"{rate['ratio']:.3f}"]
+        + [both(training, name, 4) for name in ("data", "optimizer", "average")]
+        + [both(training, "peak_bytes", 0, 2**20)]
+    ]
+    imports = starting["import"]
     return (
         f"{record['machine']}, {record['versions']}, {record['parameters'] / 1e6:.1f} M parameters\n\n"
-        f"{table(header, rows)}\n\n"
-        f"Training: {rate['ours']:.1f} images/s, train_unconditional.py {rate['peer']:.1f}, ratio {rate['ratio']:.3f}"
+        f"Sampling / a hand-written loop over UNet2DModel\n\n{table(header, sampled)}\n\n"
+        f"w = 0 in seconds of w = 1 (images at once): {unguided}\n\n"
+        "Training / train_unconditional.py; shares of a step\n\n"
+        f"{table(['images/s', 'ratio', 'data wait', 'optimizer', 'EMA', 'peak MiB'], trained)}\n\n"
+        f"Starting: `import diffusers_cfg` {imports['ours']:.2f} s, what it needs of torch and diffusers "
+        f"{imports['peer']:.2f} s; it adds {imports['added']:.2f} s and {imports['added_bytes'] / 2**20:.0f} MiB. "
+        f"`train_cfg.py --help` {starting['help']:.2f} s."
     )
 
 

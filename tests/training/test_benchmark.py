@@ -4,7 +4,7 @@ import json
 
 import benchmark
 import pytest
-from benchmark import Turns, parse_args, take_turns
+from benchmark import Stopwatch, Turns, parse_args, take_turns
 from test_train import TINY
 
 
@@ -20,20 +20,44 @@ def test_the_sides_take_turns():
     assert (turns.ours, turns.peer) == ([1.0, 1.0], [2.0, 2.0])
 
 
+def test_a_stopwatch_counts_what_is_spent_in_a_method(monkeypatch):
+    clock = iter([1.0, 3.5, 10.0, 10.25])
+    monkeypatch.setattr(benchmark, "now", lambda: next(clock))
+
+    class Sleeper:
+        def sleep(self, fails):
+            if fails:
+                raise RuntimeError
+
+    original = Sleeper.sleep
+    with Stopwatch(Sleeper, "sleep") as watch:
+        Sleeper().sleep(False)
+        with pytest.raises(RuntimeError):
+            Sleeper().sleep(True)
+    assert watch.seconds == 2.75
+    assert Sleeper.sleep is original
+
+
 @pytest.mark.slow
 def test_a_small_benchmark(tmp_path, capsys):
     flags = ["--batch_sizes", "2", "--sampling_steps", "4", "--training_steps", "2", "--repeats", "1"]
     args, config = parse_args([*TINY, *flags])
     record = json.loads(json.dumps(benchmark.benchmark(args, config)))
-    assert [(row["batch_size"], row["w"]) for row in record["sampling"]] == [(2, 0), (2, 1)]
-    for row, evaluations in zip(record["sampling"], (4, 8), strict=True):
+    rows = record["sampling"]
+    assert [(row["batch_size"], row["w"], row["distilled"]) for row in rows] == [(2, 0, 0), (2, 1, 0), (2, 1, 1)]
+    assert [row["ours"]["evaluations"] for row in rows] == [4, 8, 4]
+    assert [row["peer"]["evaluations"] for row in rows] == [4, 8, 8]
+    for row in rows:
         for side in ("ours", "peer"):
-            assert row[side]["evaluations"] == evaluations
             assert 0 < row[side]["outside_network"] < 1
             assert row["seconds"][side] > 0
     assert record["training"]["images_per_second"]["ours"] > 0
-    assert 0 < record["training"]["peer_data_wait"] < 1
-    assert "| 2 | 1 | " in capsys.readouterr().out
+    for side in ("ours", "peer"):
+        for part in ("data", "optimizer", "average"):
+            assert 0 < record["training"][side][part] < 1
+    assert 0 < record["starting"]["help"] < record["starting"]["import"]["peer"]
+    assert record["starting"]["import"]["ours"] > 0
+    assert "| 2 | 1, distilled | " in capsys.readouterr().out
 
 
 @pytest.mark.slow
