@@ -128,7 +128,7 @@ class RunConfig:
     resume_from_checkpoint: str | None = flag(None, 'A checkpoint-STEP folder, or "latest".')
     validation_steps: int = flag(1000, "Draw the grid of samples every so many steps; 0 for the end only.")
     validation_guidance_scales: list[float] = flag([0.0, 0.5, 1.0, 2.0, 4.0], "The columns of the grid: the paper's w.")
-    num_inference_steps: int = flag(64, "Sampling steps T of the grid.")
+    num_inference_steps: int = flag(12, "Sampling steps T of the grid.")
     eval_steps: int = flag(
         0, "Measure samples every so many steps, at each w of --validation_guidance_scales; 0 for never."
     )
@@ -283,10 +283,10 @@ def read_yaml(path: Path) -> dict[str, Any]:
     return settings
 
 
-def parse_config(argv: list[str] | None = None) -> TrainConfig:
+def parse_config(argv: list[str] | None = None, defaults: dict[str, Any] | None = None) -> TrainConfig:
     """
-    Flags, then the file of `--config`, then the defaults. Where neither names a data set, the defaults are those of
-    `configs/digits.yaml`, for scikit-learn's digits.
+    Flags, then the file of `--config`, then `defaults`, then the fields' own. Where none of the first three names a
+    data set, the last are those of `configs/digits.yaml`, for scikit-learn's digits.
     """
     # From its module: importing it from `transformers` itself would take half a second longer.
     from transformers.hf_argparser import HfArgumentParser
@@ -305,7 +305,7 @@ def parse_config(argv: list[str] | None = None) -> TrainConfig:
     config_parser = ArgumentParser(add_help=False, allow_abbrev=False)
     config_parser.add_argument("--config")
     path = config_parser.parse_known_args(argv)[0].config
-    settings = read_yaml(Path(path)) if path else {}
+    settings = {**(defaults or {}), **(read_yaml(Path(path)) if path else {})}
     parser.set_defaults(**settings)
     args = parser.parse_args(argv)
     if args.dataset_name is None and args.train_data_dir is None:

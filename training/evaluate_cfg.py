@@ -65,7 +65,7 @@ def evaluate_cfg(args: Namespace) -> list[dict[str, Any]]:
     from loop import make_accelerator
     from report import write_report
 
-    check_positive(args, "num_samples", "num_inference_steps", "batch_size")
+    check_positive(args, "num_samples", "batch_size")
     accelerator = make_accelerator(TrainConfig(report_to="none"))
     pipeline = load_pipeline(args, accelerator.device)
     check_scales(args, pipeline)
@@ -128,6 +128,7 @@ def sampling_record(args: Namespace, pipeline) -> dict[str, Any]:
         "guidance": {
             "interval": args.guidance_interval,
             "rescale": args.guidance_rescale,
+            "tolerance": args.guidance_tolerance,
             "guider": args.guider,
             "guide": args.guide_model and Path(args.guide_model).name,
         },
@@ -138,6 +139,9 @@ def check_scales(args: Namespace, pipeline) -> None:
     wrong = [w for w in args.guidance_scales if not math.isfinite(w)]
     if wrong:
         raise UserError(f"--guidance_scales must be finite, but has {wrong}.")
+    largest = pipeline.unet.max_guidance_scale
+    if largest is not None and (wrong := [w for w in args.guidance_scales if not 0 <= w <= largest]):
+        raise UserError(f"--guidance_scales has {wrong}, but {args.model} was distilled for 0 … {largest:g}.")
     guided = [w for w in args.guidance_scales if w != 0]
     if guided and pipeline.config.conditioning_dropout_prob == 0 and pipeline.guide_unet is None:
         raise UserError(

@@ -38,6 +38,7 @@ from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
 from diffusers.utils import is_xformers_available
 from grid import sample_grid
+from model import noise_process
 from preemption import Preempted, Preemption, leave_signals_to_the_parent
 from randomness import Draws, GlobalBatchSampler, seed_of, seeded_generator
 from torch.utils.data import DataLoader, Dataset
@@ -64,10 +65,12 @@ def train(
     preemption: Preemption,
     after_checkpoint: Callable[[TrainState], None] | None = None,
     evaluate: Callable[[CFGPipeline], dict[str, float]] | None = None,
+    probe_labels: bool = True,
 ) -> TrainState:
     """
     Minimise the mean of `loss_of` over the data, from a checkpoint on, and leave the pipeline with the (first) average
-    of the weights. It has that too when `after_checkpoint` is called on the main process, and `evaluate` on all.
+    of the weights. It has that too when `after_checkpoint` is called on the main process, and `evaluate` on all. With
+    `probe_labels` it is seen whether right labels lower the loss.
 
     Raises:
         Preempted: the run was asked to stop; there is a checkpoint of the step that it reached.
@@ -100,7 +103,7 @@ def train(
     if accelerator.is_main_process:
         prepare_output_dir(config)
     started = time.perf_counter() - state.seconds
-    log = Log(config, accelerator, state.step, total_steps, batch_size, pipeline.scheduler)
+    log = Log(config, accelerator, state.step, total_steps, batch_size, noise_process(pipeline))
     epochs = f" ({total_steps * batch_size / available:.1f} epochs)" if available is not None else ""
     logger.info(
         "%s images, %d classes, %.1f M parameters, %d steps of %d images%s on %d × %s",
@@ -126,6 +129,7 @@ def train(
         with averaged_weights(state), preemption.interruptible():
             if draw:
                 save_samples(config, accelerator, pipeline, state.step)
+            if draw and probe_labels:
                 probe = dataset if stream is None else stream.probe
                 accelerator.log({"label_gain": label_gain(config, probe, state.unet, loss_of)}, step=state.step)
             if measure and evaluate is not None:

@@ -44,10 +44,14 @@ class Draws:
     def __getitem__(self, rows: slice) -> "Draws":
         return Draws(self.u[rows], self.noise[rows], self.dropout[rows], self.flip[rows], self.key, self.rows[rows])
 
-    @property
-    def generators(self) -> list[torch.Generator]:
-        """For what else is random about each row: the draw from an autoencoder's posterior."""
-        return [seeded_generator(self.u.device, "posterior", *self.key, row) for row in self.rows]
+    def generators(self, purpose: str) -> list[torch.Generator]:
+        """One for each row, for what else is random about it, such as the draw from an autoencoder's posterior."""
+        return [seeded_generator(self.u.device, purpose, *self.key, row) for row in self.rows]
+
+    def uniform(self, purpose: str) -> torch.Tensor:
+        """U[0, 1) for each row, `(batch,)`, for what else is random about it."""
+        rows = [torch.rand(1, generator=generator, device=self.u.device) for generator in self.generators(purpose)]
+        return torch.cat(rows)
 
 
 class GlobalBatchSampler(Sampler[list[int]]):

@@ -42,10 +42,15 @@ def add_sampling_flags(parser: ArgumentParser) -> None:
     """The flags that say how images are drawn."""
     parser.add_argument("--model", required=True, help="The output folder of a training run, or a repository.")
     parser.add_argument("--variant", help="Other weights of the network that the model holds, such as ema999.")
-    parser.add_argument("--num_inference_steps", type=int, default=64, help="Sampling steps T.")
-    parser.add_argument("--scheduler", help="A class of diffusers to sample with, instead of the model's own.")
+    parser.add_argument("--num_inference_steps", type=int, help="Sampling steps T; by default the model's own.")
+    parser.add_argument(
+        "--scheduler", help="A class of diffusers to sample with, or LogSNRScheduler; by default the model's own."
+    )
     parser.add_argument("--guidance_interval", type=float, nargs=2, help="Guide only where σ_lo < σ/α ≤ σ_hi.")
     parser.add_argument("--guidance_rescale", type=float, default=0.0, help="φ in [0, 1], against saturation.")
+    parser.add_argument(
+        "--guidance_tolerance", type=float, default=0.0, help="Stop guiding an image once that moves x̃ by less."
+    )
     parser.add_argument("--guide_model", help="A weaker model for the same classes, for autoguidance.")
     parser.add_argument("--guider", help="One of diffusers' guiders, made with w, instead of the pipeline's own rule.")
     parser.add_argument("--batch_size", type=int, default=250, help="Images drawn at a time on each process.")
@@ -58,7 +63,7 @@ def sample(args: Namespace) -> None:
     from config import TrainConfig
     from loop import make_accelerator
 
-    check_positive(args, "num_samples", "num_inference_steps", "batch_size")
+    check_positive(args, "num_samples", "batch_size")
     accelerator = make_accelerator(TrainConfig(report_to="none"))
     pipeline = load_pipeline(args, accelerator.device)
     labels = class_ids(args.class_labels, pipeline)
@@ -80,8 +85,8 @@ def sample(args: Namespace) -> None:
 
 
 def check_positive(args: Namespace, *names: str) -> None:
-    for name in names:
-        if getattr(args, name) < 1:
+    for name in ("num_inference_steps", *names):
+        if getattr(args, name) is not None and getattr(args, name) < 1:
             raise UserError(f"--{name} must be at least 1, but is {getattr(args, name)}.")
 
 
@@ -104,6 +109,8 @@ def load_pipeline(args: Namespace, device):
         raise UserError(f"A model cannot be loaded: {error}") from error
     if args.scheduler is not None:
         pipeline.scheduler = make_scheduler(args.scheduler, pipeline)
+    if args.num_inference_steps is None:
+        args.num_inference_steps = pipeline.num_inference_steps
     pipeline.set_progress_bar_config(disable=True)
     return pipeline.to(device)
 
@@ -112,10 +119,13 @@ def make_scheduler(name: str, pipeline):
     """One of the schedulers that the pipeline takes, by name, with its noise process."""
     import diffusers
 
-    if name not in pipeline.schedulers or not hasattr(diffusers, name):
-        known = ", ".join(known for known in pipeline.schedulers if hasattr(diffusers, known))
-        raise UserError(f"--scheduler {name} cannot sample this model. Those of diffusers that can are {known}.")
-    return getattr(diffusers, name).from_config(pipeline.scheduler.config)
+    from diffusers_cfg import LogSNRScheduler
+
+    if name not in pipeline.schedulers:
+        raise UserError(
+            f"--scheduler {name} cannot sample this model. Those that can are {', '.join(pipeline.schedulers)}."
+        )
+    return getattr(diffusers, name, LogSNRScheduler).from_config(pipeline.scheduler.config)
 
 
 def class_ids(names: list[str] | None, pipeline) -> list[int]:
@@ -139,14 +149,18 @@ def guidance(args: Namespace, w: float) -> dict[str, Any]:
             raise UserError(f"--guider {args.guider} is none of diffusers' guiders.")
         return {"guider": getattr(diffusers.guiders, args.guider)(guidance_scale=w, use_original_formulation=True)}
     interval = tuple(args.guidance_interval) if args.guidance_interval else None
-    return {"guidance_scale": w, "guidance_interval": interval, "guidance_rescale": args.guidance_rescale}
+    return {
+        "guidance_scale": w,
+        "guidance_interval": interval,
+        **{name: getattr(args, name) for name in ("guidance_rescale", "guidance_tolerance")},
+    }
 
 
 def sampling_settings(args: Namespace, pipeline) -> dict[str, Any]:
     """What determines the images of a set beside their labels and w, as plain values."""
     from feature_extractors import digest
 
-    names = ["num_inference_steps", "guidance_interval", "guidance_rescale", "guider", "seed"]
+    names = ["num_inference_steps", "guidance_interval", "guidance_rescale", "guidance_tolerance", "guider", "seed"]
     networks = [network for network in (pipeline.unet, pipeline.guide_unet, pipeline.vae) if network is not None]
     return {
         **{name: getattr(args, name) for name in names},

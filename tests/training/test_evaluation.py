@@ -245,7 +245,7 @@ def test_a_sweep(model, tmp_path, capsys):
     table = (tmp_path / "out" / "metrics.md").read_text()
     assert table.count("\n| ") == 5  # under the header
     for fact in (
-        "20 samples for each w (balanced labels, seed 0), 2 steps of LogSNRScheduler",
+        "20 samples for each w (balanced labels, seed 0), 2 steps of DPMSolverMultistepScheduler",
         "resize: none",
         "1797 real",
     ):
@@ -296,7 +296,7 @@ def test_a_sweep_that_was_stopped_goes_on(model, tmp_path, monkeypatch):
     [
         (["--seed", "1"], "seed 0, now 1"),
         (["--num_inference_steps", "3"], "num_inference_steps 2, now 3"),
-        (["--scheduler", "DDIMScheduler"], "scheduler 'LogSNRScheduler', now 'DDIMScheduler'"),
+        (["--scheduler", "DDIMScheduler"], "scheduler 'DPMSolverMultistepScheduler', now 'DDIMScheduler'"),
         (["--class_labels", "random"], "class_labels 'balanced', now 'random'"),
         (["--guidance_interval", "0.1", "9"], r"guidance_interval None, now \[0.1, 9.0\]"),
     ],
@@ -372,7 +372,9 @@ def test_evaluations_are_counted(model, tmp_path):
     sigma = (-scheduler.log_snr(scheduler.u(scheduler.timesteps)) / 2).exp()
     inside = int(((sigma > 0.05) & (sigma <= 20)).sum())
     assert 0 < inside < 8
-    assert counted("--num_inference_steps", "8", "--guidance_interval", "0.05", "20") == [8, 8 + inside]
+    paper = ["--scheduler", "LogSNRScheduler", "--num_inference_steps", "8"]
+    assert counted(*paper, "--guidance_interval", "0.05", "20") == [8, 8 + inside]
+    assert counted(*paper, "--guidance_tolerance", "1e9") == [8, 9]  # guidance ends after the first step
     assert counted("--guider", "ClassifierFreeGuidance") == [2, 4]
     assert counted("--guide_model", str(model)) == [2, 4]
 

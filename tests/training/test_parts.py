@@ -9,7 +9,7 @@ import torch
 from conditioning import drop_class_labels
 from config import CONFIGS, TrainConfig, UserError, parse_config
 from data import Digits
-from model import build_pipeline, build_unet
+from model import build_pipeline, build_unet, noise_process
 from objectives import prediction_target, squared_error
 from randomness import Draws, GlobalBatchSampler, seeded_generator
 
@@ -181,7 +181,7 @@ def test_the_networks_of_the_recipes_are_adms(name, adm, published, heads, dropo
 @pytest.mark.parametrize(("resolution", "v"), [(64, 0.3), (128, 0.2)])
 def test_the_sampling_variance_is_the_papers(resolution, v):
     config = TrainConfig(resolution=resolution, block_out_channels=[8], attention_resolutions=[0])
-    assert build_pipeline(config, Digits()).scheduler.config.variance_interpolation == v
+    assert noise_process(build_pipeline(config, Digits())).config.variance_interpolation == v
 
 
 @pytest.mark.slow

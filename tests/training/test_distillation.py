@@ -1,0 +1,244 @@
+"""A student guides in one pass, and in few steps, as its teacher does."""
+
+import json
+from itertools import pairwise
+
+import diffusers
+import objectives
+import pytest
+import torch
+from accelerate.state import AcceleratorState, GradientState
+from config import TrainConfig, UserError
+from distill_guidance import distill_guidance, parse_args
+from distillation import ddim_step, few_step_target
+from evaluate_cfg import evaluate_cfg
+from evaluate_cfg import parse_args as evaluate_args
+from randomness import Draws
+from safetensors.torch import load_file
+from test_train import SETTINGS, WEIGHTS, assert_same_tensors, train
+
+from diffusers_cfg import CFGPipeline, LogSNRScheduler, UNet2DCFGModel
+
+PREDICTION_TYPES = ["epsilon", "v_prediction", "sample"]
+
+
+@pytest.fixture(scope="module")
+def teacher(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("teacher") / "out"
+    train(folder)
+    return folder
+
+
+def distill(teacher, output_dir, *argv: str) -> TrainConfig:
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
+    args, config = parse_args(["--teacher", str(teacher), *SETTINGS, "--output_dir", str(output_dir), *argv])
+    distill_guidance(args, config)
+    return config
+
+
+@pytest.fixture(scope="module")
+def student(teacher, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("student") / "out"
+    distill(teacher, folder, "--max_guidance_scale", "3")
+    return folder
+
+
+# ----- targets -----
+
+
+@pytest.mark.parametrize("prediction_type", PREDICTION_TYPES)
+def test_a_step_is_diffusers_ddim(prediction_type):
+    scheduler = LogSNRScheduler(prediction_type=prediction_type)
+    stock = scheduler.solver(diffusers.DDIMScheduler)
+    stock.set_timesteps(4)
+    z, pred = torch.randn(2, 3, 1, 4, 4, generator=torch.Generator().manual_seed(0))
+    for step, t in enumerate(stock.timesteps):
+        u = torch.full((3,), 1 - step / 4)
+        expected = stock.step(pred, t, z, use_clipped_model_output=True).prev_sample
+        torch.testing.assert_close(ddim_step(scheduler, pred, z, u, u - 1 / 4), expected, rtol=1e-3, atol=5e-4)
+
+
+@pytest.mark.parametrize("prediction_type", PREDICTION_TYPES)
+@pytest.mark.parametrize("teacher_steps", [1, 2, 5])
+def test_one_step_to_the_target_arrives_where_the_teacher_does(prediction_type, teacher_steps):
+    scheduler = LogSNRScheduler(prediction_type=prediction_type, clip_sample=False)
+    u, next_u = torch.tensor([1.0, 0.5, 0.25]).double(), torch.tensor([0.75, 0.25, 0.0]).double()
+    z = torch.randn(3, 1, 4, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    seen = []
+
+    def predict(z, t):
+        seen.append(scheduler.u(t))
+        return torch.sin(3 * z) + t.view(-1, 1, 1, 1) / 1000
+
+    target = few_step_target(scheduler, predict, z, u, next_u, teacher_steps)
+    assert len(seen) == teacher_steps
+    torch.testing.assert_close(seen[-1], u + (next_u - u) * (teacher_steps - 1) / teacher_steps)
+    levels, arrived = [*seen, next_u], z
+    for here, there in pairwise(levels):
+        arrived = ddim_step(scheduler, predict(arrived, scheduler.timestep(here)), arrived, here, there)
+    torch.testing.assert_close(ddim_step(scheduler, target, z, u, next_u), arrived)
+    if teacher_steps == 1:
+        torch.testing.assert_close(target, predict(z, scheduler.timestep(u)))
+
+
+def test_the_student_is_compared_with_the_guided_teacher(teacher, tmp_path, monkeypatch):
+    shown, compared = [], []
+    forward, error = UNet2DCFGModel.forward, objectives.squared_error
+
+    def spy_on_forward(self, z, t, class_labels, **kwargs):
+        if "guidance_scale" in kwargs and self.training:
+            shown.append((z, t, class_labels, kwargs["guidance_scale"]))
+        return forward(self, z, t, class_labels=class_labels, **kwargs)
+
+    def spy_on_error(pred, target):
+        compared.append(target)
+        return error(pred, target)
+
+    monkeypatch.setattr(UNet2DCFGModel, "forward", spy_on_forward)
+    monkeypatch.setattr(objectives, "squared_error", spy_on_error)
+    distill(teacher, tmp_path, "--max_guidance_scale", "2.5", "--conditioning_dropout_prob", "0.5")
+    monkeypatch.undo()
+
+    unet = CFGPipeline.from_pretrained(teacher).unet
+    assert len(shown) == len(compared) == 4
+    for (z, t, c, w), target in zip(shown, compared, strict=True):
+        with torch.no_grad():
+            conditional, unconditional = unet(z, t, class_labels=c).sample, unet(z, t).sample
+        s = 1 + w.view(-1, 1, 1, 1)
+        torch.testing.assert_close(target, s * conditional - (s - 1) * unconditional, rtol=1e-4, atol=1e-5)
+    scales = torch.cat([w for *_, w in shown])
+    assert 0 <= scales.min() < 0.6
+    assert 1.9 < scales.max() <= 2.5
+    assert {*torch.cat([c for _, _, c, _ in shown]).tolist()} > {10}
+
+
+def test_what_else_is_random_is_a_function_of_the_row():
+    draws = Draws.of_step(3, 7, (16, 1, 2, 2), torch.device("cpu"))
+    scales = draws.uniform("guidance scale")
+    assert torch.equal(draws[4:8].uniform("guidance scale"), scales[4:8])
+    assert not torch.equal(draws.uniform("another"), scales)
+    assert len(set(scales.tolist())) == 16
+
+
+# ----- the script -----
+
+
+def test_a_student_loads_and_guides_in_one_pass(teacher, student):
+    pipeline = CFGPipeline.from_pretrained(student)
+    pipeline.set_progress_bar_config(disable=True)
+    assert pipeline.unet.max_guidance_scale == 3.0
+    assert pipeline.id2label[3] == "three"
+    sizes = []
+    pipeline.unet.register_forward_pre_hook(lambda _, inputs: sizes.append(len(inputs[0])))
+    pipeline(["three", 7, -1], [0.0, 2.5, 1.0])
+    assert sizes == [3] * 12
+    with pytest.raises(ValueError, match="distilled for 0 … 3"):
+        pipeline("three", 4.0)
+    # It was trained: its guidance is no longer that of its start, none.
+    weights = load_file(student / "unet" / WEIGHTS)
+    assert weights["guidance_embedding.linear_2.weight"].any()
+
+
+def test_data_and_optimization_are_the_teachers_unless_told_otherwise(teacher):
+    _, config = parse_args(["--teacher", str(teacher), "--learning_rate", "0.5"])
+    of_teacher = TrainConfig.load(teacher / "train_config.yaml")
+    assert (config.train_batch_size, config.max_train_steps) == (8, 4)
+    assert (config.resolution, config.learning_rate, of_teacher.learning_rate) == (8, 0.5, 1e-3)
+    assert config.output_dir == "cfg-model"  # not the teacher's
+
+
+def test_a_student_of_few_steps(student, tmp_path):
+    distill(student, tmp_path / "four", "--student_steps", "4", "--teacher_steps", "8")
+    index = json.loads((tmp_path / "four" / "model_index.json").read_text())
+    assert index["scheduler"] == ["diffusers", "DDIMScheduler"]
+    pipeline = CFGPipeline.from_pretrained(tmp_path / "four")
+    pipeline.set_progress_bar_config(disable=True)
+    timesteps = []
+    pipeline.unet.register_forward_pre_hook(lambda _, inputs: timesteps.append(inputs[1].item()))
+    pipeline("three", 1.5)
+    assert timesteps == [999, 749, 499, 249]
+
+    with pytest.raises(UserError, match="--teacher_steps 8: the teacher was itself made for 4"):
+        distill(tmp_path / "four", tmp_path / "two", "--student_steps", "2", "--teacher_steps", "8")
+    distill(tmp_path / "four", tmp_path / "two", "--student_steps", "2", "--teacher_steps", "4")
+    assert CFGPipeline.from_pretrained(tmp_path / "two").num_inference_steps == 2
+
+
+def test_the_times_of_a_step_student_are_those_it_samples_at(student, tmp_path, monkeypatch):
+    shown, forward = [], UNet2DCFGModel.forward
+
+    def spy_on_forward(self, z, t, class_labels, **kwargs):
+        if self.training:
+            shown.extend(t.tolist())
+        return forward(self, z, t, class_labels=class_labels, **kwargs)
+
+    monkeypatch.setattr(UNet2DCFGModel, "forward", spy_on_forward)
+    distill(student, tmp_path, "--student_steps", "4", "--teacher_steps", "4")
+    assert {round(t, 3) for t in shown} == {999, 749, 499, 249}
+
+
+def test_a_resumed_distillation_is_the_one_that_never_stopped(teacher, student, tmp_path):
+    flags = ["--max_guidance_scale", "3", "--resume_from_checkpoint", "checkpoint-2", "--output_dir", str(tmp_path)]
+    for name in ("checkpoint-2",):
+        (tmp_path / name).symlink_to(student / name)
+    distill(teacher, tmp_path, *flags)
+    assert_same_tensors(tmp_path / "unet" / WEIGHTS, student / "unet" / WEIGHTS)
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["--student_steps", "3"], "--student_steps must divide 1000.* but is 3"),
+        (["--student_steps", "8", "--teacher_steps", "12"], "--teacher_steps 12"),
+        (["--student_steps", "0"], "but is 0"),
+        (["--max_guidance_scale", "0"], "--max_guidance_scale must be a positive number, but is 0"),
+        (["--block_out_channels", "8"], "block_out_channels: the network is that of --pretrained_model_name_or_path"),
+        (["--learning_rat", "1"], None),
+    ],
+)
+def test_wrong_flags_are_named(teacher, argv, message):
+    with pytest.raises(UserError if message else SystemExit, match=message):
+        parse_args(["--teacher", str(teacher), *argv])
+
+
+def test_wrong_teachers_are_named(student, tmp_path):
+    with pytest.raises(UserError, match="guides in one pass already: give --student_steps"):
+        distill(student, tmp_path / "out")
+    with pytest.raises(UserError, match="--max_guidance_scale 4: leave it at the teacher's own, 3"):
+        distill(student, tmp_path / "out", "--student_steps", "4", "--max_guidance_scale", "4")
+    train(tmp_path / "plain", "--conditioning_dropout_prob", "0", "--max_train_steps", "1")
+    with pytest.raises(UserError, match="conditioning_dropout_prob = 0"):
+        distill(tmp_path / "plain", tmp_path / "out", "--conditioning_dropout_prob", "0.1")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_student_is_measured_within_its_range(student, tmp_path):
+    flags = ["--model", str(student), "--output_dir", str(tmp_path / "out"), "--num_samples", "20"]
+    with pytest.raises(UserError, match=r"--guidance_scales has \[4.0\], but .* was distilled for 0 … 3"):
+        evaluate_cfg(evaluate_args([*flags, "--guidance_scales", "0", "4"]))
+    assert not (tmp_path / "out").exists()
+
+
+def test_training_does_not_go_on_from_a_student(student, tmp_path):
+    with pytest.raises(UserError, match="was distilled to guide in one pass, and would forget that"):
+        train(tmp_path / "out", "--pretrained_model_name_or_path", str(student))
+
+
+@pytest.mark.slow
+def test_a_student_learns_its_teachers_guidance(tmp_path):
+    """It is far nearer to the guided teacher than the teacher without guidance is."""
+    train(tmp_path / "teacher", "--max_train_steps", "300", "--train_batch_size", "32", "--checkpointing_steps", "0")
+    distill(
+        tmp_path / "teacher", tmp_path / "student",
+        "--max_train_steps", "400", "--train_batch_size", "32", "--checkpointing_steps", "0",
+    )  # fmt: skip
+    images = {}
+    for name, folder, w in (("guided", "teacher", 2.0), ("student", "student", 2.0), ("plain", "teacher", 0.0)):
+        pipeline = CFGPipeline.from_pretrained(tmp_path / folder)
+        pipeline.set_progress_bar_config(disable=True)
+        noise = torch.randn(40, 1, 8, 8, generator=torch.Generator().manual_seed(0))
+        labels = torch.arange(40) % 10
+        images[name] = pipeline(labels, w, latents=noise, output_type="pt").images
+    of_student, of_plain = ((images["guided"] - images[name]).square().mean() for name in ("student", "plain"))
+    assert of_student < 0.3 * of_plain
