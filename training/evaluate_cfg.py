@@ -9,7 +9,6 @@ stopped goes on where it was.
 
 import json
 import math
-import shutil
 import sys
 from argparse import ArgumentDefaultsHelpFormatter, ArgumentParser, Namespace
 from dataclasses import fields
@@ -29,7 +28,6 @@ from sample import (
 
 PAPERS_SCALES = [0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 1.0, 2.0, 3.0, 4.0]
 DATA_FLAGS = ["dataset_name", "dataset_config_name", "dataset_split", "train_data_dir", "image_column", "label_column"]
-REPORT = ("metrics.json", "metrics.md", "curves.png", "grid.png")
 
 
 def parse_args(argv: list[str] | None = None) -> Namespace:
@@ -48,7 +46,7 @@ def parse_args(argv: list[str] | None = None) -> Namespace:
         help="small: a classifier that is trained on the data; inception (needs torch-fidelity); dinov2; or an image "
         "classifier of the Hub.",
     )  # fmt: skip
-    parser.add_argument("--output_dir", help="Where to write samples and figures; by default MODEL/evaluation.")
+    parser.add_argument("--output_dir", help="Where to write; by default MODEL/evaluation, for the model card to show.")
     parser.add_argument("--statistics_dir", default=STATISTICS_DIR, help="Where to keep the real images' statistics.")
     data = parser.add_argument_group("data", "By default the data that the model was trained on.")
     for field in fields(DataConfig):
@@ -76,8 +74,8 @@ def evaluate_cfg(args: Namespace) -> list[dict[str, Any]]:
         accelerator, dataset, id2label, args.feature_extractor, args.num_samples, Path(args.statistics_dir)
     )
 
-    in_model = Path(args.model) / "evaluation" if Path(args.model).is_dir() else None
-    output_dir = Path(args.output_dir or in_model or "evaluation")
+    in_model = Path(args.model) / "evaluation" if Path(args.model).is_dir() else "evaluation"
+    output_dir = Path(args.output_dir or in_model)  # the model card looks in the model
     class_labels = choose_class_labels(args, dataset.class_labels, pipeline.unet.num_classes)
     sets = {w: SampleSet(output_dir / "samples" / f"w={w:g}", args.num_samples) for w in args.guidance_scales}
     if accelerator.is_main_process:
@@ -91,10 +89,6 @@ def evaluate_cfg(args: Namespace) -> list[dict[str, Any]]:
         columns = [id2label[class_id] for class_id in class_labels[: min(pipeline.unet.num_classes, 10)].tolist()]
         rows = [samples.first_images(len(columns)) for samples in sets.values()]
         draw_grid(torch.stack(rows), [f"w = {w:g}" for w in sets], columns).save(output_dir / "grid.png")
-        if in_model is not None and output_dir.resolve() != in_model.resolve():
-            in_model.mkdir(exist_ok=True)
-            for file in REPORT:  # where the model card looks
-                shutil.copy(output_dir / file, in_model)
         print(f"\n{args.model}, evaluated on {data_name}\n\n{(output_dir / 'metrics.md').read_text(encoding='utf-8')}")
         print(f"The table, the figures behind it and pictures are in {output_dir}.")
     accelerator.end_training()

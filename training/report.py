@@ -61,20 +61,21 @@ def cell(row: dict[str, Any], metric: str, best: dict[str, float]) -> str:
     return f"{value} ± {error * (INTERVAL if metric in ('frechet_distance', 'class_accuracy') else 1):.{digits}f}"
 
 
-def caption(record: dict[str, Any]) -> str:
+def caption(record: dict[str, Any], sampling: str | None = None) -> str:
+    """What figures were measured with; `sampling` says how the images were drawn where the record has several ways."""
     extractor = record["feature_extractor"]
     accuracy = extractor["accuracy"]
     right = f", itself right on {accuracy:.1%} of held-out images" if accuracy is not None else ""
     guidance = "".join(f"; {name} {value}" for name, value in record["guidance"].items() if value)
+    sampling = sampling or f"{record['num_inference_steps']} steps of {record['scheduler']}"
     return (
         f"{record['num_samples']} samples for each w ({record['class_labels']} labels, seed {record['seed']}), "
-        f"{record['num_inference_steps']} steps of {record['scheduler']}{guidance}; evaluations are the network's, for "
-        f"an image. Features: {extractor['name']} ({extractor['num_features']} features; resize: "
-        f"{extractor['resize']}{right}), against {record['num_real']} real images; precision, recall, density, "
-        f"coverage and kernel distance: {record['num_neighbours']} of each. Last row: {record['num_held_out']} real "
-        "images, as if they were samples, against the others. ± is a 95 % interval for the Fréchet distance and the "
-        "accuracy (jackknife over ten blocks), the standard deviation over ten splits for the score, and over subsets "
-        "for the kernel distance."
+        f"{sampling}{guidance}; evaluations are the network's, for an image. Features: {extractor['name']} "
+        f"({extractor['num_features']} features; resize: {extractor['resize']}{right}), against {record['num_real']} "
+        f"real images; precision, recall, density, coverage and kernel distance: {record['num_neighbours']} of each. "
+        f"Last row: {record['num_held_out']} real images, as if they were samples, against the others. ± is a 95 % "
+        "interval for the Fréchet distance and the accuracy (jackknife over ten blocks), the standard deviation over "
+        "ten splits for the score, and over subsets for the kernel distance."
     )
 
 

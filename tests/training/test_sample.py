@@ -7,8 +7,11 @@ import pytest
 import sample
 from config import UserError
 from conftest import make_pipeline, make_unet
+from diffusers import DDIMScheduler
 from PIL import Image
 from sample import parse_args
+
+from diffusers_cfg import LogSNRScheduler
 
 
 @pytest.fixture(autouse=True)
@@ -60,6 +63,17 @@ def test_images_do_not_depend_on_how_many_there_are(model):
     for path in few.rglob("*.png"):
         a, b = (np.asarray(Image.open(f), dtype=int) for f in (path, many / path.relative_to(few)))
         assert np.abs(a - b).max() <= 1
+
+
+def test_the_papers_sampler_by_its_name(model, tmp_path):
+    """Also for a model that was saved with another."""
+    own = draw(model)
+    make_pipeline(scheduler=DDIMScheduler.from_config(LogSNRScheduler().config)).save_pretrained(
+        tmp_path / "a" / "ddim"
+    )
+    named = draw(tmp_path / "a" / "ddim", "--scheduler", "LogSNRScheduler")
+    for path in own.rglob("*.png"):
+        assert (named / path.relative_to(own)).read_bytes() == path.read_bytes()
 
 
 def test_an_npz_as_adm_has_it(model):

@@ -1,0 +1,217 @@
+"""The comparison of samplers: what is refused before anything is drawn, what is gathered, and which is the cheapest."""
+
+import json
+import os
+from argparse import Namespace
+from pathlib import Path
+
+import ablate_samplers
+import evaluation
+import feature_extractors
+import pytest
+from config import UserError
+from conftest import make_pipeline
+from evaluate_cfg import evaluate_cfg
+from evaluate_cfg import parse_args as parse_evaluation_args
+from report import write_report
+from test_train import train
+
+EXTRACTOR = {"name": "small-1", "resize": "none", "num_features": 64, "accuracy": 0.99}
+FLOOR = {"frechet_distance": 0.02, "class_accuracy": 0.99}
+# Fréchet distances at w = 0.2 and 0.3, by sampler, steps and whether guidance has an interval
+DISTANCES = {
+    ("LogSNRScheduler", 4, False): (0.5, 0.6),
+    ("LogSNRScheduler", 8, False): (0.2, 0.1),
+    ("LogSNRScheduler", 8, True): (0.01, 0.02),
+    ("DDIMScheduler", 2, False): (0.104, 0.3),
+    ("DDIMScheduler", 4, False): (0.3, 0.09),
+    ("DDIMScheduler", 4, True): (0.11, 0.0106),
+}
+
+
+def save_model(folder: Path) -> str:
+    make_pipeline().save_pretrained(folder)
+    return str(folder)
+
+
+def pretend_to_evaluate(run: Namespace) -> None:
+    """Leave what evaluate_cfg.py leaves, of made-up distances; a student's are a tenth of them."""
+    distances = DISTANCES[run.scheduler, run.num_inference_steps, run.guidance_interval is not None]
+    factor = 0.1 if Path(run.model).name == "student" else 1.0
+    results = [
+        {
+            "guidance_scale": w,
+            "network_evaluations": (1.5 if run.guidance_interval else 2.0) * run.num_inference_steps,
+            "frechet_distance": factor * distance,
+            "frechet_distance_error": 0.001,
+            "class_accuracy": 0.9 + w / 10,
+            "class_accuracy_error": 0.01,
+        }
+        for w, distance in zip(run.guidance_scales, distances, strict=True)
+    ]
+    record = {"dataset": "made up", "num_samples": run.num_samples, "num_real": 100, "num_neighbours": 50}
+    record |= {"num_held_out": 50, "feature_extractor": EXTRACTOR, "floor": {**FLOOR}, "class_labels": "balanced"}
+    record |= {"num_inference_steps": run.num_inference_steps, "seed": 0, "scheduler": run.scheduler}
+    guidance = {"interval": run.guidance_interval, "rescale": 0.0, "guider": None, "guide": None}
+    if Path(run.model).name == "elsewhere":
+        record["dataset"] = "other data"
+    Path(run.output_dir).mkdir(parents=True)
+    write_report(Path(run.output_dir), {**record, "guidance": guidance, "results": results}, "small")
+
+
+def ablate(tmp_path: Path, *argv: str, models: tuple[str, ...] = ("teacher",)) -> str:
+    folders = [save_model(tmp_path / name) for name in models]
+    flags = ["--model", *folders, "--output_dir", str(tmp_path / "out"), *argv]
+    return ablate_samplers.ablate_samplers(*ablate_samplers.parse_args(flags))
+
+
+@pytest.fixture
+def made_up(monkeypatch):
+    monkeypatch.setattr(ablate_samplers, "evaluate_cfg", pretend_to_evaluate)
+
+
+SAMPLERS = ["--samplers", "LogSNRScheduler:4,8", "DDIMScheduler:2,4"]
+
+
+def test_each_sampler_has_its_best_w(tmp_path, made_up):
+    table = ablate(tmp_path, *SAMPLERS, "--num_samples", "300")
+    assert table == (tmp_path / "out" / "table.md").read_text()
+    assert table.splitlines()[:7] == [
+        "| sampler | steps | interval | evaluations | w | Fréchet distance | class accuracy |",
+        "| --- | --- | --- | --- | --- | --- | --- |",
+        "| LogSNRScheduler | 4 |  | 8 | 0.2 | 0.500 ± 0.002 | 0.920 ± 0.020 |",
+        "| LogSNRScheduler | 8 |  | 16 | 0.3 | 0.100 ± 0.002 | 0.930 ± 0.020 |",
+        "| DDIMScheduler | 2 |  | 4 | 0.2 | 0.104 ± 0.002 | 0.920 ± 0.020 |",
+        "| DDIMScheduler | 4 |  | 8 | 0.3 | **0.090** ± 0.002 | 0.930 ± 0.020 |",
+        "| real |  |  |  |  | 0.020 | 0.990 |",
+    ]
+    assert "300 samples for each w (balanced labels, seed 0), each sampler at its best w of 0.2, 0.3;" in table
+    assert table.endswith(
+        "Cheapest within 5% of the best distance, 0.090: DDIMScheduler, 4 steps, 8 evaluations (0.090). Cheapest "
+        "within 5% of the paper's sampler, 0.100 for 16 evaluations: DDIMScheduler, 2 steps, 4 evaluations (0.104), "
+        "25.0% of them.\n"
+    )
+    rows = json.loads((tmp_path / "out" / "samplers.json").read_text())["rows"]
+    assert [(row["model"], row["scheduler"], row["num_inference_steps"], row["guidance_scale"]) for row in rows] == [
+        ("teacher", "LogSNRScheduler", 4, 0.2),
+        ("teacher", "LogSNRScheduler", 8, 0.3),
+        ("teacher", "DDIMScheduler", 2, 0.2),
+        ("teacher", "DDIMScheduler", 4, 0.3),
+    ]
+    assert (tmp_path / "out" / "curves.png").is_file()
+
+
+def test_with_and_without_an_interval(tmp_path, made_up):
+    """Each is a row of its own, and the paper's sampler is the one without."""
+    samplers = ["--samplers", "LogSNRScheduler:8", "DDIMScheduler:4"]
+    table = ablate(tmp_path, *samplers, "--guidance_interval", "0.2", "5")
+    assert "| LogSNRScheduler | 8 | 0.2 … 5 | 12 | 0.2 | **0.010** ± 0.002 |" in table
+    assert "| DDIMScheduler | 4 | 0.2 … 5 | 6 | 0.3 | 0.011 ± 0.002 |" in table
+    assert "best distance, 0.010: LogSNRScheduler, 8 steps, interval 0.2 … 5, 12 evaluations (0.010)." in table
+    assert "the paper's sampler, 0.100 for 16 evaluations: DDIMScheduler, 4 steps, interval 0.2 … 5, 6 eval" in table
+    assert "interval (" not in table
+
+
+def test_a_student_beside_its_teacher(tmp_path, made_up):
+    table = ablate(tmp_path, *SAMPLERS, models=("teacher", "student"))
+    assert "| LogSNRScheduler of teacher | 8 |  | 16 | 0.3 | 0.100 ± 0.002 |" in table
+    assert "| LogSNRScheduler of student | 8 |  | 16 | 0.3 | 0.010 ± 0.002 |" in table
+    assert "best distance, 0.009: DDIMScheduler of student, 4 steps, 8 evaluations (0.009)" in table
+    assert "paper's sampler, 0.100 for 16 evaluations: DDIMScheduler of student, 2 steps, 4 eval" in table
+
+
+def test_without_the_papers_sampler(tmp_path, made_up):
+    table = ablate(tmp_path, "--samplers", "DDIMScheduler:2,4")
+    assert "paper's" not in table
+    assert table.endswith("best distance, 0.090: DDIMScheduler, 4 steps, 8 evaluations (0.090).\n")
+
+
+@pytest.mark.parametrize(
+    ("rows", "expected"),
+    [
+        ([(2, 1.06), (4, 1.05), (8, 1.0)], 4),  # the bound itself is within
+        ([(2, 1.06), (4, 1.06), (8, 1.0)], 8),
+        ([(8, 1.0)], 8),
+    ],
+)
+def test_the_cheapest(rows, expected):
+    rows = [{"network_evaluations": evaluations, "frechet_distance": distance} for evaluations, distance in rows]
+    assert ablate_samplers.cheapest(rows, 1.0)["network_evaluations"] == expected
+
+
+def test_of_two_that_cost_the_same_the_nearer_is_taken():
+    rows = [{"network_evaluations": 4, "frechet_distance": distance} for distance in (1.04, 1.02, 1.03)]
+    assert ablate_samplers.cheapest(rows, 1.0)["frechet_distance"] == 1.02
+
+
+def test_models_of_different_data_are_not_compared(tmp_path, made_up):
+    with pytest.raises(UserError, match="teacher was measured against made up and .*elsewhere against other data"):
+        ablate(tmp_path, "--samplers", "DDIMScheduler:2", models=("teacher", "elsewhere"))
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["--samplers", "DDIMScheduler:2", "Nonsense:4"], "Nonsense cannot sample this model.*LogSNRScheduler"),
+        (["--samplers", "DDIMScheduler:2,3"], "DDIMScheduler cannot take 3 steps"),
+        (["--samplers", "DDIMScheduler:2,0"], "num_inference_steps must be a positive integer, but is 0"),
+        (["--samplers", "DDIMScheduler"], "--samplers DDIMScheduler must be a class and its numbers of steps"),
+        (["--samplers", "DDIMScheduler:2,many"], "--samplers DDIMScheduler:2,many must be"),
+        (["--guidance_interval", "5", "0.2"], r"0 ≤ σ_lo < σ_hi, but is \(5.0, 0.2\)"),
+        (["--samplers", "DDIMScheduler:2", "--guidance_interval", "0.3", "0.4"], "None of the 2 steps lies in"),
+        (["--scheduler", "DDIMScheduler"], "--scheduler is not a flag of this script"),
+        (["--num_inference_steps=5"], "--num_inference_steps=5 is not a flag of this script"),
+    ],
+)
+def test_what_cannot_be_is_refused_before_anything_is_drawn(tmp_path, monkeypatch, argv, message):
+    def never(_):
+        raise AssertionError("evaluated")
+
+    monkeypatch.setattr(ablate_samplers, "evaluate_cfg", never)
+    with pytest.raises(UserError, match=message):
+        ablate(tmp_path, *argv)
+    assert not (tmp_path / "out").exists()
+
+
+def test_two_models_of_one_name(tmp_path):
+    with pytest.raises(UserError, match="two have the same name"):
+        ablate(tmp_path, models=("a/model", "b/model"))
+
+
+@pytest.mark.slow
+def test_a_small_comparison(tmp_path, monkeypatch):
+    monkeypatch.setattr(feature_extractors.train_classifier, "__defaults__", (30, 64))
+    monkeypatch.setattr(evaluation, "STATISTICS_DIR", tmp_path / "statistics")
+    model, out = tmp_path / "model", tmp_path / "out"
+    train(model, "--conditioning_dropout_prob", "0.2")
+    argv = ["--model", str(model), "--output_dir", str(out), "--samplers", "LogSNRScheduler:3", "DDIMScheduler:2"]
+    argv += [
+        "--guidance_interval",
+        "0.001",
+        "5",
+        "--num_samples",
+        "20",
+        "--statistics_dir",
+        str(tmp_path / "statistics"),
+    ]
+    table = ablate_samplers.ablate_samplers(*ablate_samplers.parse_args(argv))
+    folders = {path.name for path in (out / "model").iterdir()}
+    samplers = ("LogSNRScheduler-3", "DDIMScheduler-2")
+    assert folders == {name + interval for name in samplers for interval in ("", "-interval=0.001,5")}
+    rows = json.loads((out / "samplers.json").read_text())["rows"]
+    # σ/α is 22026, 1 and 0.00005 at the three steps, and one of them is guided
+    assert [row["network_evaluations"] for row in rows[:3]] == [6, 4, 4]
+    assert table == (out / "table.md").read_text()
+    assert not (model / "evaluation").exists()
+
+    # The paper's sampler is the model's own
+    flags = ["--num_inference_steps", "3", "--guidance_scales", "0.2", "0.3", "--output_dir", str(tmp_path / "own")]
+    own = evaluate_cfg(parse_evaluation_args([*argv[:2], *argv[-4:], *flags]))
+    assert rows[0]["frechet_distance"] == min(row["frechet_distance"] for row in own)
+
+    # What is there is not drawn again
+    shards = sorted(out.rglob("shard-*.npz"))
+    times = [os.stat(shard).st_mtime_ns for shard in shards]
+    shards[0].unlink()
+    assert ablate_samplers.ablate_samplers(*ablate_samplers.parse_args(argv)) == table
+    assert [os.stat(shard).st_mtime_ns for shard in shards][1:] == times[1:]
