@@ -144,6 +144,12 @@ def test_of_two_that_cost_the_same_the_nearer_is_taken():
     assert ablate_samplers.cheapest(rows, 1.0)["frechet_distance"] == 1.02
 
 
+def test_the_papers_sampler_is_guided_at_all_steps():
+    row = {"scheduler": "LogSNRScheduler", "num_inference_steps": 256}
+    rows = [{**row, "guidance_interval": interval} for interval in ([0.2, 5.0], None)]
+    assert ablate_samplers.papers_row(rows) == rows[1]
+
+
 def test_models_of_different_data_are_not_compared(tmp_path, made_up):
     with pytest.raises(UserError, match="teacher was measured against made up and .*elsewhere against other data"):
         ablate(tmp_path, "--samplers", "DDIMScheduler:2", models=("teacher", "elsewhere"))
