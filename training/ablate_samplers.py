@@ -53,7 +53,7 @@ def parse_args(argv: list[str] | None = None) -> tuple[Namespace, list[str]]:
         "--guidance_interval", type=float, nargs=2, help="Measure each also with guidance where σ_lo < σ/α ≤ σ_hi only."
     )
     parser.add_argument(
-        "--guidance_scales", type=float, nargs="+", default=[0.2, 0.3], help="The paper's w; each has its best of them."
+        "--guidance_scales", type=float, nargs="+", default=[0.1, 0.2, 0.3], help="The paper's w; the best counts."
     )
     return parser.parse_known_args(argv)
 

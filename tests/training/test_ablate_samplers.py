@@ -61,7 +61,7 @@ def pretend_to_evaluate(run: Namespace) -> None:
 
 def ablate(tmp_path: Path, *argv: str, models: tuple[str, ...] = ("teacher",)) -> str:
     folders = [save_model(tmp_path / name) for name in models]
-    flags = ["--model", *folders, "--output_dir", str(tmp_path / "out"), *argv]
+    flags = ["--model", *folders, "--output_dir", str(tmp_path / "out"), "--guidance_scales", "0.2", "0.3", *argv]
     return ablate_samplers.ablate_samplers(*ablate_samplers.parse_args(flags))
 
 
@@ -211,7 +211,8 @@ def test_a_small_comparison(tmp_path, monkeypatch):
     assert not (model / "evaluation").exists()
 
     # The paper's sampler is the model's own
-    flags = ["--num_inference_steps", "3", "--guidance_scales", "0.2", "0.3", "--output_dir", str(tmp_path / "own")]
+    flags = ["--num_inference_steps", "3", "--guidance_scales", "0.1", "0.2", "0.3"]
+    flags += ["--output_dir", str(tmp_path / "own")]
     own = evaluate_cfg(parse_evaluation_args([*argv[:2], *argv[-4:], *flags]))
     assert rows[0]["frechet_distance"] == min(row["frechet_distance"] for row in own)
 
