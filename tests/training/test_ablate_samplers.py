@@ -191,15 +191,8 @@ def test_a_small_comparison(tmp_path, monkeypatch):
     model, out = tmp_path / "model", tmp_path / "out"
     train(model, "--conditioning_dropout_prob", "0.2")
     argv = ["--model", str(model), "--output_dir", str(out), "--samplers", "LogSNRScheduler:3", "DDIMScheduler:2"]
-    argv += [
-        "--guidance_interval",
-        "0.001",
-        "5",
-        "--num_samples",
-        "20",
-        "--statistics_dir",
-        str(tmp_path / "statistics"),
-    ]
+    same = ["--num_samples", "20", "--statistics_dir", str(tmp_path / "statistics")]
+    argv += ["--guidance_interval", "0.001", "5", *same]
     table = ablate_samplers.ablate_samplers(*ablate_samplers.parse_args(argv))
     folders = {path.name for path in (out / "model").iterdir()}
     samplers = ("LogSNRScheduler-3", "DDIMScheduler-2")
@@ -213,7 +206,7 @@ def test_a_small_comparison(tmp_path, monkeypatch):
     # The paper's sampler is the model's own
     flags = ["--num_inference_steps", "3", "--guidance_scales", "0.1", "0.2", "0.3"]
     flags += ["--output_dir", str(tmp_path / "own")]
-    own = evaluate_cfg(parse_evaluation_args([*argv[:2], *argv[-4:], *flags]))
+    own = evaluate_cfg(parse_evaluation_args([*argv[:2], *same, *flags]))
     assert rows[0]["frechet_distance"] == min(row["frechet_distance"] for row in own)
 
     # What is there is not drawn again
