@@ -229,28 +229,34 @@ def draw_curves(record: dict[str, Any], path: Path) -> None:
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
+    from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
     from report import INTERVAL
 
     lines: dict[tuple[str, str], list[dict[str, Any]]] = {}
     for row in sorted(record["rows"], key=lambda row: row["network_evaluations"]):
         lines.setdefault((label(row, record["rows"]), interval(row)), []).append(row)
     samplers = sorted({sampler for sampler, _ in lines})
-    figure, axis = plt.subplots(figsize=(8, 4.5), layout="constrained")
+    figure, axis = plt.subplots(figsize=(9, 4), layout="constrained")
     for (sampler, guided), line in sorted(lines.items()):
+        color = f"C{samplers.index(sampler)}"
         axis.errorbar(
             [row["network_evaluations"] for row in line],
             [row["frechet_distance"] for row in line],
             [INTERVAL * row.get("frechet_distance_error", 0.0) for row in line],
-            color=f"C{samplers.index(sampler)}",
             fmt="s--" if guided else "o-",
-            label=f"{sampler}, guided in {guided}" if guided else sampler,
-            capsize=2,
-            elinewidth=0.6,
+            color=color,
+            markerfacecolor="white" if guided else color,
+            ecolor=(color, 0.35),
+            label=f"{sampler},\nguided in {guided} only" if guided else sampler,
         )
     axis.axhline(record["floor"]["frechet_distance"], color="grey", linestyle=":", label="real images")
     axis.set(xscale="log", yscale="log", xlabel="network evaluations for an image")
     axis.set_ylabel(record["metric_names"]["frechet_distance"])
-    axis.legend(fontsize=8)
+    for ticks, digits in ((axis.xaxis, (1, 2, 5)), (axis.yaxis, range(1, 10))):
+        ticks.set_major_locator(LogLocator(subs=digits))
+        ticks.set_major_formatter(StrMethodFormatter("{x:g}"))
+        ticks.set_minor_formatter(NullFormatter())
+    figure.legend(loc="outside right upper", fontsize=8)
     figure.savefig(path, dpi=100)
     plt.close(figure)
 
