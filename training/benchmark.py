@@ -2,6 +2,9 @@
 
 python training/benchmark.py
 python training/benchmark.py --config training/configs/mnist.yaml --output benchmark.json
+python training/benchmark.py --model cfg-model --guidance_interval 0.2 5
+
+With --model also its quality over the network's evaluations, as ablate_samplers.py measures it; hours on a CPU.
 """
 
 import io
@@ -35,6 +38,10 @@ def parse_args(argv: list[str] | None = None) -> tuple[Namespace, TrainConfig]:
     parser.add_argument("--training_steps", type=int, default=30, help="Training steps that are timed at a time.")
     parser.add_argument("--repeats", type=int, default=5, help="How often each side has its turn.")
     parser.add_argument("--output", help="A JSON file for the figures.")
+    parser.add_argument("--model", help="Measure the quality of this model too, into its folder `samplers`.")
+    parser.add_argument(
+        "--guidance_interval", type=float, nargs=2, help="… also with guidance where σ_lo < σ/α ≤ σ_hi only."
+    )
     args, rest = parser.parse_known_args(argv)
     return args, parse_config(rest)
 
@@ -60,6 +67,8 @@ def benchmark(args: Namespace, config: TrainConfig) -> dict[str, Any]:
         "starting": starting(args),
     }
     print(tables(record))
+    if args.model is not None:
+        record["quality"] = quality(args)
     return record
 
 
@@ -455,6 +464,21 @@ def fresh_process(argv: list[str], peak_bytes: list[int]) -> float:
         raise RuntimeError(f"python {' '.join(argv)} failed.")
     peak_bytes.append(usage.ru_maxrss * 1024)
     return seconds
+
+
+# ----- quality -----
+
+
+def quality(args: Namespace) -> dict[str, Any]:
+    """What a model's samples are like, by sampler and number of steps."""
+    from ablate_samplers import ablate_samplers
+    from ablate_samplers import parse_args as parse_samplers
+
+    folder = Path(args.model) / "samplers"
+    interval = ["--guidance_interval", *map(str, args.guidance_interval)] if args.guidance_interval else []
+    table = ablate_samplers(*parse_samplers(["--model", args.model, "--output_dir", str(folder), *interval]))
+    print(f"\nQuality\n\n{table}")
+    return json.loads((folder / "samplers.json").read_text(encoding="utf-8"))
 
 
 # ----- the report -----

@@ -1,7 +1,9 @@
 """The benchmark measures both sides, of the same images."""
 
 import json
+from pathlib import Path
 
+import ablate_samplers
 import benchmark
 import pytest
 from benchmark import Stopwatch, Turns, parse_args, take_turns
@@ -36,6 +38,18 @@ def test_a_stopwatch_counts_what_is_spent_in_a_method(monkeypatch):
             Sleeper().sleep(True)
     assert watch.seconds == 2.75
     assert Sleeper.sleep is original
+
+
+def test_quality_is_measured_by_the_other_script(tmp_path, monkeypatch, capsys):
+    def measure(args, argv):
+        Path(args.output_dir).mkdir()
+        (Path(args.output_dir) / "samplers.json").write_text('{"rows": [1]}')
+        return f"{args.model} {args.guidance_interval} {argv}"
+
+    monkeypatch.setattr(ablate_samplers, "ablate_samplers", measure)
+    args, _ = parse_args([*TINY, "--model", str(tmp_path), "--guidance_interval", "0.2", "5"])
+    assert benchmark.quality(args) == {"rows": [1]}
+    assert f"[{str(tmp_path)!r}] [0.2, 5.0] []" in capsys.readouterr().out
 
 
 @pytest.mark.slow
