@@ -55,7 +55,8 @@ def benchmark(args: Namespace, config: TrainConfig) -> dict[str, Any]:
     config.report_to = "none"
     accelerator = make_accelerator(config)
     device = accelerator.device
-    pipeline = build_pipeline(config, load_labelled_images(config)).to(device)
+    images = load_labelled_images(config)
+    pipeline = build_pipeline(config, images).to(device)
     pipeline.set_progress_bar_config(disable=True)
     on_gpu = device.type == "cuda"
     record = {
@@ -63,7 +64,7 @@ def benchmark(args: Namespace, config: TrainConfig) -> dict[str, Any]:
         "versions": {"python": platform.python_version(), "torch": torch.__version__},
         "parameters": pipeline.unet.num_parameters(),
         "sampling": sampling(args, pipeline),
-        "training": training(args, config),
+        "training": training(args, config, images, accelerator),
         "starting": starting(args),
     }
     print(tables(record))
@@ -168,16 +169,14 @@ class Stopwatch:
         setattr(self.owner, self.method, self.function)
 
 
-class OptimizerWatch:
-    """Inside, adds up the seconds in steps of optimizers."""
+class Watched:
+    """Inside, adds up the seconds between two of torch's hooks: those of a network's evaluations, or of steps."""
 
-    def __init__(self):
-        self.seconds = 0.0
+    def __init__(self, register_before: Callable, register_after: Callable):
+        self.register_before, self.register_after, self.seconds = register_before, register_after, 0.0
 
-    def __enter__(self) -> "OptimizerWatch":
-        from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
-
-        self.hooks = [register_optimizer_step_pre_hook(self._before), register_optimizer_step_post_hook(self._after)]
+    def __enter__(self) -> "Watched":
+        self.hooks = [self.register_before(self._before), self.register_after(self._after)]
         return self
 
     def _before(self, *_: object) -> None:
@@ -191,29 +190,16 @@ class OptimizerWatch:
             hook.remove()
 
 
-class Watched:
-    """Inside, counts the samples that a network is evaluated on, and the seconds that it takes."""
+class WatchedNetwork(Watched):
+    """Counts also the samples that the network is evaluated on."""
 
     def __init__(self, network):
-        self.network, self.samples, self.seconds = network, 0, 0.0
-
-    def __enter__(self) -> "Watched":
-        self.hooks = [
-            self.network.register_forward_pre_hook(self._before),
-            self.network.register_forward_hook(self._after),
-        ]
-        return self
+        super().__init__(network.register_forward_pre_hook, network.register_forward_hook)
+        self.samples = 0
 
     def _before(self, _network, inputs: tuple) -> None:
         self.samples += len(inputs[0])
-        self.then = now()
-
-    def _after(self, *_: object) -> None:
-        self.seconds += now() - self.then
-
-    def __exit__(self, *_: object) -> None:
-        for hook in self.hooks:
-            hook.remove()
+        super()._before()
 
 
 def now() -> float:
@@ -264,7 +250,7 @@ def sampling(args: Namespace, pipeline) -> list[dict[str, Any]]:
             row = {"batch_size": batch_size, "w": w, "distilled": drawn_by is one_pass}
             row["seconds"] = take_turns(timed(ours), timed(peer), args.repeats).summary()
             for name, side, network in (("ours", ours, drawn_by.unet), ("peer", peer, stock)):
-                with PeakMemory() as memory, Watched(network) as watched:
+                with PeakMemory() as memory, WatchedNetwork(network) as watched:
                     total = timed(side)()
                 row[name] = {
                     "evaluations": watched.samples / batch_size,
@@ -296,13 +282,11 @@ def hand_written_loop(unet, scheduler, class_labels, w: float, num_inference_ste
 # ----- training -----
 
 
-def training(args: Namespace, config: TrainConfig) -> dict[str, Any]:
+def training(args: Namespace, config: TrainConfig, images, accelerator) -> dict[str, Any]:
     """
     Images per second of train_cfg.py beside the steps of diffusers' train_unconditional.py, given labels; and what part
     of a step goes to what.
     """
-    from data import load_labelled_images
-    from loop import make_accelerator
     from train_cfg import train_cfg
 
     config.max_train_steps = config.checkpointing_steps = args.training_steps
@@ -316,8 +300,7 @@ def training(args: Namespace, config: TrainConfig) -> dict[str, Any]:
             state = Path(folder) / f"checkpoint-{args.training_steps}" / "state.json"
             return json.loads(state.read_text(encoding="utf-8"))["seconds"]
 
-    images = load_labelled_images(config)
-    peer = UnconditionalTraining(config, images, make_accelerator(config))
+    peer = UnconditionalTraining(config, images, accelerator)
     turns = take_turns(ours, lambda: peer.run(args.training_steps), args.repeats)
     images_timed = args.training_steps * config.train_batch_size
     rates = {name: images_timed / seconds for name, seconds in turns.summary().items() if name != "ratio"}
@@ -331,11 +314,12 @@ def training(args: Namespace, config: TrainConfig) -> dict[str, Any]:
 def shares(side: Callable[[], float]) -> dict[str, float]:
     """What parts of a side's seconds are spent on what."""
     from diffusers.training_utils import EMAModel
+    from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
     from torch.utils.data.dataloader import _BaseDataLoaderIter
 
     with (
         Stopwatch(_BaseDataLoaderIter, "__next__") as data,
-        OptimizerWatch() as optimizer,
+        Watched(register_optimizer_step_pre_hook, register_optimizer_step_post_hook) as optimizer,
         Stopwatch(EMAModel, "step") as average,
     ):
         seconds = side()

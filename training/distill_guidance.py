@@ -64,10 +64,10 @@ def distill_guidance(args: Namespace, config: TrainConfig, preemption: Preemptio
     from conditioning import drop_class_labels
     from diffusers import DDIMScheduler
     from distillation import few_step_target
-    from model import NUM_INFERENCE_STEPS, SOLVER, load_pipeline, noise_process
+    from model import load_pipeline, new_pipeline, noise_process
     from objectives import squared_error
 
-    from diffusers_cfg import CFGPipeline, UNet2DCFGModel
+    from diffusers_cfg import UNet2DCFGModel
 
     def prepare(images):
         teacher = load_pipeline(config, images)
@@ -79,15 +79,8 @@ def distill_guidance(args: Namespace, config: TrainConfig, preemption: Preemptio
         torch.manual_seed(config.seed)
         unet = UNet2DCFGModel.from_config(teacher.unet.config, max_guidance_scale=largest)
         unet.load_state_dict(teacher.unet.state_dict(), strict=False)  # a teacher without w has no embedding of it
-        solver, steps = (DDIMScheduler, args.student_steps) if args.student_steps else (SOLVER, NUM_INFERENCE_STEPS)
-        student = CFGPipeline(
-            unet,
-            noise_process(teacher).solver(solver),
-            teacher.vae,
-            teacher.id2label,
-            config.conditioning_dropout_prob,
-            num_inference_steps=steps,
-        )
+        sampler = (DDIMScheduler, args.student_steps) if args.student_steps else ()
+        student = new_pipeline(config, unet, noise_process(teacher), teacher.vae, teacher.id2label, *sampler)
         return student, distillation(teacher, largest)
 
     def distillation(teacher, largest):
@@ -107,15 +100,14 @@ def distill_guidance(args: Namespace, config: TrainConfig, preemption: Preemptio
                 scales = w.view(-1, 1, 1, 1)
                 return teacher.guide(*teacher.predictions(z, t, c, null, scales), scales)
 
-            if args.student_steps is None:
-                t = scheduler.timestep(draws.u)
-                z = scheduler.add_noise(x, draws.noise, t)
+            u, steps = draws.u, args.student_steps
+            if steps is not None:  # the start of one of the student's steps
+                u = ((u * steps).floor().clamp(max=steps - 1) + 1) / steps
+            t = scheduler.timestep(u)
+            z = scheduler.add_noise(x, draws.noise, t)
+            if steps is None:
                 target = guided(z, t)
-            else:  # at the start of one of the student's steps
-                steps = args.student_steps
-                u = ((draws.u * steps).floor().clamp(max=steps - 1) + 1) / steps
-                t = scheduler.timestep(u)
-                z = scheduler.add_noise(x, draws.noise, t)
+            else:
                 target = few_step_target(scheduler, guided, z, u, u - 1 / steps, args.teacher_steps // steps)
             return squared_error(unet(z, t, class_labels=c, guidance_scale=w).sample, target)
 

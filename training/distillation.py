@@ -37,7 +37,7 @@ def few_step_target(
 def ddim_step(scheduler, pred: torch.Tensor, z: torch.Tensor, u: torch.Tensor, next_u: torch.Tensor) -> torch.Tensor:
     """z at next_u, along the prediction at u: α'x̃ + σ'(z - αx̃)/σ (Song et al. 2021, arXiv 2010.02502, η = 0)."""
     (alpha, sigma), (next_alpha, next_sigma) = (alpha_sigma(scheduler, level, z) for level in (u, next_u))
-    x = scheduler.predict_original_sample(pred, z, 2 * (alpha.log() - sigma.log()))
+    x = scheduler.predict_original_sample(pred, z, scheduler.log_snr(u).view_as(alpha))
     return next_alpha * x + next_sigma * (z - alpha * x) / sigma
 
 

@@ -74,8 +74,8 @@ def evaluate_cfg(args: Namespace) -> list[dict[str, Any]]:
         accelerator, dataset, id2label, args.feature_extractor, args.num_samples, Path(args.statistics_dir)
     )
 
-    in_model = Path(args.model) / "evaluation" if Path(args.model).is_dir() else "evaluation"
-    output_dir = Path(args.output_dir or in_model)  # the model card looks in the model
+    model_dir = Path(args.model) if Path(args.model).is_dir() else Path()
+    output_dir = Path(args.output_dir or model_dir / "evaluation")  # where the model card looks
     class_labels = choose_class_labels(args, dataset.class_labels, pipeline.unet.num_classes)
     sets = {w: SampleSet(output_dir / "samples" / f"w={w:g}", args.num_samples) for w in args.guidance_scales}
     if accelerator.is_main_process:

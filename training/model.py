@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from config import ModelConfig, TrainConfig, UserError
 from data import LabelledImages
-from diffusers import AutoencoderKL, DPMSolverMultistepScheduler
+from diffusers import AutoencoderKL, DPMSolverMultistepScheduler, SchedulerMixin
 
 from diffusers_cfg import CFGPipeline, LogSNRScheduler, UNet2DCFGModel
 
@@ -47,14 +47,16 @@ def new_pipeline(
     scheduler: LogSNRScheduler,
     vae: AutoencoderKL | None,
     id2label: dict[int, str],
+    solver: type[SchedulerMixin] = SOLVER,
+    num_inference_steps: int = NUM_INFERENCE_STEPS,
 ) -> CFGPipeline:
     return CFGPipeline(
         unet,
-        scheduler.solver(SOLVER),
+        scheduler.solver(solver),
         vae,
         id2label,
         config.conditioning_dropout_prob,
-        num_inference_steps=NUM_INFERENCE_STEPS,
+        num_inference_steps=num_inference_steps,
     )
 
 
