@@ -1,7 +1,8 @@
-"""Latents that are encoded once: what an autoencoder says of each image of a data set, kept on disk."""
+"""Latents that are encoded once: an autoencoder's posterior of each image of a data set, kept on disk."""
 
 import json
 import logging
+import math
 import shutil
 from collections.abc import Iterator
 from itertools import chain, islice
@@ -10,20 +11,28 @@ from typing import NamedTuple
 
 import torch
 from accelerate import Accelerator
-from config import LATENTS_DIR, TrainConfig, UserError
-from data import CachedImages, check_unreadable, fingerprint, keep_batch, warn_of_unreadable
 from diffusers import AutoencoderKL
-from feature_extractors import digest, write_safetensors
-from model import sample_size
-from randomness import seed_of
 from safetensors import SafetensorError, safe_open
 from torch.utils.data import BatchSampler, DataLoader, Dataset
 from tqdm.auto import tqdm
+
+from diffusers_cfg.config import CACHE_DIR, UserError
+from diffusers_cfg.data.datasets import (
+    CachedImages,
+    check_unreadable,
+    fingerprint,
+    identity_collate,
+    warn_of_unreadable,
+)
+from diffusers_cfg.files import digest, write_safetensors
+from diffusers_cfg.randomness import seed_of
+from diffusers_cfg.settings import TrainConfig
 
 logger = logging.getLogger(__name__)
 
 # Images in a file. A run that is killed while it encodes loses no more than one file of each process.
 FILE_SIZE = 512
+LATENTS_DIR = CACHE_DIR / "latents"
 
 
 class LatentBatch(NamedTuple):
@@ -54,7 +63,11 @@ class CachedLatents(Dataset):
 
 
 def cache_latents(
-    config: TrainConfig, accelerator: Accelerator, dataset: Dataset, vae: AutoencoderKL | None
+    config: TrainConfig,
+    accelerator: Accelerator,
+    dataset: Dataset,
+    vae: AutoencoderKL | None,
+    sample_shape: tuple[int, int, int],
 ) -> CachedLatents:
     """
     The latents of all images, as a run before this one has encoded them, or as the processes now do together.
@@ -76,7 +89,9 @@ def cache_latents(
     mine = list(files)[accelerator.process_index :: accelerator.num_processes]
     missing = {path: files[path] for path in mine if not is_whole(path, identity)}
     try:
-        check_space(config, vae, folder, sum(len(rows) for path, rows in files.items() if not path.is_file()))
+        check_space(
+            config, vae, sample_shape, folder, sum(len(rows) for path, rows in files.items() if not path.is_file())
+        )
         encoded = encode(config, accelerator, dataset, vae, list(missing.values()))
         for path, (tensors, unreadable) in zip(missing, encoded, strict=True):
             write_safetensors(
@@ -114,9 +129,11 @@ def is_whole(path: Path, identity: dict[str, str]) -> bool:
     return whole
 
 
-def check_space(config: TrainConfig, vae: AutoencoderKL, folder: Path, num_images: int) -> None:
+def check_space(
+    config: TrainConfig, vae: AutoencoderKL, sample_shape: tuple[int, int, int], folder: Path, num_images: int
+) -> None:
     """Raises UserError if the latents of so many images do not fit on the disk."""
-    numbers = 2 * vae.config.latent_channels * sample_size(config, vae) ** 2 * (2 if config.random_flip else 1)
+    numbers = 2 * math.prod(sample_shape) * (2 if config.random_flip else 1)
     needed = num_images * numbers * vae.dtype.itemsize
     folder.mkdir(parents=True, exist_ok=True)
     free = shutil.disk_usage(folder).free
@@ -135,7 +152,7 @@ def encode(
     loader = DataLoader(
         dataset,
         batch_sampler=[*chain(*batches)],
-        collate_fn=keep_batch,
+        collate_fn=identity_collate,
         num_workers=0 if isinstance(dataset, CachedImages) else config.dataloader_num_workers,
     )
     loaded, vae = iter(loader), vae.to(accelerator.device)

@@ -1,15 +1,58 @@
-"""The order in which a data set is read as it is used, and the place in it, exact and small enough for a JSON file."""
+"""The order of the data: which images a step takes, in memory and streamed, and the place in a stream."""
 
 from collections.abc import Iterable, Iterator
 from itertools import islice
 from typing import Any, NamedTuple, Protocol
 
 import torch
-from config import UserError
-from randomness import seeded_generator
+from torch.utils.data import Sampler
+
+from diffusers_cfg.config import UserError
+from diffusers_cfg.randomness import seeded_generator
 
 # Shards can be empty, so a stream may have nothing in an epoch; in so many in a row, it never will.
 EMPTY_EPOCHS = 10
+
+
+class GlobalBatchSampler(Sampler[list[int]]):
+    """
+    The data indices of this process's batches, from one step of the run to another.
+
+    Examples come in the order of an endless sequence, each epoch a permutation of its own. A step takes the next
+    `accumulation · world_size · batch_size` of them; its batches run through them in order, and the processes divide
+    each batch in order.
+    """
+
+    def __init__(
+        self,
+        num_examples: int,
+        batch_size: int,
+        seed: int,
+        steps: range,
+        rank: int = 0,
+        world_size: int = 1,
+        accumulation: int = 1,
+    ):
+        self.num_examples, self.batch_size, self.seed, self.steps = num_examples, batch_size, seed, steps
+        self.rank, self.world_size, self.accumulation = rank, world_size, accumulation
+        self._epoch, self._permutation = None, None
+
+    def __len__(self) -> int:
+        return len(self.steps) * self.accumulation
+
+    def __iter__(self) -> Iterator[list[int]]:
+        for step in self.steps:
+            for micro_step in range(self.accumulation):
+                batch = (step * self.accumulation + micro_step) * self.world_size + self.rank
+                first = batch * self.batch_size
+                yield [self._index(position) for position in range(first, first + self.batch_size)]
+
+    def _index(self, position: int) -> int:
+        epoch, place = divmod(position, self.num_examples)
+        if epoch != self._epoch:
+            generator = seeded_generator("cpu", self.seed, "order", epoch)
+            self._epoch, self._permutation = epoch, torch.randperm(self.num_examples, generator=generator)
+        return self._permutation[place].item()
 
 
 class Shards(Protocol):
