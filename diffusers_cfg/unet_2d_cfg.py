@@ -1,7 +1,7 @@
 """A `UNet2DModel` with a null class: one network for ε(z, c) and ε(z) (Ho & Salimans 2022, section 3.2)."""
 
-# This file is saved with every model, so it must run alone under plain diffusers: it imports the standard library, torch
-# and diffusers only, and keeps its helpers inside the class.
+# This file is saved with every model, so it must run alone under plain diffusers: it imports the standard library,
+# torch and diffusers only, and keeps its helpers inside the class.
 
 from pathlib import Path
 
