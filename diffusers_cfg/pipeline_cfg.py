@@ -629,6 +629,24 @@ class CFGPipeline(DiffusionPipeline):
             raise ValueError(f"guidance_scale must be finite, but has {wrong}.")
         return w
 
+    def log_snr(self) -> torch.Tensor:
+        """λ at each of the scheduler's timesteps, float64 `(steps,)` on the CPU."""
+        return self._log_snr()
+
+    @property
+    def sample_shape(self) -> tuple[int, int, int]:
+        """Channels, height and width of z."""
+        size = self.unet.config.sample_size
+        return (self.unet.config.in_channels, *((size, size) if isinstance(size, int) else size))
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """Channels, height and width of the images."""
+        if self.vae is None:
+            return self.sample_shape
+        scale = 2 ** (len(self.vae.config.block_out_channels) - 1)
+        return (self.vae.config.in_channels, *(scale * side for side in self.sample_shape[1:]))
+
     def _log_snr(self) -> torch.Tensor:
         """λ at each of the scheduler's timesteps, float64 `(steps,)` on the CPU."""
         timesteps = self.scheduler.timesteps.double().cpu()
