@@ -47,5 +47,5 @@ def digest(tensors: dict[str, torch.Tensor]) -> str:
     """Return a short name of weights: a hash of their bytes, in the order of their names."""
     total = hashlib.blake2b(digest_size=4)
     for _, tensor in sorted(tensors.items()):
-        total.update(tensor.cpu().contiguous().numpy().tobytes())
+        total.update(tensor.cpu().reshape(-1).view(torch.uint8).numpy())  # as bytes: NumPy has no bfloat16
     return total.hexdigest()

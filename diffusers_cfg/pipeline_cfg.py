@@ -1,14 +1,13 @@
-"""Class labels and a guidance scale to images (Ho & Salimans 2022, Algorithm 2).
+"""Class labels and a guidance scale to images (Ho & Salimans 2022, Algorithm 2)."""
 
-This file travels with every saved model, so it must run alone under plain diffusers: it imports the standard library,
-torch and diffusers only, and keeps its helpers inside the class.
-"""
+# Copied from diffusers_cfg.unet_2d_cfg
+# This file is saved with every model, so it must run alone under plain diffusers: it imports the standard library,
+# torch and diffusers only, and keeps its helpers inside the class.
 
 import inspect
 import json
 import math
 import operator
-import sys
 from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -32,25 +31,25 @@ class CFGPipeline(DiffusionPipeline):
     unconditional one. Most other pipelines of diffusers take s = 1 + w.
 
     Args:
-        unet (`UNet2DCFGModel`): predicts from (z, timestep, class_labels); has `num_classes` and `null_class_label`.
+        unet (`UNet2DCFGModel`): Predicts from (z, timestep, class_labels); has `num_classes` and `null_class_label`.
         scheduler (`SchedulerMixin`): `LogSNRScheduler`, or one of diffusers' made by `from_config` from its config.
-        vae (`AutoencoderKL`, *optional*): for models that were trained on its latents.
-        guide_unet (`UNet2DCFGModel`, *optional*): a weaker network for the same classes, to guide away from instead of
+        vae (`AutoencoderKL`, *optional*): Autoencoder of a model that was trained on its latents.
+        id2label (`dict`, *optional*): Name of each class id. Keys may be strings, as JSON makes them.
+        conditioning_dropout_prob (`float`, *optional*): The p_uncond that the model was trained with.
+        guide_unet (`UNet2DCFGModel`, *optional*): Weaker network for the same classes, to guide away from instead of
             from the null class: autoguidance (Karras et al. 2024, arXiv 2406.02507).
-        guider (`BaseGuidance`, *optional*): one of diffusers' guiders, in place of the rule above.
-        id2label (`dict`, *optional*): name of each class id. Keys may be strings, as JSON makes them.
-        conditioning_dropout_prob (`float`, *optional*): the p_uncond that the model was trained with.
-        num_inference_steps (`int`, *optional*): how many steps to take where a call does not say.
+        guider (`BaseGuidance`, *optional*): One of diffusers' guiders, which replaces the rule above.
+        num_inference_steps (`int`, *optional*): Default number of sampling steps.
 
     Raises:
-        ValueError: `id2label` names a class that the UNet does not have, or gives one name to two classes.
+        ValueError: If `id2label` names a class that the UNet does not have, or gives one name to two classes.
     """
 
     model_cpu_offload_seq = "guide_unet->unet->vae"
     _optional_components = ["vae", "guide_unet", "guider"]
     _callback_tensor_inputs = ["latents", "pred"]
 
-    # Those that were seen to sample these models; the others draw noise from the same config.
+    # Tested to sample these models; other schedulers accept the same config and draw noise.
     schedulers = (
         "LogSNRScheduler",
         "DDIMScheduler",
@@ -68,14 +67,19 @@ class CFGPipeline(DiffusionPipeline):
         "UniPCMultistepScheduler",
     )
 
-    # Guiders that were seen not to do their work, and why.
+    # Guiders that do not work on these models, and why.
     refused_guiders = {
         "MagnitudeAwareGuidance": "it takes sequences of tokens only, not images",
         "SmoothedEnergyGuidance": "it never blurs the attention, and draws what ClassifierFreeGuidance draws",
     }
 
-    # The text of this very class, for `save_config`. It is read now and not when saving: repositories loaded as remote
-    # code share one path, and the file there may by then hold another repository's text.
+    # The files of this package that define components, by module: their classes replace the folder's copies in
+    # `load_config`, and nothing else is taken from a folder's index.
+    component_classes = {"unet_2d_cfg": ("UNet2DCFGModel",), "scheduling_log_snr": ("LogSNRScheduler",)}
+
+    # Copied from diffusers_cfg.unet_2d_cfg.UNet2DCFGModel
+    # The text of this very class, written beside its weights by `CFGPipeline.save_pretrained`. It is read at import:
+    # repositories loaded as remote code share one path, and by the time of saving the file there may be another's.
     remote_code = Path(__file__).read_text(encoding="utf-8")
 
     def __init__(
@@ -91,7 +95,7 @@ class CFGPipeline(DiffusionPipeline):
     ):
         super().__init__()
         self.register_modules(unet=unet, scheduler=scheduler, vae=vae, guide_unet=guide_unet, guider=guider)
-        self._noise_process = self._noise_process_of(scheduler)  # of the network's training; others may be put in later
+        self._noise_process = self._noise_process_of(scheduler)  # the one the network was trained on
         if id2label is not None:
             id2label = {str(class_id): name for class_id, name in id2label.items()}
             unknown = [class_id for class_id in id2label if not 0 <= int(class_id) < unet.num_classes]
@@ -107,13 +111,6 @@ class CFGPipeline(DiffusionPipeline):
         )
         self.image_processor = VaeImageProcessor()
 
-    def __setattr__(self, name: str, value: Any) -> None:
-        if name in self._optional_components and value is not None and self.config[name][0] is None:
-            # diffusers does not write down an optional component that is put in later, and would not save it.
-            self.register_modules(**{name: value})
-        else:
-            super().__setattr__(name, value)
-
     @property
     def id2label(self) -> dict[int, str]:
         """Name of each class id; empty if the classes have no names."""
@@ -121,8 +118,24 @@ class CFGPipeline(DiffusionPipeline):
 
     @property
     def num_inference_steps(self) -> int:
-        """How many steps to take where a call does not say."""
+        """Default number of sampling steps: what the pipeline was saved with, or else 64."""
         return self.config.num_inference_steps or 64
+
+    @property
+    def sample_shape(self) -> tuple[int, int, int]:
+        """Channels, height and width of what the UNet models: latents, or images without a VAE."""
+        size = self.unet.config.sample_size
+        height, width = (size, size) if isinstance(size, int) else size
+        return self.unet.config.in_channels, height, width
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """Channels, height and width of the images that `encode` takes and `decode` gives."""
+        if self.vae is None:
+            return self.sample_shape
+        _, height, width = self.sample_shape
+        scale = 2 ** (len(self.vae.config.block_out_channels) - 1)  # each level of the VAE but the last halves the size
+        return self.vae.config.in_channels, scale * height, scale * width
 
     @torch.no_grad()
     def __call__(
@@ -136,7 +149,6 @@ class CFGPipeline(DiffusionPipeline):
         negative_class_labels: int | str | Sequence[int | str] | torch.Tensor | None = None,
         guidance_interval: tuple[float, float] | None = None,
         guidance_rescale: float = 0.0,
-        guidance_tolerance: float = 0.0,
         guider: BaseGuidance | None = None,
         output_type: str = "pil",
         return_dict: bool = True,
@@ -147,46 +159,43 @@ class CFGPipeline(DiffusionPipeline):
         Draw images of the given classes.
 
         Args:
-            class_labels (`int`, `str`, `dict`, a list of them or `torch.Tensor`): ids, names or a mix. -1 is the null
-                class. Ids are what integers mean; a name is looked up in `id2label`. A `dict` such as
-                `{"three": 0.7, "eight": 0.3}` mixes classes: its weights, of 0 or more, add up to one, and so do the
-                class embeddings they weigh. A tensor holds ids, `(labels,)`, or weights, `(labels, num_classes)`.
-            guidance_scale (`float`, a list of them, one per label or per image, or `Callable`): the paper's w, 1 by
-                default; s = 1 + w. A network that was distilled takes 0 … `unet.max_guidance_scale`. A callable gives
-                it (or the list) at each step's log-SNR: w(λ), λ = log(α²/σ²).
-            num_inference_steps (`int`, *optional*): T; by default what the pipeline was saved with, or else 64. Each
-                step evaluates the network on every image once if no image is guided (w = 0 or w = -1 for all of them)
-                or the network takes w as an input, else twice in one batch.
-            num_images_per_label (`int`): images drawn for each label, next to each other in the output.
-            generator (`torch.Generator` or a list of them, one per image, *optional*): source of all noise. With a list
+            class_labels (`int`, `str`, `dict`, a list of them or `torch.Tensor`): Ids `0 … num_classes - 1`, names or
+                mixes; -1 is the null class. Integers are ids; names are looked up in `id2label`. A `dict` such as
+                `{"three": 0.7, "eight": 0.3}` mixes classes: its weights are at least 0 and add up to one, and weigh
+                the class embeddings. A tensor holds ids, `(labels,)`, or weights, `(labels, num_classes)`.
+            guidance_scale (`float`, a list of them, one per label or per image, or `Callable`): The paper's w, 1 by
+                default; s = 1 + w. A distilled network takes 0 … `unet.max_guidance_scale`. A callable gives it (or
+                the list) at each step's log-SNR: w(λ), λ = log(α²/σ²).
+            num_inference_steps (`int`, *optional*): T; by default `CFGPipeline.num_inference_steps`. Each step
+                evaluates the network on every image once if no image is guided (w = 0 or w = -1 for all of them) or
+                the network takes w as an input, else twice in one batch.
+            num_images_per_label (`int`): Number of images drawn for each label, next to each other in the output.
+            generator (`torch.Generator` or a list of them, one per image, *optional*): Source of all noise. With a list
                 an image does not depend on the batch that it is drawn in.
             latents (`torch.Tensor` of shape `(images, channels, height, width)`, *optional*): z at λ_min, drawn from
                 N(0, I).
-            negative_class_labels (as `class_labels`, one or one per label, *optional*): what to guide away from. By
+            negative_class_labels (as `class_labels`, one or one per label, *optional*): Classes to guide away from. By
                 default the null class; with a `guide_unet` the same classes as that network sees them.
-            guidance_interval (`tuple[float, float]`, *optional*): guide only where σ_lo < σ/α ≤ σ_hi (Kynkäänniemi et
+            guidance_interval (`tuple[float, float]`, *optional*): Guide only where σ_lo < σ/α ≤ σ_hi (Kynkäänniemi et
                 al. 2024, arXiv 2404.07724; σ/α = exp(-λ/2) is their σ). A step outside costs one evaluation.
             guidance_rescale (`float`): φ in [0, 1] of Lin et al. 2023, arXiv 2305.08891, section 3.4, against
-                saturation: the guided prediction's standard deviation is drawn back to the conditional one's.
-            guidance_tolerance (`float`): stop guiding an image once guidance moves x̃ by less than this, root mean
-                square over its values (images are in [-1, 1]). The movement falls towards the end of the process. The
-                steps cost one evaluation once it is so for all images. To know it waits for the device at each step.
-            guider (`BaseGuidance`, *optional*): one of diffusers' guiders instead of the pipeline's own, with its own
+                saturation: pulls the guided prediction's standard deviation towards the conditional one's.
+            guider (`BaseGuidance`, *optional*): One of diffusers' guiders instead of the pipeline's own, with its own
                 scale and its own `start` and `stop`. Most of them take s = 1 + w unless told
                 `use_original_formulation=True`.
             output_type (`str`): `"pil"`; `"np"` (images, height, width, channels) or `"pt"` (images, channels, height,
                 width) with values in [0, 1]; `"latent"` for the last z.
-            return_dict (`bool`): whether to return an `ImagePipelineOutput` instead of a tuple.
-            callback_on_step_end (*optional*): called as `f(pipe, step, timestep, tensors)` after each step; what it
-                returns may replace `latents`.
-            callback_on_step_end_tensor_inputs: the tensors it is given, of `"latents"` and `"pred"`.
+            return_dict (`bool`): Whether to return an `ImagePipelineOutput` instead of a tuple.
+            callback_on_step_end (*optional*): Called as `f(pipe, step, timestep, tensors)` after each step; may return
+                a dictionary with new `latents`.
+            callback_on_step_end_tensor_inputs: Names of the tensors it is given, of `"latents"` and `"pred"`.
 
         Returns:
-            `ImagePipelineOutput` or `tuple`: `images`, the labels in the order given.
+            `ImagePipelineOutput` or `tuple`: `images`, in the order of the labels.
 
         Raises:
-            ValueError: an argument is wrong; the message names the value and what is possible. Nothing is computed.
-            FloatingPointError: the images came out with values that are not finite.
+            ValueError: If an argument is wrong. The message names the value and the choices; nothing is computed.
+            FloatingPointError: If the images have values that are not finite.
         """
         # 1. Check and lay out everything per image
         guider = guider if guider is not None else self.guider
@@ -194,13 +203,15 @@ class CFGPipeline(DiffusionPipeline):
             num_inference_steps = self.num_inference_steps
         self._check_arguments(num_inference_steps, num_images_per_label, output_type)
         self._check_callback_inputs(callback_on_step_end_tensor_inputs)
-        self._check_guidance(guidance_interval, guidance_rescale, guidance_tolerance)
-        optional = {"guidance_rescale": guidance_rescale or None, "guidance_tolerance": guidance_tolerance or None}
-        self._check_guider(guider, guidance_scale=guidance_scale, guidance_interval=guidance_interval, **optional)
-        self._check_networks(guider=guider, negative_class_labels=negative_class_labels, **optional)
+        self._check_guidance(guidance_interval, guidance_rescale)
+        rescale = guidance_rescale or None
+        self._check_guider(
+            guider, guidance_scale=guidance_scale, guidance_interval=guidance_interval, guidance_rescale=rescale
+        )
+        self._check_networks(guider=guider, negative_class_labels=negative_class_labels, guidance_rescale=rescale)
         self._check_scheduler()
         device = self._execution_device
-        class_labels = self._class_labels(class_labels)
+        class_labels = self._network_labels("class_labels", class_labels)
         class_labels, guide_labels = self._guide_labels(class_labels, negative_class_labels)
         class_labels = class_labels.repeat_interleave(num_images_per_label, 0).to(device)
         guide_labels = guide_labels.repeat_interleave(num_images_per_label, 0).to(device)
@@ -221,9 +232,6 @@ class CFGPipeline(DiffusionPipeline):
             if guider is None:
                 preds = self.predictions(z, t, class_labels, guide_labels, scales[i], needs_cond[i], needs_uncond[i])
                 pred = self.guide(*preds, scales[i], guidance_rescale)
-                if guidance_tolerance and None not in preds:
-                    scales[i + 1 :, self._settled(*preds, scales[i], i, guidance_tolerance)] = 0.0
-                    needs_cond, needs_uncond = self._needed_passes(scales)
             else:
                 pred = self.guider_prediction(guider, z, t, i, class_labels, guide_labels)
             latents = self.scheduler.step(pred, t, latents, **step_kwargs).prev_sample
@@ -237,7 +245,7 @@ class CFGPipeline(DiffusionPipeline):
         images = latents if output_type == "latent" else self.decode(latents)
         if not torch.isfinite(images).all():
             raise FloatingPointError(
-                f"The images hold values that are not finite: the UNet's predictions overflowed (dtype "
+                f"The images have values that are not finite: the UNet's predictions overflowed (dtype "
                 f"{self.unet.dtype}, guidance_scale up to {scales.max().item():g}). Try torch.bfloat16 or "
                 "torch.float32, or a smaller guidance_scale."
             )
@@ -258,20 +266,19 @@ class CFGPipeline(DiffusionPipeline):
         needs_uncond: bool = True,
     ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
         r"""
-        What the network says of z with its classes, and without: ε(z, c) and ε(z), by two passes in one batch. A
-        network that takes w as an input says what is to come of the two by one.
+        Predict ε(z, c) and ε(z) by two passes in one batch; or the guided prediction in one pass, with a network that
+        takes w as an input.
 
         Args:
-            z (`torch.Tensor` of shape `(batch, channels, height, width)`): the scaled noisy samples.
-            t (`torch.Tensor` of shape `()` or `(batch,)`): the network's time.
+            z (`torch.Tensor` of shape `(batch, channels, height, width)`): Noisy samples, scaled by the scheduler.
+            t (`torch.Tensor` of shape `()` or `(batch,)`): Network's time.
             class_labels (`torch.Tensor` of shape `(batch,)`): c. Or weights, `(batch, num_classes + 1)`.
-            guide_labels (`torch.Tensor`, the same shape): what stands in the place of ∅, as `guide_unet` or else `unet`
-                sees it.
-            w (`torch.Tensor` of shape `(batch, 1, 1, 1)`): the guidance scales.
-            needs_cond (`bool`), needs_uncond (`bool`): `False` leaves that pass out, where w makes its weight zero.
+            guide_labels (`torch.Tensor`, the same shape): Labels that replace ∅, for `guide_unet` or else `unet`.
+            w (`torch.Tensor` of shape `(batch, 1, 1, 1)`): Guidance scales.
+            needs_cond (`bool`), needs_uncond (`bool`): `False` skips that pass, where w makes its weight zero.
 
         Returns:
-            Two `torch.Tensor` of the shape of z, in float32, or `None` in the place of one that is not needed.
+            Two `torch.Tensor` of the shape of z, in float32; `None` for one that was skipped.
         """
         z = z.to(self.unet.dtype)
         guide = self.unet if self.guide_unet is None else self.guide_unet
@@ -296,16 +303,16 @@ class CFGPipeline(DiffusionPipeline):
         guidance_rescale: float = 0.0,
     ) -> torch.Tensor:
         r"""
-        The guided prediction ε̃ = (1 + w) ε(z, c) - w ε(z), equation 6. It holds for ε, v and x alike: each is affine in
-        ε at a given z, and the weights add up to one.
+        Return the guided prediction ε̃ = (1 + w) ε(z, c) - w ε(z), equation 6. It holds for ε, v and x alike: each is
+        affine in ε at a given z, and the weights add up to one.
 
         Args:
-            pred_cond, pred_uncond (`torch.Tensor` or `None`): what `predictions` returned.
-            w (`torch.Tensor` of shape `(batch, 1, 1, 1)`): the guidance scales.
-            guidance_rescale (`float`): φ.
+            pred_cond, pred_uncond (`torch.Tensor` or `None`): Predictions as `predictions` returns them.
+            w (`torch.Tensor` of shape `(batch, 1, 1, 1)`): Guidance scales.
+            guidance_rescale (`float`): φ in [0, 1]; 0 changes nothing.
 
         Returns:
-            `torch.Tensor` of the same shape.
+            `torch.Tensor` of the shape of the predictions.
         """
         if pred_cond is None or pred_uncond is None:
             return pred_cond if pred_uncond is None else pred_uncond
@@ -314,21 +321,8 @@ class CFGPipeline(DiffusionPipeline):
 
     @staticmethod
     def _needed_passes(scales: torch.Tensor) -> tuple[list[bool], list[bool]]:
-        """Whether any image needs ε(z, c), and whether any needs ε(z), at each step."""
+        """Return whether any image needs ε(z, c), and whether any needs ε(z), at each step."""
         return tuple((scales != w).flatten(1).any(1).tolist() for w in (-1, 0))
-
-    def _settled(
-        self, pred_cond: torch.Tensor, pred_uncond: torch.Tensor, w: torch.Tensor, step: int, tolerance: float
-    ) -> torch.Tensor:
-        """
-        The images, bool `(batch,)`, that are guided and whose x̃ guidance moves by less than the tolerance. Those of
-        w = -1 are not guided: they are unconditional to the end.
-        """
-        snr = self._log_snr()[step].exp().item()
-        moves = {"epsilon": snr**-0.5, "v_prediction": (1 + snr) ** -0.5, "sample": 1.0}  # |∂x̃/∂pred|
-        by = w * (pred_cond - pred_uncond) * moves[self.scheduler.config.prediction_type]
-        guided = (w != 0) & (w != -1)
-        return (by.square().flatten(1).mean(1).sqrt() < tolerance) & guided.flatten()
 
     def guider_prediction(
         self,
@@ -339,7 +333,17 @@ class CFGPipeline(DiffusionPipeline):
         class_labels: torch.Tensor,
         guide_labels: torch.Tensor,
     ) -> torch.Tensor:
-        """The prediction of one of diffusers' guiders at a step of the sampler, by as many passes as it asks for."""
+        """
+        Predict with one of diffusers' guiders, by as many passes as it asks for.
+
+        Args:
+            guider (`BaseGuidance`): The guider, which gets `step` as its state.
+            z, t, class_labels, guide_labels: As in `predictions`.
+            step (`int`): Index of the sampling step, from 0.
+
+        Returns:
+            `torch.Tensor` of the shape of z, in float32.
+        """
         z = z.to(self.unet.dtype)
         guider.set_state(step=step, num_inference_steps=len(self.scheduler.timesteps), timestep=t)
         batches = guider.prepare_inputs({"class_labels": (class_labels, guide_labels)})
@@ -351,14 +355,19 @@ class CFGPipeline(DiffusionPipeline):
                 guider.cleanup_models(self.unet)
         return guider(batches).pred
 
-    # ----- latent models -----
-
     def encode(
         self, images: torch.Tensor, generator: torch.Generator | list[torch.Generator] | None = None
     ) -> torch.Tensor:
         """
-        Images `(batch, channels, height, width)` in [-1, 1] to what the UNet models: a draw from the VAE's posterior,
-        shifted and scaled as its config says; without a VAE the images themselves.
+        Encode images to what the UNet models: a draw from the VAE's posterior, shifted and scaled as its config says.
+        Without a VAE, return the images.
+
+        Args:
+            images (`torch.Tensor` of shape `(batch, *image_shape)`): Images in [-1, 1].
+            generator (`torch.Generator` or a list of one per image, *optional*): Source of the posterior's noise.
+
+        Returns:
+            `torch.Tensor` of shape `(batch, *sample_shape)`.
         """
         if self.vae is None:
             return images
@@ -367,12 +376,21 @@ class CFGPipeline(DiffusionPipeline):
     def draw_latents(
         self, moments: torch.Tensor, generator: torch.Generator | list[torch.Generator] | None = None
     ) -> torch.Tensor:
-        """A draw from the VAE's posterior, given its mean and log-variance: what `encode` makes of them."""
+        """
+        Draw latents from the VAE's posterior, as `encode` does.
+
+        Args:
+            moments (`torch.Tensor` of shape `(batch, 2 * channels, height, width)`): Mean and log-variance.
+            generator (`torch.Generator` or a list of one per image, *optional*): Source of the noise.
+
+        Returns:
+            `torch.Tensor` of shape `(batch, *sample_shape)`.
+        """
         latents = DiagonalGaussianDistribution(moments).sample(generator)
         return (latents - self._vae_shift) * self.vae.config.scaling_factor
 
     def decode(self, latents: torch.Tensor) -> torch.Tensor:
-        """The inverse of `encode`: images `(batch, channels, height, width)`, in [-1, 1] up to what the model adds."""
+        """Decode latents `(batch, *sample_shape)` to images `(batch, *image_shape)`, nominally in [-1, 1]."""
         if self.vae is None:
             return latents
         latents = latents.to(self.vae.dtype) / self.vae.config.scaling_factor + self._vae_shift
@@ -381,8 +399,6 @@ class CFGPipeline(DiffusionPipeline):
     @property
     def _vae_shift(self) -> float:
         return getattr(self.vae.config, "shift_factor", None) or 0.0
-
-    # ----- arguments -----
 
     def _check_arguments(self, num_inference_steps: int, num_images_per_label: int, output_type: str) -> None:
         for name, value in {
@@ -401,9 +417,7 @@ class CFGPipeline(DiffusionPipeline):
                 f"callback_on_step_end_tensor_inputs {unknown} are not among {self._callback_tensor_inputs}."
             )
 
-    def _check_guidance(
-        self, guidance_interval: tuple[float, float] | None, guidance_rescale: float, guidance_tolerance: float
-    ) -> None:
+    def _check_guidance(self, guidance_interval: tuple[float, float] | None, guidance_rescale: float) -> None:
         if guidance_interval is not None:
             low, high = guidance_interval
             if not 0 <= low < high:
@@ -412,15 +426,13 @@ class CFGPipeline(DiffusionPipeline):
                 )
         if not 0 <= guidance_rescale <= 1:
             raise ValueError(f"guidance_rescale must be in [0, 1], but is {guidance_rescale}.")
-        if not 0 <= guidance_tolerance < math.inf:
-            raise ValueError(f"guidance_tolerance must be 0 or a small positive number, but is {guidance_tolerance}.")
 
     def _check_guider(self, guider: BaseGuidance | None, **own: Any) -> None:
         given = [name for name, value in {**own, "guide_unet": self.guide_unet}.items() if value is not None]
         if guider is not None and given:
             raise ValueError(
-                f"{', '.join(given)} cannot be combined with the guider {type(guider).__name__}, which brings its own "
-                "rule: set its scale and its start and stop when you make it, or set pipe.guider = None."
+                f"{', '.join(given)} cannot be combined with the guider {type(guider).__name__}, which has its own "
+                "rule. Set its scale, start and stop when you create it, or set pipe.guider = None."
             )
         if type(guider).__name__ in self.refused_guiders:
             reason = self.refused_guiders[type(guider).__name__]
@@ -431,62 +443,60 @@ class CFGPipeline(DiffusionPipeline):
         given = [name for name, value in given.items() if value is not None]
         if self.unet.max_guidance_scale is not None and given:
             raise ValueError(
-                f"{', '.join(given)} cannot be used with this model: it was distilled to guide in one pass, and there "
-                "is no second one to change. Use the model that it was made from."
+                f"{', '.join(given)} cannot be used with this model: it was distilled to guide in one pass, and this "
+                "needs a second one. Use the model that it was distilled from."
             )
         for name in ("num_classes", "dtype"):
             ours, theirs = getattr(self.unet, name), getattr(self.guide_unet or self.unet, name)
             if ours != theirs:
-                raise ValueError(f"guide_unet has {name} {theirs}, but the UNet has {ours}: they must be the same.")
+                raise ValueError(f"guide_unet has {name} {theirs}, but the UNet has {ours}. They must be the same.")
 
     def _check_scheduler(self) -> None:
-        """Refuse what would draw noise without complaint: most schedulers accept the config of any other."""
+        """Refuse schedulers that would silently draw noise: most of them accept the config of any other."""
         config, name = self.scheduler.config, type(self.scheduler).__name__
         if not any(base.__name__ in self.schedulers for base in type(self.scheduler).__mro__):
-            raise ValueError(
-                f"{name} cannot sample this model, or was never seen to: it is made for flow matching, for EDM's "
-                f"preconditioning or for another purpose. Those that can are {', '.join(self.schedulers)}."
-            )
+            raise ValueError(f"{name} is not supported. Supported schedulers: {', '.join(self.schedulers)}.")
         if config.get("use_flow_sigmas") or config.get("prediction_type") == "flow_prediction":
             raise ValueError(
-                f"{name} is set to flow matching (use_flow_sigmas={config.get('use_flow_sigmas')}, prediction_type="
-                f"{config.get('prediction_type')!r}), and this is a variance-preserving diffusion model. Make it with "
-                f"{name}.from_config(pipe.scheduler.config)."
+                f"{name} is configured for flow matching (use_flow_sigmas={config.get('use_flow_sigmas')}, "
+                f"prediction_type={config.get('prediction_type')!r}), but this model is a variance-preserving "
+                f"diffusion. Create it with {name}.from_config(pipe.scheduler.config)."
             )
 
         network, (prediction_type, alphas_cumprod) = self._noise_process, self._noise_process_of(self.scheduler)
         difference = (alphas_cumprod - network[1]).abs().max().item() if len(alphas_cumprod) == len(network[1]) else 1
         if prediction_type != network[0] or difference > 1e-4:
             raise ValueError(
-                f"The {name} has another noise process than the one that this pipeline came with (prediction_type "
-                f"{prediction_type!r} and {network[0]!r}; α² differs by up to {difference:.2g}), and the network knows "
-                f"no other. Make it with {name}.from_config(pipe.scheduler.config), from the scheduler that came."
+                f"{name} does not match the noise process this model was trained with (prediction_type "
+                f"{prediction_type!r} instead of {network[0]!r}; alphas_cumprod differs by up to {difference:.2g}). "
+                f"Create it with {name}.from_config(pipe.scheduler.config), from the model's own scheduler."
             )
 
     @staticmethod
     def _noise_process_of(scheduler: SchedulerMixin) -> tuple[str | None, torch.Tensor]:
+        """Return a scheduler's prediction type and α² at each training timestep."""
         alphas_cumprod = getattr(scheduler, "alphas_cumprod", torch.empty(0))
         return scheduler.config.get("prediction_type"), alphas_cumprod.double().cpu()
 
     def _set_timesteps(self, num_inference_steps: int, device: torch.device) -> None:
         self.scheduler.set_timesteps(num_inference_steps, device=device)
         if hasattr(self.scheduler, "set_begin_index"):
-            # Left to find its place by the timestep, a solver that rounds them takes the second of two equal ones.
+            # A solver that rounds its timesteps and looks up the first one would take the second of two equal ones.
             self.scheduler.set_begin_index(0)
         self._check_first_sigma()
         self._check_stride(num_inference_steps)
 
     def _check_first_sigma(self) -> None:
-        """Known after `set_timesteps`: the schedulers that step in σ/α must not start at the end of the process."""
+        """Check, after `set_timesteps`, that a scheduler that steps in σ/α does not start at the end of the process."""
         sigma = float(self.scheduler.init_noise_sigma)
         if sigma > 1000:
             raise ValueError(
                 f"{type(self.scheduler).__name__} starts at σ/α = {sigma:.0f}, where one step multiplies the network's "
-                "error by as much. Leave use_exponential_sigmas and sigma_max as they are in pipe.scheduler.config."
+                "error by as much. Keep use_exponential_sigmas and sigma_max as they are in pipe.scheduler.config."
             )
 
     def _check_stride(self, num_inference_steps: int) -> None:
-        """DDIM steps by ⌊N / T⌋ timesteps whatever the distance to the next one is: a wrong picture, in silence."""
+        """Refuse numbers of steps for which DDIM, which always steps by ⌊N / T⌋ timesteps, silently falls short."""
         if "DDIM" not in type(self.scheduler).__name__:
             return
         num_train_timesteps, timesteps = self.scheduler.config.num_train_timesteps, self.scheduler.timesteps
@@ -496,23 +506,40 @@ class CFGPipeline(DiffusionPipeline):
             nearest = min(divisors, key=lambda steps: abs(steps - num_inference_steps))
             raise ValueError(
                 f"{type(self.scheduler).__name__} cannot take {num_inference_steps} steps: it steps by {stride} "
-                f"timesteps, but its {num_inference_steps} timesteps are farther apart. Take num_inference_steps="
-                f"{nearest}, or another number that divides {num_train_timesteps}, or another scheduler."
+                f"timesteps, but its {num_inference_steps} timesteps are farther apart. Use num_inference_steps="
+                f"{nearest}, another divisor of {num_train_timesteps}, or another scheduler."
             )
 
-    def _class_labels(self, class_labels: Any) -> torch.Tensor:
-        """Labels in any form to ids, int64 `(labels,)`, or to weights, float32 `(labels, num_classes + 1)`."""
-        if isinstance(class_labels, torch.Tensor):
-            labels = class_labels.cpu().reshape(class_labels.shape or (1,))
-            if labels.is_floating_point() and labels.shape[1:] == (self.unet.num_classes,):
+    # Labels pass two checks. `_check_class_id` and `_check_weights` see what a user entered, where the null class is -1
+    # and `num_classes` is an error. `unet.check_class_labels` sees what the network takes, where it is the last row.
+
+    def _network_labels(self, name: str, labels: Any) -> torch.Tensor:
+        """
+        Convert labels in any form to what the network takes.
+
+        Args:
+            name (`str`): Name of the argument, for messages.
+            labels: Ids, names, mixes or tensors, as `__call__` documents them.
+
+        Returns:
+            `torch.Tensor`: Ids, int64 `(labels,)`, or weights, float32 `(labels, num_classes + 1)`.
+        """
+        if isinstance(labels, torch.Tensor):
+            labels = labels.cpu().reshape(labels.shape or (1,))
+            if labels.is_floating_point():
+                self._check_weights(name, labels)
                 labels = torch.nn.functional.pad(labels, (0, 1))  # no weight on the null class
+            elif labels.ndim == 1 and not labels.is_complex():
+                for label in labels.tolist():
+                    self._check_class_id(name, label)
         else:
-            if isinstance(class_labels, (str, dict)) or not hasattr(class_labels, "__iter__"):
-                class_labels = [class_labels]
-            label2id = {name: class_id for class_id, name in self.id2label.items()}
-            mixes = [label.items() if isinstance(label, dict) else [(label, 1.0)] for label in class_labels]
-            mixes = [[(self._class_id(label, label2id), weight) for label, weight in mix] for mix in mixes]
-            if any(isinstance(label, dict) for label in class_labels):
+            if isinstance(labels, (str, dict)) or not hasattr(labels, "__iter__"):
+                labels = [labels]
+            labels = list(labels)
+            label2id = {class_name: class_id for class_id, class_name in self.id2label.items()}
+            mixes = [label.items() if isinstance(label, dict) else [(label, 1.0)] for label in labels]
+            mixes = [[(self._class_id(name, label, label2id), weight) for label, weight in mix] for mix in mixes]
+            if any(isinstance(label, dict) for label in labels):
                 labels = torch.zeros(len(mixes), self.unet.num_classes + 1)
                 for row, mix in zip(labels, mixes, strict=True):
                     for class_id, weight in mix:
@@ -520,16 +547,38 @@ class CFGPipeline(DiffusionPipeline):
             else:
                 labels = torch.tensor([class_id for mix in mixes for class_id, _ in mix], dtype=torch.int64)
         if labels.numel() == 0:
-            raise ValueError("class_labels is empty: give at least one class id or name.")
+            raise ValueError(f"{name} is empty. Give at least one class id or name.")
         self.unet.check_class_labels(labels, len(labels))
         if labels.is_floating_point():
             return labels.float()
         return labels.to(torch.int64) % (self.unet.num_classes + 1)  # -1 is the null class, the last row
 
+    def _check_class_id(self, name: str, class_id: int) -> None:
+        """Check an id that a user entered: `0 … num_classes - 1`, or -1 for the null class."""
+        if -1 <= class_id < self.unet.num_classes:
+            return
+        one_based = ", counted from 1?" if class_id == self.unet.num_classes else "."
+        raise ValueError(
+            f"{name} has the unknown id {class_id}{one_based} The classes are {self._known_classes()}; -1 is the null "
+            "class."
+        )
+
+    def _check_weights(self, name: str, weights: torch.Tensor) -> None:
+        """Check the shape of a tensor of weights that a user entered: `(labels, num_classes)`."""
+        num_classes, shape = self.unet.num_classes, tuple(weights.shape)
+        if len(shape) == 2 and shape[1] == num_classes:
+            return
+        one_based = ", counted from 1?" if shape[1:] == (num_classes + 1,) else "."
+        raise ValueError(
+            f"{name} has weights of shape {shape} ({weights.dtype}), but must have one column for each of the classes "
+            f"0 … {num_classes - 1}, shape (labels, {num_classes}){one_based} Only a mix such as {{-1: 0.5, 0: 0.5}} "
+            "takes a weight for the null class, -1; ids must be integers."
+        )
+
     def _guide_labels(self, class_labels: torch.Tensor, negative: Any) -> tuple[torch.Tensor, torch.Tensor]:
-        """c and what stands in the place of ∅, in the same form: both ids, or both weights."""
+        """Return c and the labels that replace ∅ in the same form: both ids, or both weights."""
         if negative is not None:
-            guide_labels = self._class_labels(negative)
+            guide_labels = self._network_labels("negative_class_labels", negative)
             if len(guide_labels) not in (1, len(class_labels)):
                 raise ValueError(
                     f"negative_class_labels has {len(guide_labels)} labels, but must have one, or one for each of the "
@@ -545,36 +594,33 @@ class CFGPipeline(DiffusionPipeline):
         return class_labels, guide_labels
 
     def _weights(self, labels: torch.Tensor) -> torch.Tensor:
+        """Return ids `(labels,)` as weights `(labels, num_classes + 1)`, and weights as they are."""
         if labels.is_floating_point():
             return labels
         return torch.nn.functional.one_hot(labels, self.unet.num_classes + 1).float()
 
-    def _class_id(self, label: int | str, label2id: dict[str, int]) -> int:
+    def _class_id(self, name: str, label: int | str, label2id: dict[str, int]) -> int:
+        """Return the checked id of a label, `-1 … num_classes - 1`."""
         if isinstance(label, str):
             if not label2id:
-                raise ValueError(
-                    f"class_labels has the name {label!r}, but this model's classes have no names: use ids."
-                )
+                raise ValueError(f"{name} has the name {label!r}, but this model's classes have no names. Use ids.")
             if label not in label2id:
-                raise ValueError(
-                    f"class_labels has the unknown name {label!r}. The classes are {self._known_classes()}."
-                )
+                raise ValueError(f"{name} has the unknown name {label!r}. The classes are {self._known_classes()}.")
             return label2id[label]
         try:
             class_id = None if isinstance(label, bool) else operator.index(label)
         except TypeError:
             class_id = None
         if class_id is None:
-            raise ValueError(f"class_labels has {label!r}, which is neither an integer id nor a name.")
-        if not -1 <= class_id <= self.unet.null_class_label:
-            raise ValueError(f"class_labels has the unknown id {class_id}. The classes are {self._known_classes()}.")
+            raise ValueError(f"{name} has {label!r}, which is neither an integer id nor a name.")
+        self._check_class_id(name, class_id)
         return class_id
 
     def _known_classes(self) -> str:
-        last = self.unet.num_classes - 1
-        named = [f"{name!r} ({class_id})" for class_id, name in sorted(self.id2label.items())]
+        """Return the classes as a message lists them, at most 50 names."""
+        named = [f"{class_name!r} ({class_id})" for class_id, class_name in sorted(self.id2label.items())]
         if not named:
-            return f"0 … {last}, and -1 for the null class"
+            return f"0 … {self.unet.num_classes - 1}"
         return ", ".join(named[:50]) + (f", … ({len(named)} in all)" if len(named) > 50 else "")
 
     def _guidance_scales(
@@ -584,8 +630,8 @@ class CFGPipeline(DiffusionPipeline):
         num_images: int,
         num_images_per_label: int,
     ) -> torch.Tensor:
-        """w at each step and for each image, float32 `(steps, images)` on the CPU; 0 outside the interval."""
-        log_snr = self._log_snr()
+        """Return w at each step and for each image, float32 `(steps, images)` on the CPU; 0 outside the interval."""
+        log_snr = self.log_snr()
         if callable(guidance_scale):
             rows = [
                 self._scale_per_image(guidance_scale(x), num_images, num_images_per_label) for x in log_snr.tolist()
@@ -601,18 +647,19 @@ class CFGPipeline(DiffusionPipeline):
             if not inside.any():
                 raise ValueError(
                     f"None of the {len(sigma)} steps lies in guidance_interval ({low}, {high}]: σ/α goes from "
-                    f"{sigma.max():.4g} to {sigma.min():.4g}. Take a wider one, or more steps."
+                    f"{sigma.max():.4g} to {sigma.min():.4g}. Use a wider interval or more steps."
                 )
             scales = torch.where(inside[:, None], scales, 0.0)
         largest = self.unet.max_guidance_scale
         if largest is not None and not ((scales >= 0) & (scales <= largest)).all():
             raise ValueError(
                 f"guidance_scale goes from {scales.min():g} to {scales.max():g}, but this model was distilled for 0 … "
-                f"{largest:g}. Use the model that it was made from, or class_labels=-1 for plain unconditional images."
+                f"{largest:g}. Use the model that it was distilled from, or class_labels=-1 for unconditional images."
             )
         return scales
 
     def _scale_per_image(self, guidance_scale: Any, num_images: int, num_images_per_label: int) -> torch.Tensor:
+        """Return w for each image, float32 `(images,)` on the CPU, from one number, one per label or one per image."""
         w = torch.as_tensor(guidance_scale, dtype=torch.float32, device="cpu")
         num_labels = num_images // num_images_per_label
         if w.ndim == 0:
@@ -630,25 +677,7 @@ class CFGPipeline(DiffusionPipeline):
         return w
 
     def log_snr(self) -> torch.Tensor:
-        """λ at each of the scheduler's timesteps, float64 `(steps,)` on the CPU."""
-        return self._log_snr()
-
-    @property
-    def sample_shape(self) -> tuple[int, int, int]:
-        """Channels, height and width of z."""
-        size = self.unet.config.sample_size
-        return (self.unet.config.in_channels, *((size, size) if isinstance(size, int) else size))
-
-    @property
-    def image_shape(self) -> tuple[int, int, int]:
-        """Channels, height and width of the images."""
-        if self.vae is None:
-            return self.sample_shape
-        scale = 2 ** (len(self.vae.config.block_out_channels) - 1)
-        return (self.vae.config.in_channels, *(scale * side for side in self.sample_shape[1:]))
-
-    def _log_snr(self) -> torch.Tensor:
-        """λ at each of the scheduler's timesteps, float64 `(steps,)` on the CPU."""
+        """Return λ = log(α²/σ²) at each of the scheduler's timesteps, float64 `(steps,)` on the CPU."""
         timesteps = self.scheduler.timesteps.double().cpu()
         if hasattr(self.scheduler, "log_snr"):
             return self.scheduler.log_snr(self.scheduler.u(timesteps))
@@ -657,11 +686,12 @@ class CFGPipeline(DiffusionPipeline):
         return torch.lerp(log_snr[before], log_snr[before + 1], timesteps - before)
 
     def _warn_if_never_dropped(self, guide_labels: torch.Tensor, needs_uncond: bool) -> None:
+        """Warn if ε(z) is needed, but the model was trained without dropping labels."""
         null_class = guide_labels.ndim == 1 and bool((guide_labels == self.unet.null_class_label).any())
         if needs_uncond and self.guide_unet is None and null_class and self.config.conditioning_dropout_prob == 0:
             logging.get_logger(__name__).warning(
                 "This model was trained with conditioning_dropout_prob = 0: its null class was never trained, so "
-                "guidance and unconditional samples mean nothing. Use guidance_scale=0, or train with 0.1 to 0.2."
+                "guidance and unconditional samples are meaningless. Use guidance_scale=0, or train with 0.1 to 0.2."
             )
 
     def _prepare_latents(
@@ -671,11 +701,10 @@ class CFGPipeline(DiffusionPipeline):
         generator: torch.Generator | list[torch.Generator] | None,
         device: torch.device,
     ) -> torch.Tensor:
-        size = self.unet.config.sample_size
-        height, width = (size, size) if isinstance(size, int) else size
-        shape = (num_images, self.unet.config.in_channels, height, width)
+        """Check the given z at λ_min or draw it, and scale it as the scheduler starts; float32 on `device`."""
+        shape = (num_images, *self.sample_shape)
         if isinstance(generator, list) and len(generator) != num_images:
-            raise ValueError(f"generator is a list of {len(generator)}, but {num_images} images are asked for.")
+            raise ValueError(f"generator is a list of {len(generator)}, but {num_images} images are drawn.")
         if latents is None:
             # float32 whatever the UNet computes in: at the noisy end a step needs the digits.
             latents = randn_tensor(shape, generator=generator, device=device, dtype=torch.float32)
@@ -684,19 +713,28 @@ class CFGPipeline(DiffusionPipeline):
         return latents.to(device=device, dtype=torch.float32) * self.scheduler.init_noise_sigma
 
     def _step_kwargs(self, generator: torch.Generator | list[torch.Generator] | None) -> dict[str, Any]:
-        """What this scheduler's `step` takes beyond the three arguments that all of them take."""
+        """Return the arguments that this scheduler's `step` takes beyond the three that all of them take."""
         accepted = inspect.signature(self.scheduler.step).parameters
-        # DDIM otherwise steps along an ε that contradicts the clipped x̃, and leaves speckle.
+        # DDIM otherwise steps along an ε that contradicts the clipped x̃, which leaves speckles.
         wanted = {"generator": generator, "use_clipped_model_output": True}
         return {name: value for name, value in wanted.items() if name in accepted}
 
-    # ----- a folder that loads by two doors -----
-    #
-    # `DiffusionPipeline.from_pretrained(folder, trust_remote_code=True)` wants the code in the folder and model_index
-    # naming it; `CFGPipeline.from_pretrained(folder)` has the code already and must run none of the folder's.
+    # A saved folder loads with and without running the repository's code. The first,
+    # `DiffusionPipeline.from_pretrained(folder, trust_remote_code=True)`, needs the code in the folder, named by
+    # model_index.json. The second, `CFGPipeline.from_pretrained(folder)`, has the code installed and runs none of it.
+
+    def save_pretrained(self, save_directory: str | Path, *args: Any, **kwargs: Any) -> None:
+        """Save as `DiffusionPipeline.save_pretrained`, with optional components that were assigned later."""
+        self._record_optional_components()
+        super().save_pretrained(save_directory, *args, **kwargs)
+
+    def _record_optional_components(self) -> None:
+        """Record optional components in the config: diffusers does not where they are assigned after construction."""
+        self.register_modules(**{name: getattr(self, name) for name in self._optional_components})
 
     def to_json_string(self) -> str:
-        """model_index.json, where a component of this package is named by the file `save_config` puts beside it."""
+        """Return model_index.json, which names this package's components by the files that `save_config` writes."""
+        self._record_optional_components()
         index = json.loads(super().to_json_string())
         index["_class_name"] = ["pipeline_cfg", type(self).__name__]
         index.pop("_name_or_path", None)
@@ -708,6 +746,7 @@ class CFGPipeline(DiffusionPipeline):
 
     def save_config(self, save_directory: str | Path, push_to_hub: bool = False, **kwargs) -> None:
         """Write model_index.json, and the code that a plain `DiffusionPipeline` needs to load the folder."""
+        self._record_optional_components()
         directory = Path(save_directory)
         for name, component in self.components.items():
             if hasattr(component, "remote_code"):
@@ -715,7 +754,7 @@ class CFGPipeline(DiffusionPipeline):
                 (directory / name).mkdir(parents=True, exist_ok=True)
                 (directory / name / f"{module}.py").write_text(component.remote_code, encoding="utf-8")
             if (directory / name / "config.json").is_file():
-                # diffusers writes down where the component was loaded from, a path of this machine.
+                # diffusers records where the component was loaded from, a path of this machine.
                 config = json.loads((directory / name / "config.json").read_text(encoding="utf-8"))
                 config.pop("_name_or_path", None)
                 (directory / name / "config.json").write_text(
@@ -726,30 +765,43 @@ class CFGPipeline(DiffusionPipeline):
         super().save_config(save_directory, push_to_hub=push_to_hub, **kwargs)
 
     @classmethod
-    def _dict_from_json_file(cls, json_file: str | Path) -> dict[str, Any]:
+    def load_config(
+        cls, pretrained_model_name_or_path: str | Path, *args: Any, **kwargs: Any
+    ) -> dict[str, Any] | tuple[dict[str, Any], ...]:
         """
-        Read model_index.json for `CFGPipeline.from_pretrained`: this class, and its neighbours' classes in place of the
-        folder's copies, so that no code of the folder is needed, asked for or run. (diffusers reads the file in more
-        than one place, all through this method.)
+        Load model_index.json for `CFGPipeline.from_pretrained`, with this package's classes in place of the folder's
+        copies, so that no code of the folder is needed, asked for or run. Takes the arguments of
+        `DiffusionPipeline.load_config` and returns what it returns.
+
+        Raises:
+            ValueError: If the index describes another pipeline, or a component that is neither diffusers' nor this
+                package's.
         """
-        index = super()._dict_from_json_file(json_file)
+        loaded = super().load_config(pretrained_model_name_or_path, *args, **kwargs)
+        index, *rest = loaded if isinstance(loaded, tuple) else (loaded,)
+        index = cls._with_installed_classes(index, str(pretrained_model_name_or_path))
+        return (index, *rest) if isinstance(loaded, tuple) else index
+
+    @classmethod
+    def _with_installed_classes(cls, index: dict[str, Any], source: str) -> dict[str, Any]:
+        """Return the index with this package's modules in place of the folder's, or refuse it."""
         class_name = index.get("_class_name")
         if isinstance(class_name, list):
             class_name = class_name[-1]
         if class_name != cls.__name__:
             raise ValueError(
-                f"{json_file} describes a {class_name}, not a {cls.__name__}: load it with DiffusionPipeline."
+                f"{source} describes a {class_name}, not a {cls.__name__}. Load it with DiffusionPipeline."
             )
-        index["_class_name"] = class_name
+        index = {**index, "_class_name": class_name}
         for name, value in index.items():
             if not isinstance(value, list) or value[0] in (None, "diffusers"):
                 continue
-            neighbour = f"{__package__}.{value[0]}"
-            if neighbour not in sys.modules:
+            module, component_class = value[0], value[1]
+            if component_class not in cls.component_classes.get(module, ()):
                 raise ValueError(
-                    f"{json_file} wants {value[1]} from {value[0]} for its {name}, which is neither diffusers' nor "
-                    f"this package's. {cls.__name__}.from_pretrained runs no code of a repository; if you have read "
+                    f"{source} wants {component_class} from {module} for its {name}, which is neither diffusers' nor "
+                    f"this package's. {cls.__name__}.from_pretrained runs no code of a repository. If you have read it "
                     "and trust it, use DiffusionPipeline.from_pretrained(..., trust_remote_code=True)."
                 )
-            index[name] = [neighbour, value[1]]
+            index[name] = [f"{__package__}.{module}", component_class]
         return index

@@ -44,8 +44,8 @@ class Draws:
 
     def antithetic(self, purpose: str) -> torch.Tensor:
         """Return (u + i/k) mod 1 for row i of the k rows of the global batch, with one u ~ U[0, 1): `(rows,)`."""
-        u = torch.rand((), generator=self._generator(purpose), device=self.device, dtype=torch.float64)
-        return self._mine((u + torch.arange(self.batch_size, device=self.device) / self.batch_size) % 1).float()
+        u = torch.rand((), generator=self._generator(purpose), device=self.device)
+        return self._mine((u + torch.arange(self.batch_size, device=self.device) / self.batch_size) % 1)
 
     def generators(self, purpose: str) -> list[torch.Generator]:
         """Return a generator for each row, for code that draws by itself, such as an autoencoder's posterior."""

@@ -1,8 +1,8 @@
-"""The noise process and the sampler of classifier-free guidance (Ho & Salimans 2022, sections 2 and 4, Algorithm 2).
+"""The noise process and the sampler of classifier-free guidance (Ho & Salimans 2022, sections 2 and 4, Algorithm 2)."""
 
-This file travels with every saved model, so it must run alone under plain diffusers: it imports the standard library,
-torch and diffusers only, and keeps its helpers inside the class.
-"""
+# Copied from diffusers_cfg.unet_2d_cfg
+# This file is saved with every model, so it must run alone under plain diffusers: it imports the standard library,
+# torch and diffusers only, and keeps its helpers inside the class.
 
 import math
 from dataclasses import dataclass
@@ -18,9 +18,12 @@ from diffusers.utils.torch_utils import randn_tensor
 @dataclass
 class LogSNRSchedulerOutput(BaseOutput):
     """
+    Output of `LogSNRScheduler.step`.
+
     Args:
-        prev_sample (`torch.Tensor`): z at the next, less noisy λ (after the last step: x̃ itself).
-        pred_original_sample (`torch.Tensor`): x̃, the predicted clean sample, clipped if the scheduler clips.
+        prev_sample (`torch.Tensor` of shape `(batch, …)`): z at the next, less noisy λ; x̃ itself after the last step.
+        pred_original_sample (`torch.Tensor` of shape `(batch, …)`): Predicted clean sample x̃, clipped if the scheduler
+            clips.
     """
 
     prev_sample: torch.Tensor
@@ -44,29 +47,29 @@ class LogSNRScheduler(SchedulerMixin, ConfigMixin):
     the range of the data unless told otherwise. The paper does not say whether it clips.
 
     Args:
-        num_train_timesteps (`int`): the length of the network's time axis.
+        num_train_timesteps (`int`): Length of the network's time axis.
         log_snr_min (`float`): λ_min, the noisy end.
         log_snr_max (`float`): λ_max, the clean end.
-        prediction_type (`str`): what the network predicts: `"epsilon"`, `"v_prediction"` (αε - σx) or `"sample"` (x).
-        variance_interpolation (`float`): the paper's v in [0, 1]. The sampling variance is (σ̃²)^(1-v) (σ²)^v, from
+        prediction_type (`str`): What the network predicts: `"epsilon"`, `"v_prediction"` (αε - σx) or `"sample"` (x).
+        variance_interpolation (`float`): The paper's v in [0, 1]. The sampling variance is (σ̃²)^(1-v) (σ²)^v, from
             the posterior's (0) to the forward process's (1). The paper uses 0.3 at 64×64 and 0.2 at 128×128.
-        clip_sample (`bool`): whether to bound x̃. Set it to `False` for latents, which have no fixed range.
-        clip_sample_range (`float`): x̃ is clipped to ± this value.
-        thresholding (`bool`): bound x̃ by its own quantile (Imagen's dynamic thresholding, arXiv 2205.11487), no more
-            than `sample_max_value`, and divide by the bound. With the default `sample_max_value` of 1 that is clipping
-            to ±1, in the one form of it that `DPMSolverMultistepScheduler` and `UniPCMultistepScheduler` know.
-        dynamic_thresholding_ratio (`float`): the quantile.
-        sample_max_value (`float`): the largest bound.
+        clip_sample (`bool`): Whether to bound x̃. Set it to `False` for latents, which have no fixed range.
+        clip_sample_range (`float`): Bound of x̃, which is clipped to ± this value.
+        thresholding (`bool`): Whether to bound x̃ by its own quantile (Imagen's dynamic thresholding, arXiv 2205.11487),
+            at most `sample_max_value`, and divide by the bound. With the default `sample_max_value` of 1 that is
+            clipping to ±1, in the only form that `DPMSolverMultistepScheduler` and `UniPCMultistepScheduler` have.
+        dynamic_thresholding_ratio (`float`): Quantile of |x̃|, in [0, 1].
+        sample_max_value (`float`): Largest bound.
         timestep_spacing (`str`), use_exponential_sigmas (`bool`), sigma_min (`float`), sigma_max (`float`),
-        lambda_min_clipped (`float`): read by diffusers' own schedulers only; this one always goes from λ_min to λ_max.
-            Those that step in σ/α cannot start at its 22026, where the same amplification awaits them and nothing clips
-            it: they start at EDM's 80 (arXiv 2206.00364, table 1) and end at about one level of 8 bits. Even steps in
+        lambda_min_clipped (`float`): Read by diffusers' own schedulers only; this one always goes from λ_min to λ_max.
+            Those that step in σ/α cannot start at its 22026, where the same amplification happens and nothing clips it:
+            they start at EDM's 80 (arXiv 2206.00364, table 1) and end at about one level of 8 bits. Even steps in
             λ between the two were the closest to the exact solution, see `training/EXACTNESS.md`.
-        trained_betas (`list[float]`, *optional*): derived from the arguments above, for diffusers' own schedulers; a
+        trained_betas (`list[float]`, *optional*): Derived from the arguments above, for diffusers' own schedulers; a
             value passed in is replaced.
 
     Raises:
-        ValueError: an argument is out of range; the message names it.
+        ValueError: If an argument is out of range; the message names it.
     """
 
     order = 1
@@ -87,8 +90,9 @@ class LogSNRScheduler(SchedulerMixin, ConfigMixin):
         "UniPCMultistepScheduler",
     ]
 
-    # The text of this very class, for `CFGPipeline.save_pretrained`. It is read now and not when saving: repositories
-    # loaded as remote code share one path, and the file there may by then hold another repository's text.
+    # Copied from diffusers_cfg.unet_2d_cfg.UNet2DCFGModel
+    # The text of this very class, written beside its weights by `CFGPipeline.save_pretrained`. It is read at import:
+    # repositories loaded as remote code share one path, and by the time of saving the file there may be another's.
     remote_code = Path(__file__).read_text(encoding="utf-8")
 
     @register_to_config
@@ -115,8 +119,8 @@ class LogSNRScheduler(SchedulerMixin, ConfigMixin):
             raise ValueError(f"num_train_timesteps must be at least 2, but is {num_train_timesteps}.")
         if not -60 <= log_snr_min < log_snr_max <= 60:
             raise ValueError(
-                f"log_snr_min={log_snr_min} and log_snr_max={log_snr_max} must rise and lie within ±60, where α and σ "
-                "still fit a float32."
+                f"log_snr_min={log_snr_min} and log_snr_max={log_snr_max} must be in increasing order and within ±60, "
+                "where α and σ still fit a float32."
             )
         if prediction_type not in ("epsilon", "v_prediction", "sample"):
             raise ValueError(f"prediction_type must be epsilon, v_prediction or sample, but is {prediction_type!r}.")
@@ -145,7 +149,7 @@ class LogSNRScheduler(SchedulerMixin, ConfigMixin):
 
     @staticmethod
     def _betas(alphas_cumprod: list[float]) -> list[float]:
-        """The β whose float32 cumulative product is `alphas_cumprod`: each one absorbs the rounding of those before."""
+        """Return β with the float32 cumulative product `alphas_cumprod`; each absorbs the rounding of those before."""
         betas, product = [], 1.0
         for target in alphas_cumprod:
             beta = torch.tensor(1 - target / product, dtype=torch.float32)
@@ -156,38 +160,36 @@ class LogSNRScheduler(SchedulerMixin, ConfigMixin):
     def __len__(self) -> int:
         return self.config.num_train_timesteps
 
-    # ----- to diffusers' own schedulers, and back -----
-    #
-    # They do not know these settings, and warn of their names. Private names pass in silence, also through files.
+    # diffusers' own schedulers do not know these settings and warn about their names. Under private names they pass
+    # silently, also through files.
     _own_settings = ("log_snr_min", "log_snr_max", "variance_interpolation")
 
     def solver(self, scheduler_class: type[SchedulerMixin]) -> SchedulerMixin:
         """
-        One of diffusers' schedulers for the same model: `scheduler_class.from_config(self.config)` without a warning.
-        `LogSNRScheduler.from_config(solver.config)` is this one again.
+        Return one of diffusers' schedulers for the same model: `scheduler_class.from_config(self.config)` without a
+        warning. `LogSNRScheduler.from_config(solver.config)` gives this scheduler back.
         """
         config = {f"_{name}" if name in self._own_settings else name: value for name, value in self.config.items()}
         return scheduler_class.from_config(config)
 
     @classmethod
     def extract_init_dict(cls, config_dict, **kwargs):
+        """Read this class's own settings under their private names too, as `solver` leaves them."""
         own = {name: config_dict[f"_{name}"] for name in cls._own_settings if f"_{name}" in config_dict}
         config_dict = {name: value for name, value in config_dict.items() if name.removeprefix("_") not in own}
         return super().extract_init_dict({**config_dict, **own}, **kwargs)
 
-    # ----- the noise process: u ∈ [0, 1] <-> timestep; u -> λ, α, σ -----
-
     def timestep(self, u: torch.Tensor) -> torch.Tensor:
-        """The network's time at u ∈ [0, 1]: `num_train_timesteps · u - 1`."""
+        """Return the network's time at u ∈ [0, 1]: `num_train_timesteps · u - 1`, in the shape and dtype of u."""
         return self.config.num_train_timesteps * u - 1
 
     def u(self, timestep: torch.Tensor) -> torch.Tensor:
-        """u ∈ [0, 1] at the network's time; the inverse of `timestep`. Integers become float32."""
+        """Return u ∈ [0, 1] at the network's time, the inverse of `timestep`. Integers become float32."""
         timestep = timestep if timestep.is_floating_point() else timestep.float()
         return (timestep + 1) / self.config.num_train_timesteps
 
     def alpha_sigma(self, u: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """α and σ at u ∈ [0, 1], in the shape and dtype of u; α² + σ² = 1."""
+        """Return α and σ at u ∈ [0, 1], in the shape and dtype of u; α² + σ² = 1."""
         # cos(au + b) as a sine of what is left to the noisy end: in float32 the cosine of a number near π/2 has no
         # digits left, and at u = 1 α is 4.5e-5.
         alpha = torch.sin(self._a * (1 - u) + (math.pi / 2 - self._a - self._b))
@@ -195,18 +197,18 @@ class LogSNRScheduler(SchedulerMixin, ConfigMixin):
         return alpha, sigma
 
     def log_snr(self, u: torch.Tensor) -> torch.Tensor:
-        """λ = log(α²/σ²) = -2 log tan(au + b) at u ∈ [0, 1], in the shape and dtype of u."""
+        """Return λ = log(α²/σ²) = -2 log tan(au + b) at u ∈ [0, 1], in the shape and dtype of u."""
         alpha, sigma = self.alpha_sigma(u)
         return 2 * (alpha.log() - sigma.log())
 
     def add_noise(self, original_samples: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
         """
-        z = αx + σε.
+        Add noise to clean samples: z = αx + σε.
 
         Args:
             original_samples (`torch.Tensor` of shape `(batch, …)`): x.
             noise (`torch.Tensor`, the same shape): ε ~ N(0, I).
-            timesteps (`torch.Tensor` of shape `(batch,)`): the network's time, integers or floats in
+            timesteps (`torch.Tensor` of shape `(batch,)`): Network's time, integers or floats in
                 [-1, num_train_timesteps - 1].
 
         Returns:
@@ -216,16 +218,25 @@ class LogSNRScheduler(SchedulerMixin, ConfigMixin):
         return alpha * original_samples + sigma * noise
 
     def get_velocity(self, sample: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
-        """v = αε - σx, the target of `prediction_type="v_prediction"` (arXiv 2202.00512). Arguments as `add_noise`."""
+        """
+        Return v = αε - σx, the target of `prediction_type="v_prediction"` (Salimans & Ho 2022, arXiv 2202.00512).
+
+        Args:
+            sample (`torch.Tensor` of shape `(batch, …)`): x, clean samples.
+            noise (`torch.Tensor`, the same shape): ε ~ N(0, I).
+            timesteps (`torch.Tensor` of shape `(batch,)`): As in `add_noise`.
+
+        Returns:
+            `torch.Tensor`: v, in the shape and dtype of x.
+        """
         alpha, sigma = self._alpha_sigma_like(sample, timesteps)
         return alpha * noise - sigma * sample
 
     def _alpha_sigma_like(self, sample: torch.Tensor, timesteps: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return α and σ at `timesteps`, of shape `(batch, 1, …)` and the dtype of `sample`."""
         alpha, sigma = self.alpha_sigma(self.u(timesteps.to(sample.device)))
         shape = (-1,) + (1,) * (sample.ndim - 1)
         return alpha.view(shape).to(sample.dtype), sigma.view(shape).to(sample.dtype)
-
-    # ----- the sampler -----
 
     def set_timesteps(self, num_inference_steps: int, device: str | torch.device | None = None) -> None:
         """
@@ -233,19 +244,22 @@ class LogSNRScheduler(SchedulerMixin, ConfigMixin):
 
         Args:
             num_inference_steps (`int`): T, the number of network evaluations, at least 1.
-            device (`str` or `torch.device`, *optional*): where `timesteps` is wanted.
+            device (`str` or `torch.device`, *optional*): Device of `timesteps`.
+
+        Raises:
+            ValueError: If `num_inference_steps` is less than 1.
         """
         if num_inference_steps < 1:
             raise ValueError(f"num_inference_steps must be at least 1, but is {num_inference_steps}.")
         u = torch.linspace(1, 0, num_inference_steps, dtype=torch.float64)
         self.num_inference_steps = num_inference_steps
         self.timesteps = self.timestep(u).to(device=device, dtype=torch.float32)
-        # Kept on the host in double precision: a step then costs no synchronisation and no digit.
+        # Kept on the host in double precision: a step then neither waits for the device nor loses digits.
         self._log_snrs = self.log_snr(u).tolist()
         self._step_index = None
 
     def scale_model_input(self, sample: torch.Tensor, timestep: torch.Tensor | None = None) -> torch.Tensor:
-        """The process preserves the variance, so the network's input is z itself."""
+        """Return `sample` unchanged: the process preserves the variance, so the network's input is z itself."""
         return sample
 
     def step(
@@ -257,24 +271,24 @@ class LogSNRScheduler(SchedulerMixin, ConfigMixin):
         return_dict: bool = True,
     ) -> LogSNRSchedulerOutput | tuple[torch.Tensor, torch.Tensor]:
         """
-        One step of Algorithm 2, from z at λ to z at the next λ' > λ.
+        Take one step of Algorithm 2, from z at λ to z at the next λ' > λ.
 
         Args:
-            model_output (`torch.Tensor` of shape `(batch, …)`): the (guided) prediction, as `prediction_type` says.
-            timestep (`torch.Tensor` of shape `()`): the entry of `timesteps` that `model_output` was predicted at. It
-                is looked up at the first step only; the steps that follow are counted.
+            model_output (`torch.Tensor` of shape `(batch, …)`): The (guided) prediction, as `prediction_type` says.
+            timestep (`torch.Tensor` of shape `()`): Entry of `timesteps` that `model_output` was predicted at. It is
+                looked up in the first step only; later steps are counted.
             sample (`torch.Tensor`, the shape of `model_output`): z.
-            generator (`torch.Generator` or a list of one per sample, *optional*): source of the noise.
-            return_dict (`bool`): whether to return a `LogSNRSchedulerOutput` instead of a tuple.
+            generator (`torch.Generator` or a list of one per sample, *optional*): Source of the noise.
+            return_dict (`bool`): Whether to return a `LogSNRSchedulerOutput` instead of a tuple.
 
         Returns:
             `LogSNRSchedulerOutput` or `tuple`: z at λ' (x̃ after the last step), in the dtype of `sample`, and x̃.
 
         Raises:
-            ValueError: `set_timesteps` was not called, or `timestep` is not one of its values.
+            ValueError: If `set_timesteps` was not called, or `timestep` is not one of its values.
         """
         if self._log_snrs is None:
-            raise ValueError("Call set_timesteps before step: the scheduler does not know the number of steps yet.")
+            raise ValueError("The number of steps is not set. Call set_timesteps before step.")
         if self._step_index is None:
             self._step_index = self._index_of(timestep)
         i = self._step_index
@@ -293,18 +307,26 @@ class LogSNRScheduler(SchedulerMixin, ConfigMixin):
         return LogSNRSchedulerOutput(prev_sample=prev_sample, pred_original_sample=x)
 
     def _index_of(self, timestep: torch.Tensor | float) -> int:
+        """Return the place of `timestep` in `timesteps`."""
         matches = (self.timesteps == timestep).nonzero()
         if len(matches) == 0:
             raise ValueError(
                 f"timestep {float(timestep)} is not one of the {self.num_inference_steps} timesteps that set_timesteps "
-                "chose; loop over scheduler.timesteps."
+                "chose. Loop over scheduler.timesteps."
             )
         return matches[0].item()
 
     def predict_original_sample(
         self, model_output: torch.Tensor, sample: torch.Tensor, log_snr: float | torch.Tensor
     ) -> torch.Tensor:
-        """x̃ from the prediction at z and λ, clipped if the scheduler clips. Shapes `(batch, …)`; λ broadcasts."""
+        """
+        Return x̃, the clean sample that the prediction at z and λ implies, clipped if the scheduler clips.
+
+        Args:
+            model_output (`torch.Tensor` of shape `(batch, …)`): Prediction, as `prediction_type` says.
+            sample (`torch.Tensor`, the same shape): z.
+            log_snr (`float` or `torch.Tensor` that broadcasts against z): λ.
+        """
         alpha, sigma = self._alpha_sigma_of(log_snr)
         if self.config.prediction_type == "epsilon":
             x = (sample - sigma * model_output) / alpha
@@ -317,7 +339,7 @@ class LogSNRScheduler(SchedulerMixin, ConfigMixin):
     def _posterior_sample(
         self, z: torch.Tensor, x: torch.Tensor, log_snr: float, next_log_snr: float, generator
     ) -> torch.Tensor:
-        """z' ~ N(μ̃(z, x), (σ̃²)^(1-v) (σ²)^v), equations 3 and 4 and the sampling variance of section 2."""
+        """Draw z' ~ N(μ̃(z, x), (σ̃²)^(1-v) (σ²)^v), equations 3 and 4 and the sampling variance of section 2."""
         v = self.config.variance_interpolation
         (alpha, sigma), (next_alpha, next_sigma) = self._alpha_sigma_of(log_snr), self._alpha_sigma_of(next_log_snr)
         ratio = math.exp(log_snr - next_log_snr)  # e^(λ - λ')
@@ -332,12 +354,13 @@ class LogSNRScheduler(SchedulerMixin, ConfigMixin):
 
     @staticmethod
     def _alpha_sigma_of(log_snr: float | torch.Tensor) -> tuple[float, float] | tuple[torch.Tensor, torch.Tensor]:
-        """α = sigmoid(λ)^½ and σ = sigmoid(-λ)^½."""
+        """Return α = sigmoid(λ)^½ and σ = sigmoid(-λ)^½."""
         if isinstance(log_snr, torch.Tensor):
             return log_snr.sigmoid().sqrt(), (-log_snr).sigmoid().sqrt()
         return math.sqrt(1 / (1 + math.exp(-log_snr))), math.sqrt(1 / (1 + math.exp(log_snr)))
 
     def _clip(self, x: torch.Tensor) -> torch.Tensor:
+        """Bound x̃ `(batch, …)` to the range of the data, or by its own quantile."""
         if not self.config.clip_sample:
             return x
         if self.config.thresholding and self.config.sample_max_value > 1:

@@ -62,7 +62,7 @@ class ModelConfig(Config):
     )
     layers_per_block: int = fixed(2, "Residual blocks in each level.", at_least=1)
     attention_resolutions: list[int] = fixed([16, 8], "Resolutions with self-attention; 0 for none.")
-    dropout: float = recorded(0.0, "Dropout inside the residual blocks.", at_least=0, below=1)
+    dropout: float = fixed(0.0, "Dropout inside the residual blocks.", at_least=0, below=1)
     pretrained_model_name_or_path: str | None = recorded(
         None, "Start from this pipeline, of the Hub or a folder: its network, noise process and autoencoder."
     )

@@ -1,10 +1,8 @@
-"""A `UNet2DModel` with a null class: one network for ε(z, c) and ε(z) (Ho & Salimans 2022, section 3.2).
+"""A `UNet2DModel` with a null class: one network for ε(z, c) and ε(z) (Ho & Salimans 2022, section 3.2)."""
 
-This file travels with every saved model, so it must run alone under plain diffusers: it imports the standard library,
-torch and diffusers only, and keeps its helpers inside the class.
-"""
+# This file is saved with every model, so it must run alone under plain diffusers: it imports the standard library,
+# torch and diffusers only, and keeps its helpers inside the class.
 
-import inspect
 from pathlib import Path
 
 import torch
@@ -17,8 +15,8 @@ class UNet2DCFGModel(UNet2DModel):
     r"""
     A class-conditional `UNet2DModel` whose last class-embedding row is the null class ∅ of classifier-free guidance.
 
-    The constructor is that of `UNet2DModel`; set `num_class_embeds` to the number of classes **plus one**. The weights
-    load into a stock `UNet2DModel` and back.
+    The constructor is that of `UNet2DModel` with one more argument; set `num_class_embeds` to the number of classes
+    **plus one**. The weights have the names of `UNet2DModel`, which loads them, and whose weights load here.
 
     ```python
     unet = UNet2DCFGModel(sample_size=32, in_channels=1, out_channels=1, num_class_embeds=10 + 1)
@@ -26,34 +24,82 @@ class UNet2DCFGModel(UNet2DModel):
     ```
 
     Args:
-        max_guidance_scale (`float`, *optional*): the largest w of a network that was distilled to predict what another
-            one predicts with guidance, and takes w as an input (Meng et al. 2023, arXiv 2210.03142). Without it there
-            is no such input.
+        max_guidance_scale (`float`, *optional*): Largest w of a network that takes w as an input: one that was
+            distilled to predict what its teacher predicts with guidance (Meng et al. 2023, arXiv 2210.03142). By
+            default there is no such input.
 
     Raises:
-        ValueError: `max_guidance_scale` is not a positive number.
+        ValueError: If `max_guidance_scale` is not a positive number.
     """
 
-    # The text of this very class, for `CFGPipeline.save_pretrained`. It is read now and not when saving: repositories
-    # loaded as remote code share one path, and the file there may by then hold another repository's text.
+    # The text of this very class, written beside its weights by `CFGPipeline.save_pretrained`. It is read at import:
+    # repositories loaded as remote code share one path, and by the time of saving the file there may be another's.
     remote_code = Path(__file__).read_text(encoding="utf-8")
 
-    class ClassEmbedding(torch.nn.Embedding):
-        """The rows of labels, or the mixes of rows that weights make; and what is added for w."""
-
-        def forward(self, conditions: tuple[torch.Tensor, torch.Tensor | None]) -> torch.Tensor:
-            class_labels, added = conditions
-            if class_labels.is_floating_point():
-                rows = class_labels.to(self.weight.dtype) @ self.weight
-            else:
-                rows = super().forward(class_labels)
-            return rows if added is None else rows + added
-
-    def __init__(self, *args, max_guidance_scale: float | None = None, **kwargs):
-        super().__init__(*args, **kwargs)
-        if isinstance(self.class_embedding, torch.nn.Embedding):
-            rows = self.class_embedding.weight.data
-            self.class_embedding = self.ClassEmbedding.from_pretrained(rows, freeze=False)
+    # Not decorated with `register_to_config`: the parent registers its own arguments, and `max_guidance_scale` is
+    # registered only where it is given, so that a stock `UNet2DModel` reads the config without a warning.
+    def __init__(
+        self,
+        sample_size: int | tuple[int, int] | None = None,
+        in_channels: int = 3,
+        out_channels: int = 3,
+        center_input_sample: bool = False,
+        time_embedding_type: str = "positional",
+        time_embedding_dim: int | None = None,
+        freq_shift: int = 0,
+        flip_sin_to_cos: bool = True,
+        down_block_types: tuple[str, ...] = ("DownBlock2D", "AttnDownBlock2D", "AttnDownBlock2D", "AttnDownBlock2D"),
+        mid_block_type: str | None = "UNetMidBlock2D",
+        up_block_types: tuple[str, ...] = ("AttnUpBlock2D", "AttnUpBlock2D", "AttnUpBlock2D", "UpBlock2D"),
+        block_out_channels: tuple[int, ...] = (224, 448, 672, 896),
+        layers_per_block: int = 2,
+        mid_block_scale_factor: float = 1,
+        downsample_padding: int = 1,
+        downsample_type: str = "conv",
+        upsample_type: str = "conv",
+        dropout: float = 0.0,
+        act_fn: str = "silu",
+        attention_head_dim: int | None = 8,
+        norm_num_groups: int = 32,
+        attn_norm_num_groups: int | None = None,
+        norm_eps: float = 1e-5,
+        resnet_time_scale_shift: str = "default",
+        add_attention: bool = True,
+        class_embed_type: str | None = None,
+        num_class_embeds: int | None = None,
+        num_train_timesteps: int | None = None,
+        max_guidance_scale: float | None = None,
+    ):
+        super().__init__(
+            sample_size=sample_size,
+            in_channels=in_channels,
+            out_channels=out_channels,
+            center_input_sample=center_input_sample,
+            time_embedding_type=time_embedding_type,
+            time_embedding_dim=time_embedding_dim,
+            freq_shift=freq_shift,
+            flip_sin_to_cos=flip_sin_to_cos,
+            down_block_types=down_block_types,
+            mid_block_type=mid_block_type,
+            up_block_types=up_block_types,
+            block_out_channels=block_out_channels,
+            layers_per_block=layers_per_block,
+            mid_block_scale_factor=mid_block_scale_factor,
+            downsample_padding=downsample_padding,
+            downsample_type=downsample_type,
+            upsample_type=upsample_type,
+            dropout=dropout,
+            act_fn=act_fn,
+            attention_head_dim=attention_head_dim,
+            norm_num_groups=norm_num_groups,
+            attn_norm_num_groups=attn_norm_num_groups,
+            norm_eps=norm_eps,
+            resnet_time_scale_shift=resnet_time_scale_shift,
+            add_attention=add_attention,
+            class_embed_type=class_embed_type,
+            num_class_embeds=num_class_embeds,
+            num_train_timesteps=num_train_timesteps,
+        )
         self.guidance_embedding = None
         if max_guidance_scale is not None:
             if not 0 < max_guidance_scale < float("inf"):
@@ -66,17 +112,9 @@ class UNet2DCFGModel(UNet2DModel):
             torch.nn.init.zeros_(self.guidance_embedding.linear_2.weight)
             torch.nn.init.zeros_(self.guidance_embedding.linear_2.bias)
 
-    # By its parameters diffusers knows what belongs in a config.
-    __init__.__signature__ = inspect.signature(UNet2DModel.__init__).replace(
-        parameters=[
-            *inspect.signature(UNet2DModel.__init__).parameters.values(),
-            inspect.signature(__init__).parameters["max_guidance_scale"],
-        ]
-    )
-
     @property
     def max_guidance_scale(self) -> float | None:
-        """The largest w that the network takes as an input; `None` if it takes none, and guidance needs two passes."""
+        """Largest w that the network takes as an input; `None` if it takes none, and guidance needs two passes."""
         return self.config.get("max_guidance_scale")
 
     @property
@@ -96,28 +134,22 @@ class UNet2DCFGModel(UNet2DModel):
         """Label of the null class ∅: the last row of the class embedding, `num_classes`."""
         return self.num_classes
 
-    @property
-    def dtype(self) -> torch.dtype:
-        """
-        That of the weights. diffusers looks through all modules for it, and its `forward` asks twice: a small network
-        would spend a tenth of its time on that.
-        """
-        if hasattr(self.conv_in, "_diffusers_hook"):  # layerwise casting computes in another one
-            return super().dtype
-        return self.conv_in.weight.dtype
-
     def check_class_labels(self, class_labels: torch.Tensor, batch_size: int) -> None:
         """
-        Check the values of a batch of labels. Reading them waits for the device, so this is called where labels enter
-        (`CFGPipeline`, the training data); `forward` calls it on the CPU only, where it costs nothing.
+        Check a batch of labels in the form that the network takes, where the null class may be written as
+        `null_class_label`. Labels that a user enters are checked by `CFGPipeline`, which refuses that number.
+
+        This reads the labels' values, which waits for the device: call it once per batch, before the network.
+        `forward` calls it only for labels on the CPU.
 
         Args:
-            class_labels (`torch.Tensor` of shape `(batch_size,)`): integers in `-1 … num_classes`. Or weights of the
-                classes, the null class last, `(batch_size, num_classes + 1)`: 0 or more, and one in all.
-            batch_size (`int`): number of samples that the labels are for.
+            class_labels (`torch.Tensor` of shape `(batch_size,)`): Integers in `-1 … num_classes`. Or floating-point
+                weights of the classes, `(batch_size, num_classes + 1)`, the null class last: each at least 0, each row
+                adding up to one.
+            batch_size (`int`): Number of samples that the labels are for.
 
         Raises:
-            ValueError: the labels are neither integers nor weights, are not one per sample, or one is out of range.
+            ValueError: If the labels are neither integers nor weights, are not one per sample, or are out of range.
         """
         self._check_class_labels_layout(class_labels, batch_size)
         if class_labels.is_floating_point():
@@ -133,6 +165,7 @@ class UNet2DCFGModel(UNet2DModel):
             )
 
     def _check_class_labels_layout(self, class_labels: torch.Tensor, batch_size: int) -> None:
+        """Check dtype and shape, which needs no values."""
         if class_labels.is_floating_point() and class_labels.shape == (batch_size, self.num_classes + 1):
             return
         if class_labels.is_floating_point() or class_labels.is_complex() or class_labels.dtype == torch.bool:
@@ -155,47 +188,110 @@ class UNet2DCFGModel(UNet2DModel):
         guidance_scale: torch.Tensor | None = None,
     ) -> UNet2DOutput | tuple[torch.Tensor]:
         """
+        Predict from the noisy sample, its time and its class: `UNet2DModel.forward` with more terms in the embedding.
+
         Args:
-            sample (`torch.Tensor` of shape `(batch, channels, height, width)`): the noisy sample z.
-            timestep (`torch.Tensor` of shape `()` or `(batch,)`): the network's time. Pass a tensor: diffusers cuts a
-                Python float to an integer.
-            class_labels (`torch.Tensor` of shape `(batch,)`, *optional*): integers; `-1` is the null class for that
-                sample, `None` is the null class for the whole batch. Or weights, `(batch, num_classes + 1)`, which mix
-                the rows of the class embedding.
-            return_dict (`bool`): whether to return a `UNet2DOutput` instead of a tuple.
-            guidance_scale (`torch.Tensor` of shape `(batch,)`, *optional*): the paper's w in [0, `max_guidance_scale`],
+            sample (`torch.Tensor` of shape `(batch, channels, height, width)`): Noisy sample z, in the dtype that the
+                network computes in.
+            timestep (`torch.Tensor` of shape `()` or `(batch,)`): Network's time. Pass a tensor: as in diffusers, a
+                Python float is cut to an integer.
+            class_labels (`torch.Tensor` of shape `(batch,)`, *optional*): Integers; `-1` or `null_class_label` is the
+                null class for that sample, `None` is the null class for the whole batch. Or weights,
+                `(batch, num_classes + 1)`, which mix the rows of the class embedding.
+            return_dict (`bool`): Whether to return a `UNet2DOutput` instead of a tuple.
+            guidance_scale (`torch.Tensor` of shape `(batch,)`, *optional*): The paper's w in [0, `max_guidance_scale`],
                 for a network that takes it; `None` is 0.
 
         Returns:
-            `UNet2DOutput` or `tuple`: the prediction, of the shape of `sample`.
+            `UNet2DOutput` or `tuple`: The prediction, `(batch, out_channels, height, width)`.
 
         Raises:
-            ValueError: the labels are neither integers nor weights, or not one per sample; or there is a w, and the
-                network takes none. A label out of range raises on the CPU; on other devices reading it would stall
-                every step, and `check_class_labels` is there to be called before.
+            ValueError: If the labels are neither integers nor weights, or not one per sample; or if w is given to a
+                network that does not take it. A label out of range raises on the CPU only: on other devices reading it
+                would stall every step, and `check_class_labels` is there to be called before.
         """
+        class_labels = self._fill_class_labels(class_labels, sample)
+        if self.config.center_input_sample:
+            sample = 2 * sample - 1.0
+
+        # 1. emb = time + (class + guidance scale)
+        timesteps = self._expand_timestep(timestep, sample)
+        emb = self.time_embedding(self.time_proj(timesteps).to(sample.dtype))
+        conditions = self._embed_class_labels(class_labels)
+        if self.guidance_embedding is not None or guidance_scale is not None:
+            conditions = conditions + self._embed_guidance_scale(guidance_scale, sample)
+        emb = emb + conditions.to(sample.dtype)
+
+        # 2. in and down
+        skip_sample = sample  # of the blocks with `skip_conv`: the image beside the features
+        sample = self.conv_in(sample)
+        residuals = (sample,)
+        for block in self.down_blocks:
+            if hasattr(block, "skip_conv"):
+                sample, block_residuals, skip_sample = block(hidden_states=sample, temb=emb, skip_sample=skip_sample)
+            else:
+                sample, block_residuals = block(hidden_states=sample, temb=emb)
+            residuals += block_residuals
+
+        # 3. middle
+        if self.mid_block is not None:
+            sample = self.mid_block(sample, emb)
+
+        # 4. up and out
+        skip_sample = None
+        for block in self.up_blocks:
+            count = len(block.resnets)
+            residuals, block_residuals = residuals[:-count], residuals[-count:]
+            if hasattr(block, "skip_conv"):
+                sample, skip_sample = block(sample, block_residuals, emb, skip_sample)
+            else:
+                sample = block(sample, block_residuals, emb)
+        sample = self.conv_out(self.conv_act(self.conv_norm_out(sample)))
+        if skip_sample is not None:
+            sample = sample + skip_sample
+        if self.config.time_embedding_type == "fourier":
+            sample = sample / timesteps.view(-1, 1, 1, 1)
+
+        return UNet2DOutput(sample=sample) if return_dict else (sample,)
+
+    def _fill_class_labels(self, class_labels: torch.Tensor | None, sample: torch.Tensor) -> torch.Tensor:
+        """Return checked labels with the null class as its row: for `None`, and for -1."""
         batch_size = sample.shape[0]
         if class_labels is None:
-            class_labels = torch.full((batch_size,), self.null_class_label, device=sample.device)
-        elif class_labels.device.type == "cpu" and not torch.compiler.is_compiling():
+            return torch.full((batch_size,), self.null_class_label, device=sample.device)
+        if class_labels.device.type == "cpu" and not torch.compiler.is_compiling():
             self.check_class_labels(class_labels, batch_size)
         else:
             self._check_class_labels_layout(class_labels, batch_size)
-        if not class_labels.is_floating_point():
-            class_labels = torch.where(class_labels == -1, self.null_class_label, class_labels)
-        # The parent hands them on to the class embedding, and adds what comes to the embedding of the time.
-        conditions = class_labels, self._embed_guidance_scale(guidance_scale, sample)
-        return super().forward(sample, timestep, class_labels=conditions, return_dict=return_dict)
+        if class_labels.is_floating_point():
+            return class_labels
+        return torch.where(class_labels == -1, self.null_class_label, class_labels)
 
-    def _embed_guidance_scale(self, w: torch.Tensor | None, sample: torch.Tensor) -> torch.Tensor | None:
+    @staticmethod
+    def _expand_timestep(timestep: torch.Tensor | float | int, sample: torch.Tensor) -> torch.Tensor:
+        """Return one timestep per sample, `(batch,)`, as `UNet2DModel` does."""
+        if not torch.is_tensor(timestep):
+            timestep = torch.tensor(timestep, dtype=torch.long, device=sample.device)
+        if timestep.ndim == 0:
+            timestep = timestep.to(sample.device)
+        return timestep * torch.ones(sample.shape[0], dtype=timestep.dtype, device=timestep.device)
+
+    def _embed_class_labels(self, class_labels: torch.Tensor) -> torch.Tensor:
+        """Return the row of each label, or the mix of all rows by weights, `(batch, channels)`."""
+        if not class_labels.is_floating_point():
+            return self.class_embedding(class_labels)
+        # The rows come from a call of the module, not from its weight, which hooks may keep elsewhere between calls.
+        rows = self.class_embedding(torch.arange(self.num_classes + 1, device=class_labels.device))
+        return class_labels.to(rows.dtype) @ rows
+
+    def _embed_guidance_scale(self, w: torch.Tensor | None, sample: torch.Tensor) -> torch.Tensor:
+        """Return the embedding of w, `(batch, channels)`; `None` is 0."""
         if self.guidance_embedding is None:
-            if w is not None:
-                raise ValueError(
-                    "This network takes no guidance_scale: it was not distilled (its config has no max_guidance_scale)."
-                )
-            return None
+            raise ValueError(
+                "This network takes no guidance_scale: it was not distilled (its config has no max_guidance_scale)."
+            )
         if w is None:
             w = torch.zeros(len(sample), device=sample.device)
         # By its root, as a small w changes more than a large one; up to 100 the sinusoids turn at most sixteen times.
         position = 100 * (w / self.max_guidance_scale).sqrt()
-        return self.guidance_embedding(self.guidance_proj(position).to(self.dtype))
+        return self.guidance_embedding(self.guidance_proj(position).to(sample.dtype))

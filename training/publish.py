@@ -1,69 +1,34 @@
+# /// script
+# requires-python = ">=3.11"
+# dependencies = ["diffusers-cfg[train]"]
+#
+# [tool.uv.sources]
+# diffusers-cfg = { path = "..", editable = true }
+# ///
 """Publish the output folder of a training run on the Hub, with its code and a model card.
 
 python training/publish.py cfg-model --repo_id me/cfg-model
 """
 
-import logging
-import shutil
-import sys
-import tempfile
-from argparse import ArgumentParser, Namespace
-from concurrent.futures import Future, ThreadPoolExecutor
+from argparse import ArgumentParser
 
-logger = logging.getLogger(__name__)
-
-# "Try again later", as sysexits.h has it: the run is done and its model is safe, only the Hub was not to be had.
-EXIT_NOT_PUBLISHED = 75
+from diffusers_cfg.config import run_command
 
 
-class BackgroundPublisher:
-    """
-    Publishes checkpoints while the run goes on. One that comes while another is on its way is left out, and one that
-    fails is a warning: the next may not.
-    """
-
-    def __init__(self, repo_id: str, token: str | None):
-        self.repo_id, self.token = repo_id, token
-        self.executor, self.upload = ThreadPoolExecutor(1), None
-
-    def publish(self, pipeline, step: int) -> None:
-        """Copy the pipeline as it is now, and begin to upload the copy."""
-        if self.upload is not None and not self.upload.done():
-            logger.info("Step %d is not published: the one before is still on its way.", step)
-            return
-        folder = tempfile.mkdtemp()
-        pipeline.save_pretrained(folder)
-        self.upload: Future = self.executor.submit(self._publish, folder, step)
-
-    def _publish(self, folder: str, step: int) -> None:
-        from diffusers_cfg.hub import PublishError, publish
-
-        try:
-            publish(folder, self.repo_id, commit_message=f"Step {step}", token=self.token, verify=False)
-        except PublishError as error:
-            logger.warning("Step %d was not published: %s", step, error)
-        finally:
-            shutil.rmtree(folder)
-
-    def close(self) -> None:
-        """Wait for the upload that is on its way."""
-        self.executor.shutdown()
-
-
-def parse_args(argv: list[str] | None = None) -> Namespace:
-    parser = ArgumentParser(prog="publish.py", description=__doc__.splitlines()[0])
+def main(argv: list[str] | None = None) -> None:
+    parser = ArgumentParser(description="Publish the output folder of a training run on the Hub, with a model card.")
     parser.add_argument("folder", help="The output folder of a training run, or another saved pipeline.")
-    parser.add_argument("--repo_id", required=True, help="The repository, NAMESPACE/NAME. Made if it does not exist.")
-    parser.add_argument("--private", action="store_true", help="Make it a private one, if it is made.")
+    parser.add_argument(
+        "--repo_id", required=True, help="The repository, NAMESPACE/NAME. Created if it does not exist."
+    )
+    parser.add_argument("--private", action="store_true", help="Create it as a private one.")
     parser.add_argument("--token", help="A token that can write; by default that of `hf auth login`.")
     parser.add_argument("--commit_message", help="By default 'Upload CFGPipeline'.")
     parser.add_argument("--create_pr", action="store_true", help="Open a pull request instead of committing.")
     parser.add_argument("--overwrite", action="store_true", help="Publish into a repository that holds something else.")
-    return parser.parse_args(argv)
-
-
-def main() -> None:
-    args = parse_args()
+    args = parser.parse_args(argv)
+    # Here and not above: torch takes seconds, which --help and a wrong flag need not wait for.
+    from diffusers_cfg.engine.publishing import NotPublished
     from diffusers_cfg.hub import PublishError, publish
 
     try:
@@ -77,10 +42,9 @@ def main() -> None:
             overwrite=args.overwrite,
         )
     except PublishError as error:
-        print(f"publish.py: error: {error}", file=sys.stderr)
-        sys.exit(EXIT_NOT_PUBLISHED)
+        raise NotPublished(f"publish.py: error: {error}") from error
     print(f"Published, and checked that it draws the same image: {url}")
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

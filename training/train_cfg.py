@@ -1,43 +1,32 @@
+# /// script
+# requires-python = ">=3.11"
+# dependencies = ["diffusers-cfg[train]"]
+#
+# [tool.uv.sources]
+# diffusers-cfg = { path = "..", editable = true }
+# ///
 """Train a class-conditional diffusion model with classifier-free guidance (Ho & Salimans 2022, Algorithm 1).
 
-accelerate launch training/train_cfg.py
-accelerate launch training/train_cfg.py --train_data_dir photos --resolution 64 --output_dir photos-model
+python training/train_cfg.py
+python training/train_cfg.py --train_data_dir photos --resolution 64 --output_dir photos-model
 accelerate launch training/train_cfg.py --config training/configs/mnist.yaml --output_dir mnist-model
 """
 
-from config import TrainConfig, parse_config
-from preemption import Preemption
-from run import as_script, run
+from diffusers_cfg.config import parse_config, run_command
+from diffusers_cfg.engine.preemption import Preemption
+from diffusers_cfg.settings import CFGConfig
 
 
-def train_cfg(config: TrainConfig, preemption: Preemption | None = None) -> None:
-    # Imported here and not above: they take seconds, which --help and a wrong flag need not wait for.
-    from model import build_pipeline
+def main(argv: list[str] | None = None) -> None:
+    preemption = Preemption().install()
+    config = parse_config(CFGConfig, argv)
+    # Here and not above: torch takes seconds, which --help and a wrong flag need not wait for.
+    from diffusers_cfg.engine.trainer import Trainer
+    from diffusers_cfg.evaluation.in_training import training_evaluation
+    from diffusers_cfg.methods.cfg import ClassifierFreeGuidance
 
-    def prepare(images):
-        pipeline = build_pipeline(config, images)
-        return pipeline, algorithm_1(config, pipeline)
-
-    run(config, prepare, preemption)
-
-
-def algorithm_1(config: TrainConfig, pipeline):
-    from conditioning import drop_class_labels
-    from model import noise_process
-    from objectives import prediction_target, squared_error
-
-    scheduler, null_class_label = noise_process(pipeline), pipeline.unet.null_class_label
-
-    def loss_of(unet, x, c, draws):
-        """The loss of each sample of a batch (x, c)."""
-        c = drop_class_labels(c, config.conditioning_dropout_prob, null_class_label, draws.dropout)
-        t = scheduler.timestep(draws.u)  # λ ~ p(λ), by way of u ~ U[0, 1]
-        z = scheduler.add_noise(x, draws.noise, t)  # z = αx + σε
-        pred = unet(z, t, class_labels=c).sample
-        return squared_error(pred, prediction_target(scheduler, x, draws.noise, t))
-
-    return loss_of
+    Trainer(config, ClassifierFreeGuidance, preemption, training_evaluation).run()
 
 
 if __name__ == "__main__":
-    as_script("train_cfg.py", lambda preemption: train_cfg(parse_config(), preemption))
+    run_command(main)

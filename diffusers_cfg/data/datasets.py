@@ -6,7 +6,6 @@ import os
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from itertools import repeat
-from operator import length_hint
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -23,31 +22,56 @@ from diffusers_cfg.settings import DataConfig, TrainConfig
 
 logger = logging.getLogger(__name__)
 
-# Data that takes no more than this as uint8 is decoded once and kept; larger data is decoded as it is used.
+# Data of at most this size as uint8 is decoded once and kept in memory; larger data is decoded lazily.
 MAX_CACHED_BYTES = 2 * 1024**3
-# and from so many on its share of unreadable images is judged.
+# Number of images from which on the share of unreadable ones is judged.
 MIN_SEEN = 1000
+# Number of images by which lazily decoded data is identified.
+FINGERPRINT_SIZE = 1000
 
 
 class ImageBatch(NamedTuple):
+    """A batch of decoded images."""
+
     images: torch.Tensor  # (batch, channels, resolution, resolution), uint8
     class_labels: torch.Tensor  # (batch,), int64; -1 is unlabelled
-    unreadable: list[str]  # names of the images that could not be read, and were replaced by another
-    reached: tuple[int, Position] | None = None  # the stream that they are of, and where it goes on after them
+    unreadable: list[str]  # names of the images that could not be read, and were replaced by others
+    reached: tuple[int, Position] | None = None  # of a stream: its number, and its position after the batch
 
     @property
     def images_rgb(self) -> torch.Tensor:
-        """The images with three channels, grey or not."""
+        """The images with three channels, `(batch, 3, resolution, resolution)`, uint8."""
         return self.images.expand(-1, 3, -1, -1)
 
     def training_input(self, device: torch.device, flip: torch.Tensor | None = None) -> torch.Tensor:
-        """The images in [-1, 1] on a device, flipped where `flip` says."""
+        """
+        Return the images as float32 in [-1, 1].
+
+        Args:
+            device (`torch.device`): where to put them.
+            flip (`torch.Tensor` of shape `(batch,)`, *optional*): bool, on that device; the images to flip
+                horizontally.
+        """
         images = to_float(self.images.to(device, non_blocking=True))
         return images if flip is None else torch.where(flip.view(-1, 1, 1, 1), images.flip(-1), images)
 
 
 def training_dataset(images: LabelledImages, config: DataConfig, channels: int, show_progress: bool) -> Dataset:
-    """The images as a `Dataset` of uint8 arrays, in memory if they fit. Raises UserError if too many are unreadable."""
+    """
+    Return a data set that gives `ImageBatch`es.
+
+    Args:
+        images (`LabelledImages`): the images.
+        config (`DataConfig`): the resolution and the crop. For a stream, a `TrainConfig`.
+        channels (`int`): 1 for grayscale, 3 for RGB.
+        show_progress (`bool`): whether to show a progress bar while images are decoded into memory.
+
+    Returns:
+        `StreamedImages` for a stream, else `CachedImages` if they fit into `MAX_CACHED_BYTES`, else `LazyImages`.
+
+    Raises:
+        UserError: too many images cannot be read.
+    """
     if isinstance(images, ImageStream):
         return StreamedImages(images, config, channels)
     if len(images) * channels * config.resolution**2 <= MAX_CACHED_BYTES:
@@ -56,7 +80,12 @@ def training_dataset(images: LabelledImages, config: DataConfig, channels: int, 
 
 
 def stack_images(images: LabelledImages, config: DataConfig, channels: int, show_progress: bool) -> "CachedImages":
-    """Decode all images. Those that cannot be read are named and left out; UserError if they are too many."""
+    """
+    Decode all images into memory. Unreadable ones are logged and left out.
+
+    Raises:
+        UserError: more than `config.max_unreadable_fraction` of them, or all, cannot be read.
+    """
 
     def decode(index: int) -> np.ndarray | None:
         try:
@@ -66,13 +95,14 @@ def stack_images(images: LabelledImages, config: DataConfig, channels: int, show
             return None
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        arrays = pool.map(decode, range(len(images)))
-        arrays = list(
-            tqdm(arrays, "Decoding", len(images), unit="image", leave=False, disable=None if show_progress else True)
-        )
+        decoded = pool.map(decode, range(len(images)))
+        disable = None if show_progress else True  # for None, tqdm shows nothing unless the output is a terminal
+        arrays = list(tqdm(decoded, "Decoding", len(images), unit="image", leave=False, disable=disable))
     unreadable = [images.name_image(index) for index, array in enumerate(arrays) if array is None]
     check_unreadable(unreadable, len(images), config.max_unreadable_fraction)
     readable = [index for index, array in enumerate(arrays) if array is not None]
+    if not readable:
+        raise UserError(f"None of the {len(images)} images can be read: {unreadable[0]}, …")
     return CachedImages(
         torch.from_numpy(np.stack([arrays[index] for index in readable])),
         torch.from_numpy(images.class_labels[readable]),
@@ -80,7 +110,7 @@ def stack_images(images: LabelledImages, config: DataConfig, channels: int, show
 
 
 def check_unreadable(unreadable: Iterable[str], num_images: int, max_unreadable_fraction: float) -> None:
-    """Raises UserError if too large a share of the images cannot be read."""
+    """Raise UserError if more than a fraction of the images cannot be read."""
     unreadable = list(unreadable)
     if len(unreadable) > max_unreadable_fraction * num_images:
         raise UserError(
@@ -90,13 +120,19 @@ def check_unreadable(unreadable: Iterable[str], num_images: int, max_unreadable_
 
 
 def warn_of_unreadable(unreadable: set[str]) -> None:
-    """Name those that there are, or the first of them."""
+    """Log how many images could not be read, and the names of the first of them. Does nothing if all could be."""
     if unreadable:
         logger.warning("%d images could not be read: %s", len(unreadable), ", ".join(sorted(unreadable)[:20]))
 
 
 class CachedImages(Dataset):
-    """Images decoded once. `__getitems__` is what a `DataLoader` calls for a whole batch."""
+    """
+    Images in memory. A `DataLoader` fetches a whole batch by `__getitems__`.
+
+    Args:
+        images (`torch.Tensor` of shape `(images, channels, resolution, resolution)`): uint8.
+        class_labels (`torch.Tensor` of shape `(images,)`): int64; -1 is unlabelled.
+    """
 
     def __init__(self, images: torch.Tensor, class_labels: torch.Tensor):
         self.images, self.class_labels = images, class_labels
@@ -109,14 +145,18 @@ class CachedImages(Dataset):
 
 
 class LazyImages(Dataset):
-    """Images decoded when they are asked for. One that cannot be read is replaced by the next that can."""
+    """
+    Images that are decoded when they are fetched. An unreadable image is replaced by the next readable one.
+
+    Args:
+        images (`LabelledImages`): the images.
+        resolution (`int`), channels (`int`), center_crop (`bool`): of the decoded images, see `to_array`.
+        num_workers (`int`): number of workers of the `DataLoader`.
+    """
 
     def __init__(self, images: LabelledImages, resolution: int, channels: int, center_crop: bool, num_workers: int = 0):
-        self.images, self.to_array_args, self.in_flight = (
-            images,
-            (resolution, channels, center_crop),
-            InFlightItems(num_workers),
-        )
+        self.images, self.to_array_args = images, (resolution, channels, center_crop)
+        self.in_flight = InFlightItems(num_workers)
         self.class_labels = torch.from_numpy(images.class_labels)
 
     def __len__(self) -> int:
@@ -137,22 +177,28 @@ class LazyImages(Dataset):
                 return array, self.class_labels[candidate].item()
             except Exception:  # whatever a decoder raises, the image cannot be used
                 unreadable.append(self.images.name_image(candidate))
-        raise UserError("None of the images can be read.")
+        raise UserError(f"None of the {len(self)} images can be read: {unreadable[0]}, …")
 
-    def name_held(self, item: str) -> str:
-        """What to call in a message what a worker had in its hands."""
+    def name_item(self, item: str) -> str:
+        """Return a human-readable name for an item that a worker was processing."""
         return self.images.name_image(int(item))
 
 
 class StreamedImages(IterableDataset):
     """
-    Batches without end, read and decoded as they are asked for. Each worker of each process has a stream of its own,
-    and they take turns: of n streams, number i mod n gives batch i of all processes'. An image that cannot be read is
-    left out.
+    Endless batches of images that are read and decoded lazily. An unreadable image is left out.
+
+    Each worker of each process reads its own stream, and the streams take turns: batch i of the run, counted over all
+    processes, comes from stream i mod n of the n streams. Call `divide` before anything else.
+
+    Args:
+        images (`ImageStream`): the images.
+        config (`TrainConfig`): the resolution, the crop, the batch size, the seed and the number of workers.
+        channels (`int`): 1 for grayscale, 3 for RGB.
 
     Attributes:
-        probe (`CachedImages`): some of the images, to look at.
-        reached (`dict[int, Position]`): where the streams of this process go on, as far as their batches were used.
+        probe (`CachedImages`): the first images, to inspect the data.
+        reached (`dict[int, Position]`): positions of the streams of this process after the batches that were used.
     """
 
     def __init__(self, images: ImageStream, config: TrainConfig, channels: int):
@@ -161,20 +207,16 @@ class StreamedImages(IterableDataset):
         self.probe = stack_images(images, config, channels, show_progress=False)
         self.in_flight = InFlightItems(config.dataloader_num_workers)
 
-    def __len__(self) -> int:
-        if not self.images.num_images:
-            raise TypeError("The data set does not say how many images it has.")
-        return self.images.num_images
-
     def divide(self, rank: int, world_size: int) -> None:
-        """Take the share of one process of several. Called before anything else."""
+        """Take the share of process `rank` of `world_size` processes, from the start of the data."""
         self.rank, self.world_size = rank, world_size
         num_streams = world_size * max(1, self.config.dataloader_num_workers)
         if self.num_shards < num_streams:
             logger.warning(
-                "The data set has %d shards for %d streams: each of them reads all of it, and decodes its own part.",
-                self.num_shards, num_streams,
-            )  # fmt: skip
+                "The data set has %d shards for %d streams: each stream reads all of it, and decodes its own part.",
+                self.num_shards,
+                num_streams,
+            )
         self.positions, self.reached, self.batches = [Position()] * num_streams, {}, 0
 
     def __iter__(self) -> Iterator[ImageBatch]:
@@ -204,20 +246,27 @@ class StreamedImages(IterableDataset):
                     arrays, labels, unreadable = [], [], []
 
     def rows(self, shard: int, first: int) -> Iterator[EncodedImage]:
+        """Yield the images of a shard, from its row `first` on."""
         self.in_flight.record(f"shard {shard}")
         return self.images.rows(shard, first)
 
-    def name_held(self, item: str) -> str:
+    def name_item(self, item: str) -> str:
+        """Return a human-readable name for an item that a worker was processing."""
         return item
 
     def used(self, batch: ImageBatch) -> None:
-        """Take note that this process, as all others, has used its next batch."""
+        """Record that this process has used its next batch. All processes call it for each of their batches."""
         stream, position = batch.reached
         self.reached[stream] = Position(*position)
         self.batches += self.world_size
 
     def state_dict(self, reached: list[dict[int, Position]]) -> dict[str, Any]:
-        """The place in the data, for JSON, from what all processes have reached."""
+        """
+        Return the positions of all streams, as JSON can store them.
+
+        Args:
+            reached (`list[dict[int, Position]]`): the attribute `reached` of each process.
+        """
         positions = list(self.positions)
         for stream, position in (item for part in reached for item in part.items()):
             positions[stream] = position
@@ -229,50 +278,88 @@ class StreamedImages(IterableDataset):
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from there. Raises UserError if the data is divided otherwise now."""
+        """Resume from the positions of a `state_dict`. Raises UserError if the data or its division has changed."""
         if state["num_shards"] != self.num_shards:
             raise UserError(
                 f"The data set has {self.num_shards} shards, but had {state['num_shards']} when the checkpoint was "
-                "written: it is not the same data. Start anew with --overwrite_output_dir."
+                "written, so it is not the same data. Train from the beginning with --overwrite_output_dir."
             )
         if state["batch_size"] != self.config.train_batch_size:
             raise UserError(
-                f"--train_batch_size {self.config.train_batch_size}: streams that were read in batches of "
-                f"{state['batch_size']} can only go on in such."
+                f"--train_batch_size is {self.config.train_batch_size}, but the checkpoint's streams were read in "
+                f"batches of {state['batch_size']}: resume with --train_batch_size {state['batch_size']}."
             )
         if len(state["positions"]) != len(self.positions):
             raise UserError(
-                f"The checkpoint holds the places of {len(state['positions'])} streams, one for each worker of each "
+                f"The checkpoint holds the positions of {len(state['positions'])} streams, one for each worker of each "
                 f"process, but there are {self.world_size} processes with --dataloader_num_workers "
-                f"{self.config.dataloader_num_workers}: choose them so that there are as many (0 workers count as 1)."
+                f"{self.config.dataloader_num_workers}: choose both so that their product is the same (0 workers count "
+                "as 1)."
             )
         self.batches, self.positions = state["batches"], [Position(*position) for position in state["positions"]]
 
 
 def num_images(dataset: Dataset) -> int | None:
-    """How many images there are, where that is known."""
-    return length_hint(dataset) or None
+    """Return the number of images of a data set, or None for a stream that does not know it."""
+    return dataset.images.num_images if isinstance(dataset, StreamedImages) else len(dataset)
 
 
 def raise_for_dead_worker(dataset: Dataset, error: RuntimeError) -> None:
-    """If it is torch's word that a worker died, raises UserError with what that had in its hands."""
-    if "DataLoader worker" in str(error):
-        held = [dataset.name_held(item) for item in dataset.in_flight.of_dead_workers(error)]
+    """Raise `UserError` naming the image if `error` reports a dead DataLoader worker. Else do nothing."""
+    if "DataLoader worker (pid" in str(error):  # other errors inside a worker say "DataLoader worker process"
+        items = [dataset.name_item(item) for item in dataset.in_flight.of_dead_workers(error)]
         raise UserError(
-            f"{str(error).rstrip(' .')}. It held {', '.join(held) or 'no image'}. Did the machine run out of memory "
-            "(then lower --dataloader_num_workers), or is that damaged? Go on with --resume_from_checkpoint latest."
+            f"{str(error).rstrip(' .')}. It was reading {', '.join(items) or 'no image'}. If the machine ran out of "
+            "memory, lower --dataloader_num_workers; if the image is damaged, remove it. Then resume with "
+            "--resume_from_checkpoint latest."
         ) from error
 
 
 def fingerprint(dataset: Dataset) -> str:
-    """Names the data by its labels, and by up to 1,000 of its images as they are decoded."""
-    digest = hashlib.blake2b(dataset.class_labels.numpy().tobytes(), digest_size=8)
-    for index in np.linspace(0, len(dataset) - 1, min(len(dataset), 1000)).astype(int).tolist():
-        image = dataset.__getitems__([index]).images
-        digest.update(str(tuple(image.shape)).encode() + image.numpy().tobytes())
+    """
+    Return a hash that identifies a data set by its labels and decoded images.
+
+    Images in memory are all hashed; of lazily decoded ones, `FINGERPRINT_SIZE` at equal distances.
+
+    Args:
+        dataset (`Dataset`): `CachedImages` or `LazyImages`.
+
+    Returns:
+        16 hexadecimal digits.
+    """
+    digest = hashlib.blake2b(dataset.class_labels.contiguous().numpy(), digest_size=8)
+    if isinstance(dataset, CachedImages):
+        batches = [dataset.images]
+    else:
+        chosen = np.linspace(0, len(dataset) - 1, min(len(dataset), FINGERPRINT_SIZE)).astype(int).tolist()
+        batches = (dataset.__getitems__([index]).images for index in chosen)
+    for images in batches:
+        digest.update(str(tuple(images.shape)).encode())
+        digest.update(images.contiguous().numpy())
     return digest.hexdigest()
 
 
+def describe_data(images: LabelledImages, dataset: Dataset) -> dict[str, Any]:
+    """
+    Describe the data of a run, to compare it with that of a checkpoint.
+
+    Args:
+        images (`LabelledImages`): the images before they were decoded.
+        dataset (`Dataset`): their `training_dataset`, before its latents are cached.
+
+    Returns:
+        A dictionary for JSON: `class_names` in the order of their ids, `num_images` or None if a stream does not know
+        it, `fingerprint` or None for a stream, `num_shards` or None if the data is not streamed.
+    """
+    streamed = isinstance(dataset, StreamedImages)
+    return {
+        "class_names": [name for _, name in sorted(images.id2label.items())],
+        "num_images": num_images(dataset),
+        "fingerprint": None if streamed else fingerprint(dataset),
+        "num_shards": dataset.num_shards if streamed else None,
+    }
+
+
 def identity_collate(batch: ImageBatch) -> ImageBatch:
-    """The collate function: `__getitems__` has made the batch already. (A function, so that workers can be spawned.)"""
+    """Return a batch that `__getitems__` has made already. It is a function so that workers can be spawned."""
     return batch

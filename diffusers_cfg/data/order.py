@@ -1,4 +1,4 @@
-"""The order of the data: which images a step takes, in memory and streamed, and the place in a stream."""
+"""Order the data: the images of each step, in memory and streamed, and the position in a stream."""
 
 from collections.abc import Iterable, Iterator
 from itertools import islice
@@ -10,17 +10,25 @@ from torch.utils.data import Sampler
 from diffusers_cfg.config import UserError
 from diffusers_cfg.randomness import seeded_generator
 
-# Shards can be empty, so a stream may have nothing in an epoch; in so many in a row, it never will.
+# Shards can be empty, so a stream may have no rows in an epoch. After this many such epochs in a row it never has any.
 EMPTY_EPOCHS = 10
 
 
 class GlobalBatchSampler(Sampler[list[int]]):
     """
-    The data indices of this process's batches, from one step of the run to another.
+    Yield the data indices of this process's batches, a list of `batch_size` for each.
 
-    Examples come in the order of an endless sequence, each epoch a permutation of its own. A step takes the next
-    `accumulation · world_size · batch_size` of them; its batches run through them in order, and the processes divide
-    each batch in order.
+    Examples come from an endless sequence in which each epoch has its own permutation. A step takes the next
+    `accumulation · world_size · batch_size` of them, which are divided in order into accumulated batches, and each of
+    these in order among the processes.
+
+    Args:
+        num_examples (`int`): examples in the data set.
+        batch_size (`int`): examples in a batch of one process.
+        seed (`int`): of the run. It determines the permutations.
+        steps (`range`): the steps of the run to yield batches for.
+        rank (`int`), world_size (`int`): of this process, and their number.
+        accumulation (`int`): batches of each process in a step.
     """
 
     def __init__(
@@ -56,31 +64,46 @@ class GlobalBatchSampler(Sampler[list[int]]):
 
 
 class Shards(Protocol):
-    """What can be read: shards, each from any of its rows on."""
+    """Data in shards, each of which can be read from any of its rows on."""
 
     num_shards: int
 
-    def rows(self, shard: int, first: int) -> Iterable[Any]: ...
+    def rows(self, shard: int, first: int) -> Iterable[Any]:
+        """Yield the rows of a shard, from row `first` on."""
+        ...
 
 
 class Position(NamedTuple):
-    """Where a stream goes on: a block of it, named by its first row, and how many of its rows are done."""
+    """Position from which a stream resumes: a block, identified by its first row, and the rows of it that are done."""
 
     epoch: int = 0
-    place: int = 0  # in the stream's shards of the epoch, in their order
-    row: int = 0  # in the shard
-    done: int = 0
+    place: int = 0  # index into the stream's shards, in their order in this epoch
+    row: int = 0  # index into the shard
+    done: int = 0  # rows of the block, in its shuffled order
 
 
 def shuffled_blocks(
     source: Shards, block_size: int, seed: int, stream: int, num_streams: int, position: Position
 ) -> Iterator[tuple[Position, list[Any]]]:
     """
-    One of several streams that share the data, from a position on and without end: blocks of rows, each in an order of
-    its own and with its position. Raises UserError for a stream that has no rows.
+    Yield the blocks of one of several streams that share the data, from a position on and without end.
 
-    Every epoch has its own order of shards. A stream reads the rows of its shards in their order, so a block that was
-    begun is read again to go on with it; a buffer that is refilled as it is emptied would have to be kept.
+    Every epoch has its own order of shards. A stream reads the rows of its shards in their order and shuffles each
+    block, so it resumes by reading one block again. A shuffle buffer that is refilled while it is emptied would have
+    to be stored instead.
+
+    Args:
+        source (`Shards`): the data.
+        block_size (`int`): rows that are shuffled at a time. A block does not extend over the end of an epoch.
+        seed (`int`): of the run. It determines the orders of shards and rows.
+        stream (`int`), num_streams (`int`): the stream, from 0, and the number of streams.
+        position (`Position`): the position from which to resume.
+
+    Yields:
+        The position of a block and all of its rows, shuffled. `done` of the first is that of `position`, then 0.
+
+    Raises:
+        UserError: the stream has no rows.
     """
     empty_epochs = 0
     while empty_epochs < EMPTY_EPOCHS:
@@ -93,9 +116,11 @@ def shuffled_blocks(
             place, row, _ = block[-1]
             position, empty_epochs = Position(position.epoch, place, row + 1), 0
         position = Position(position.epoch + 1)
+    if num_streams == 1:
+        raise UserError("The data set has no images: check --dataset_split.")
     raise UserError(
-        f"The data set has no images for stream {stream + 1} of {num_streams}, one for each worker of each process: "
-        "lower --dataloader_num_workers."
+        f"The data set has no images for stream {stream + 1} of {num_streams} (there is one for each worker of each "
+        "process): lower --dataloader_num_workers."
     )
 
 
@@ -103,8 +128,9 @@ def stream_rows(
     source: Shards, seed: int, stream: int, num_streams: int, position: Position
 ) -> Iterator[tuple[int, int, Any]]:
     """
-    The rows of a stream from the block of a position to the end of its epoch, each with its place. The streams share
-    the shards, or where there are fewer shards than streams, the rows of each.
+    Yield the rows of a stream, from the block of a position to the end of its epoch, as (place, row, content).
+
+    The streams divide the shards among them, or the rows of each shard if there are fewer shards than streams.
     """
     shards = torch.randperm(source.num_shards, generator=seeded_generator("cpu", seed, "shards", position.epoch))
     by_shard = source.num_shards >= num_streams

@@ -1,4 +1,4 @@
-"""Record which item each DataLoader worker is processing, so that a crash can be reported with the item that caused it."""
+"""Record which item each DataLoader worker is processing, so that a crash can be reported with its cause."""
 
 import os
 import re
@@ -7,24 +7,30 @@ import numpy as np
 import torch
 from torch.utils.data import get_worker_info
 
-NOTE_SIZE = 512  # bytes
+# Bytes for the process id and the item of a worker; longer ones are cut off.
+RECORD_SIZE = 512
 
 
 class InFlightItems:
-    """What each worker has in its hands, in memory that outlives it."""
+    """
+    The items that DataLoader workers are processing, in shared memory, which survives a worker that crashes.
+
+    Args:
+        num_workers (`int`): number of workers of the loader.
+    """
 
     def __init__(self, num_workers: int):
-        self._notes = torch.zeros(max(1, num_workers), NOTE_SIZE, dtype=torch.uint8).share_memory_()
+        self._records = torch.zeros(max(1, num_workers), RECORD_SIZE, dtype=torch.uint8).share_memory_()
 
     def record(self, item: str) -> None:
-        """Called in a worker, or in the main process, whose end needs no explanation."""
+        """Record the current item, or "" for none. Does nothing in the main process."""
         worker = get_worker_info()
         if worker is not None:
-            note = f"{os.getpid()} {item}".encode()[:NOTE_SIZE].ljust(NOTE_SIZE, b"\0")
-            self._notes.numpy()[worker.id] = np.frombuffer(note, np.uint8)
+            record = f"{os.getpid()} {item}".encode()[:RECORD_SIZE].ljust(RECORD_SIZE, b"\0")
+            self._records.numpy()[worker.id] = np.frombuffer(record, np.uint8)
 
     def of_dead_workers(self, error: RuntimeError) -> list[str]:
-        """What those workers held whose process ids are in an error of torch's."""
-        notes = [bytes(note).rstrip(b"\0").decode(errors="replace") for note in self._notes.numpy()]
-        held = dict(note.split(" ", 1) for note in notes if note)
-        return [held[pid] for pid in re.findall(r"\d+", str(error)) if held.get(pid)]
+        """Return the items of the workers whose process ids appear in torch's error about dead workers."""
+        records = [bytes(record).rstrip(b"\0").decode(errors="replace") for record in self._records.numpy()]
+        items = dict(record.split(" ", 1) for record in records if record)
+        return [items[pid] for pid in re.findall(r"\d+", str(error)) if items.get(pid)]

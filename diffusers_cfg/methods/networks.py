@@ -1,32 +1,34 @@
-"""The network and the pipeline that a run trains and saves."""
+"""Build the network and the pipeline that a run trains, from settings or from a published pipeline."""
 
 import json
 import logging
 import math
 from pathlib import Path
+from typing import Any
 
 import torch
-from config import ModelConfig, TrainConfig, UserError
-from data import LabelledImages
 from diffusers import AutoencoderKL, DPMSolverMultistepScheduler, SchedulerMixin
 
 from diffusers_cfg import CFGPipeline, LogSNRScheduler, UNet2DCFGModel
+from diffusers_cfg.config import UserError
+from diffusers_cfg.data.sources import LabelledImages
+from diffusers_cfg.settings import CFGConfig, ModelConfig, TrainConfig
 
 logger = logging.getLogger(__name__)
 
-# What new models are sampled with unless told otherwise: DPM-Solver++, as near to the data as any that was tried, and
-# nearer than 256 steps of the paper's sampler; see "What was measured" in the README.
+# New models are sampled by DPM-Solver++, which comes as near to the data as any sampler that was tried, and nearer than
+# 256 steps of the paper's; see the measured results.
 SOLVER, NUM_INFERENCE_STEPS = DPMSolverMultistepScheduler, 12
 
 
-def build_pipeline(config: TrainConfig, images: LabelledImages) -> CFGPipeline:
-    """What the run trains: new, or a published pipeline to go on from. Raises UserError if it does not fit the data."""
+def build_pipeline(config: CFGConfig, images: LabelledImages) -> CFGPipeline:
+    """Return the pipeline that a run trains, new or pretrained. Raises UserError if it does not fit the data."""
     if config.pretrained_model_name_or_path is not None:
-        pipeline = load_pipeline(config, images)
+        pipeline = load_pretrained(config, images)
         if pipeline.unet.max_guidance_scale is not None:
             raise UserError(
                 f"--pretrained_model_name_or_path {config.pretrained_model_name_or_path} was distilled to guide in one "
-                "pass, and would forget that: go on from the model that it was made from, and distil that one."
+                "pass, and would forget that: start from its teacher, and distill that one."
             )
         return pipeline
     vae = load_vae(config)
@@ -42,7 +44,7 @@ def build_pipeline(config: TrainConfig, images: LabelledImages) -> CFGPipeline:
 
 
 def new_pipeline(
-    config: TrainConfig,
+    config: CFGConfig,
     unet: UNet2DCFGModel,
     scheduler: LogSNRScheduler,
     vae: AutoencoderKL | None,
@@ -50,6 +52,7 @@ def new_pipeline(
     solver: type[SchedulerMixin] = SOLVER,
     num_inference_steps: int = NUM_INFERENCE_STEPS,
 ) -> CFGPipeline:
+    """Return a pipeline around a network, sampled by one of diffusers' solvers of its noise process."""
     return CFGPipeline(
         unet,
         scheduler.solver(solver),
@@ -61,26 +64,23 @@ def new_pipeline(
 
 
 def noise_process(pipeline: CFGPipeline) -> LogSNRScheduler:
-    """The noise process that a pipeline's scheduler was made from."""
+    """Return the noise process that a pipeline's scheduler was made from."""
     return LogSNRScheduler.from_config(pipeline.scheduler.config)
 
 
-def image_channels(pipeline: CFGPipeline) -> int:
-    """Channels of the images that a pipeline draws."""
-    return pipeline.unet.config.in_channels if pipeline.vae is None else pipeline.vae.config.in_channels
+def example_of(pipeline: CFGPipeline) -> str:
+    """Return a line of code that draws the first class with a saved pipeline `pipe`."""
+    name = pipeline.id2label[0]
+    return f'pipe(class_labels=["{name}"], guidance_scale=1.0).images[0].save("{name}.png")'
 
 
-def image_resolution(pipeline: CFGPipeline) -> int:
-    """Height and width of the images that a pipeline draws."""
-    size = pipeline.unet.config.sample_size
-    return (size if isinstance(size, int) else size[0]) * pixels_per_latent(pipeline.vae)
+def load_pretrained(config: CFGConfig, images: LabelledImages) -> CFGPipeline:
+    """
+    Return the pretrained pipeline that a run starts from, with the classes of the data and its own noise process.
 
-
-# ----- from a published pipeline -----
-
-
-def load_pipeline(config: TrainConfig, images: LabelledImages) -> CFGPipeline:
-    """The pipeline to go on from, with the classes of the data. Its noise process stays what it is."""
+    Raises:
+        UserError: it cannot be loaded, does not fit the resolution, or its noise process is not known.
+    """
     source = config.pretrained_model_name_or_path
     try:
         pretrained = CFGPipeline.from_pretrained(source)
@@ -94,76 +94,51 @@ def load_pipeline(config: TrainConfig, images: LabelledImages) -> CFGPipeline:
     if not {"log_snr_min", "_log_snr_min"} & pretrained.scheduler.config.keys():
         raise UserError(
             f"--pretrained_model_name_or_path {source} has a {type(pretrained.scheduler).__name__} that was not made "
-            "from a LogSNRScheduler: the noise process of its training is not known."
+            "from a LogSNRScheduler, so the noise process of its training is not known. Start from another model."
         )
-    if (channels := image_channels(pretrained)) != images.channels:
+    pipeline = new_pipeline(config, unet, noise_process(pretrained), vae, images.id2label)
+    if (channels := pipeline.image_shape[0]) != images.channels:
         logger.warning("The images are converted to the %d channels that %s draws.", channels, source)
-    return new_pipeline(config, unet, noise_process(pretrained), vae, images.id2label)
+    return pipeline
 
 
 def replace_classes(unet: UNet2DCFGModel, old: dict[int, str], new: dict[int, str]) -> None:
     """
-    Give the network one class-embedding row for each new class, and say so. A class of a known name keeps its row, any
-    other starts from that of the null class, which is kept.
+    Give the network one class-embedding row for each new class, and log it. A class of a known name keeps its row, any
+    other starts from the row of the null class, which is kept.
     """
     if old == new:
         return
     if not old and len(new) == unet.num_classes:
-        logger.warning("The model's classes have no names: they are taken to be those of the data, in its order.")
+        logger.warning("The model's classes have no names: they are assumed to be those of the data, in its order.")
         return
     rows, null_row = unet.class_embedding.weight.data, unet.class_embedding.weight.data[unet.null_class_label]
     known = {name: class_id for class_id, name in old.items()}
     kept = [name for name in new.values() if name in known]
     chosen = [rows[known[name]] if name in known else null_row for _, name in sorted(new.items())]
-    unet.class_embedding = unet.ClassEmbedding.from_pretrained(torch.stack([*chosen, null_row]), freeze=False)
+    unet.class_embedding = torch.nn.Embedding.from_pretrained(torch.stack([*chosen, null_row]), freeze=False)
     unet.register_to_config(num_class_embeds=len(new) + 1)
     logger.warning(
         "The model's %d classes were replaced by the %d of the data: %d of the same name keep their rows, the others "
         "start from the null class, which is kept.",
-        len(rows) - 1, len(new), len(kept),
-    )  # fmt: skip
-
-
-# ----- from nothing -----
-
-
-def load_vae(config: ModelConfig) -> AutoencoderKL | None:
-    """The frozen autoencoder whose latents are trained on, if the settings name one."""
-    name_or_path = config.pretrained_vae_model_name_or_path
-    if name_or_path is None:
-        return None
-    try:
-        vae = AutoencoderKL.from_pretrained(name_or_path)
-    except OSError as error:
-        raise UserError(f"--pretrained_vae_model_name_or_path {name_or_path} cannot be loaded: {error}") from error
-    return vae.eval().requires_grad_(False)
-
-
-def sample_size(config: TrainConfig, vae: AutoencoderKL | None) -> int:
-    """Height and width of what the UNet sees: images of the run's resolution, or their latents."""
-    return config.resolution // pixels_per_latent(vae)
-
-
-def pixels_per_latent(vae: AutoencoderKL | None) -> int:
-    """In each direction; each level of an autoencoder but the last halves the image."""
-    return 1 if vae is None else 2 ** (len(vae.config.block_out_channels) - 1)
-
-
-def check_sample_size(unet: UNet2DCFGModel, size: int) -> int:
-    """Raises UserError if the levels of the UNet cannot halve it."""
-    halvings = len(unet.config.block_out_channels) - 1
-    if size % 2**halvings or size == 0:
-        raise UserError(
-            f"The UNet sees samples of {size}×{size}, which cannot be halved {halvings} times, as its {halvings + 1} "
-            f"levels do: choose a --resolution that makes them a multiple of {2**halvings}."
-        )
-    return size
+        len(rows) - 1,
+        len(new),
+        len(kept),
+    )
 
 
 def build_unet(config: TrainConfig, vae: AutoencoderKL | None, channels: int, num_classes: int) -> UNet2DCFGModel:
     """
-    A new network, its weights determined by the seed, for images of the run's resolution and so many channels, or for
-    their latents. Raises UserError if its levels do not fit.
+    Return a new network, whose weights the seed determines.
+
+    Args:
+        config (`TrainConfig`): resolution, seed and network.
+        vae (`AutoencoderKL`, *optional*): the network is for its latents.
+        channels (`int`): of the images, where there is no autoencoder.
+        num_classes (`int`): real classes; the network has one more, the null class.
+
+    Raises:
+        UserError: there is no such network, or its levels do not fit the resolution.
     """
     torch.manual_seed(config.seed)
     size = sample_size(config, vae)
@@ -188,14 +163,14 @@ def build_unet(config: TrainConfig, vae: AutoencoderKL | None, channels: int, nu
     }
     try:
         unet = UNet2DCFGModel.from_config(settings)
-    except Exception as error:  # whatever layers raise that do not fit
+    except Exception as error:  # layers that do not fit raise errors of many kinds
         raise UserError(f"There is no network with the settings {settings}: {error}") from error
     check_sample_size(unet, size)
     return unet
 
 
-def load_model_config(name_or_path: str) -> dict:
-    """A UNet2DModel's config, from a JSON file, a folder or the Hub."""
+def load_model_config(name_or_path: str) -> dict[str, Any]:
+    """Return a UNet2DModel's config, from a JSON file, a folder or the Hub. Raises UserError if there is none."""
     try:
         if Path(name_or_path).is_file():
             return dict(json.loads(Path(name_or_path).read_text(encoding="utf-8")))
@@ -204,8 +179,8 @@ def load_model_config(name_or_path: str) -> dict:
         raise UserError(f"--model_config_name_or_path {name_or_path} cannot be read: {error}") from error
 
 
-def attention(resolutions: list[int], sample_size: int, block_out_channels: list[int]) -> dict:
-    """Block types with self-attention at the given resolutions, heads of 64 channels at the most (as ADM's)."""
+def attention(resolutions: list[int], sample_size: int, block_out_channels: list[int]) -> dict[str, Any]:
+    """Return block types with self-attention at the given resolutions, and heads of at most 64 channels (as ADM's)."""
     attended = [sample_size // 2**level in resolutions for level in range(len(block_out_channels))]
     channels = [channels for channels, here in zip(block_out_channels, attended, strict=True) if here]
     return {
@@ -216,9 +191,42 @@ def attention(resolutions: list[int], sample_size: int, block_out_channels: list
     }
 
 
-def normalization(block_out_channels: list[int]) -> dict:
-    """Group norm with at least four channels a group, and 32 groups at the most."""
+def normalization(block_out_channels: list[int]) -> dict[str, Any]:
+    """Return the settings of a group norm with at least four channels a group and at most 32 groups."""
     groups = math.gcd(32, *block_out_channels)
     while groups > 1 and min(block_out_channels) // groups < 4:
         groups //= 2
     return {"norm_num_groups": groups}
+
+
+def load_vae(config: ModelConfig) -> AutoencoderKL | None:
+    """Return the frozen autoencoder whose latents are trained on, if the settings name one."""
+    name_or_path = config.pretrained_vae_model_name_or_path
+    if name_or_path is None:
+        return None
+    try:
+        vae = AutoencoderKL.from_pretrained(name_or_path)
+    except OSError as error:
+        raise UserError(f"--pretrained_vae_model_name_or_path {name_or_path} cannot be loaded: {error}") from error
+    return vae.eval().requires_grad_(False)
+
+
+def sample_size(config: TrainConfig, vae: AutoencoderKL | None) -> int:
+    """Return height and width of what the UNet sees: images of the run's resolution, or their latents."""
+    return config.resolution // pixels_per_latent(vae)
+
+
+def pixels_per_latent(vae: AutoencoderKL | None) -> int:
+    """Return the pixels of a latent in each direction: each level of an autoencoder but the last halves the image."""
+    return 1 if vae is None else 2 ** (len(vae.config.block_out_channels) - 1)
+
+
+def check_sample_size(unet: UNet2DCFGModel, size: int) -> int:
+    """Return the size, or raise UserError if the levels of the UNet cannot halve it."""
+    halvings = len(unet.config.block_out_channels) - 1
+    if size % 2**halvings or size == 0:
+        raise UserError(
+            f"The UNet sees samples of {size}×{size}, which cannot be halved {halvings} times, as its {halvings + 1} "
+            f"levels do: choose a --resolution that makes them a multiple of {2**halvings}."
+        )
+    return size

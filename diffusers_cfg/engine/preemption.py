@@ -1,4 +1,7 @@
-"""Stop when asked to: SIGTERM and SIGUSR1, as the schedulers of clusters send them before they kill."""
+"""Stop when asked to: SIGTERM and SIGUSR1, which the schedulers of clusters send before they kill.
+
+Nothing heavy is imported here, so that the handlers are in place before torch loads.
+"""
 
 import os
 import signal
@@ -6,21 +9,29 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
+from typing import Self
+
+from diffusers_cfg.config import CommandError
 
 # "Resume me", as HTCondor has it
 EXIT_RESUME = 85
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 
 
-class Preempted(Exception):
-    """The run was asked to stop, and has saved what it can go on from."""
+class Preempted(CommandError):
+    """The run was asked to stop, and has saved what it can be resumed from."""
+
+    exit_code = EXIT_RESUME
+
+    def __str__(self) -> str:
+        return "Stopped and saved. Resume with the same command and --resume_from_checkpoint latest."
 
 
 class Preemption:
     """
-    What a signal does depends on where in the run it comes: before the first step it ends the process, which has
-    nothing to save; in a step it is noted, and the step is finished; in `interruptible` work, such as sampling, it ends
-    that work. A second signal ends the process at once.
+    Handle a signal by where in the run it arrives. Before the first step it ends the process, which has nothing to
+    save; in a step it is noted, and the step is finished; in `interruptible` work, such as sampling, it ends that work.
+    A second signal ends the process at once.
 
     Attributes:
         running (`bool`): whether there is something to save.
@@ -30,9 +41,11 @@ class Preemption:
     def __init__(self):
         self.requested = self.running = self._interruptible = False
 
-    def install(self) -> None:
+    def install(self) -> Self:
+        """Handle the signals of this process from now on."""
         for number in SIGNALS:
             signal.signal(number, self._handle)
+        return self
 
     def _handle(self, number: int, _frame: FrameType | None) -> None:
         name = signal.Signals(number).name
@@ -42,11 +55,11 @@ class Preemption:
         self.requested = True
         print(f"{name}: finishing the step, then saving.", file=sys.stderr, flush=True)
         if self._interruptible:
-            raise Preempted(name)
+            raise Preempted
 
     @contextmanager
     def interruptible(self) -> Iterator[None]:
-        """Work between two steps that can be left half done: a signal raises Preempted in it."""
+        """Mark work between two steps that may be left unfinished: a signal raises Preempted in it."""
         self._interruptible = True
         try:
             if self.requested:
@@ -56,7 +69,10 @@ class Preemption:
             self._interruptible = False
 
 
-def leave_signals_to_the_parent(_worker: int) -> None:
-    """For the workers of a data loader: clusters signal all processes of a job, but these serve the step to its end."""
+def ignore_signals(_worker: int) -> None:
+    """
+    Ignore SIGTERM and SIGUSR1 in DataLoader workers. Clusters signal every process of a job, and the current step still
+    needs its data.
+    """
     for number in SIGNALS:
         signal.signal(number, signal.SIG_IGN)

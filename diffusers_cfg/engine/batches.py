@@ -1,0 +1,136 @@
+"""Read the data of each step: this process's batches, as training input on the device, with their random numbers."""
+
+import time
+from collections.abc import Iterator
+
+import torch
+from accelerate import Accelerator
+from torch.utils.data import DataLoader, Dataset
+
+from diffusers_cfg.data.datasets import (
+    MIN_SEEN,
+    CachedImages,
+    ImageBatch,
+    StreamedImages,
+    check_unreadable,
+    identity_collate,
+    warn_of_unreadable,
+)
+from diffusers_cfg.data.latents import LatentBatch
+from diffusers_cfg.data.order import GlobalBatchSampler
+from diffusers_cfg.data.sources import UNLABELLED
+from diffusers_cfg.engine.method import Batch, Method
+from diffusers_cfg.engine.preemption import ignore_signals
+from diffusers_cfg.randomness import Draws, seeded_generator
+from diffusers_cfg.settings import TrainConfig
+
+
+class StepBatches:
+    """
+    The batches of this process, step by step.
+
+    Args:
+        config (`TrainConfig`): seed, batch size, flips and workers.
+        accelerator (`Accelerator`): the processes that divide each global batch.
+        dataset (`Dataset`): images, or their cached latents.
+        method (`Method`): its pipeline's autoencoder, if it has one, encodes the images.
+        steps (`range`): of the run.
+        accumulation (`int`): batches of a process in a step.
+
+    Attributes:
+        wait (`float`): seconds spent waiting for data.
+    """
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        accelerator: Accelerator,
+        dataset: Dataset,
+        method: Method,
+        steps: range,
+        accumulation: int,
+    ):
+        self.config, self.accelerator, self.dataset, self.method = config, accelerator, dataset, method
+        self.steps, self.accumulation, self.wait = steps, accumulation, 0.0
+        self.streamed = isinstance(dataset, StreamedImages)
+        self.unreadable, self.seen = set(), 0
+
+    def __iter__(self) -> Iterator[list[Batch]]:
+        """Yield for each step the list of its batches. Raises UserError if too many images cannot be read."""
+        batches = iter(self._loader())
+        for step in self.steps:
+            yield [self._batch(self._next(batches), step, micro_step) for micro_step in range(self.accumulation)]
+        warn_of_unreadable(self.unreadable)
+
+    def _loader(self) -> DataLoader:
+        config, rank, world_size = self.config, self.accelerator.process_index, self.accelerator.num_processes
+        if self.streamed:
+            order = {"batch_size": None}
+        else:
+            sampler = GlobalBatchSampler(
+                len(self.dataset),
+                config.train_batch_size,
+                config.seed,
+                self.steps,
+                rank,
+                world_size,
+                self.accumulation,
+            )
+            order = {"batch_sampler": sampler}
+        return DataLoader(
+            self.dataset,
+            **order,
+            collate_fn=identity_collate,
+            num_workers=0 if isinstance(self.dataset, CachedImages) else config.dataloader_num_workers,
+            worker_init_fn=ignore_signals,
+            pin_memory=self.accelerator.device.type == "cuda",
+        )
+
+    def _batch(self, images: ImageBatch | LatentBatch, step: int, micro_step: int) -> Batch:
+        config, accelerator = self.config, self.accelerator
+        first = (micro_step * accelerator.num_processes + accelerator.process_index) * config.train_batch_size
+        rows = range(first, first + config.train_batch_size)
+        total = config.train_batch_size * accelerator.num_processes * self.accumulation
+        draws = Draws(config.seed, step, rows, total, accelerator.device)
+        flip = draws.uniform("flip") < 0.5 if config.random_flip else None
+        return make_batch(self.method, images, draws, flip)
+
+    def _next(self, batches: Iterator[ImageBatch | LatentBatch]) -> ImageBatch | LatentBatch:
+        asked = time.perf_counter()
+        images = next(batches)
+        self.wait += time.perf_counter() - asked
+        if self.streamed:
+            self.dataset.used(images)
+        self.seen += len(images.class_labels) + len(images.unreadable)
+        if images.unreadable:
+            self.unreadable.update(images.unreadable)
+            if self.seen >= MIN_SEEN or not self.streamed:
+                among = self.seen if self.streamed else len(self.dataset)
+                check_unreadable(self.unreadable, among, self.config.max_unreadable_fraction)
+        return images
+
+
+@torch.no_grad()
+def make_batch(
+    method: Method, images: ImageBatch | LatentBatch, draws: Draws, flip: torch.Tensor | None = None
+) -> Batch:
+    """Return images as training input: in [-1, 1], flipped where `flip` says; or latents drawn from the posterior."""
+    x = images.training_input(draws.device, flip)
+    pipeline = method.pipeline
+    if getattr(pipeline, "vae", None) is not None:
+        encode = pipeline.draw_latents if isinstance(images, LatentBatch) else pipeline.encode
+        x = encode(x, draws.generators("posterior"))
+    return Batch(x, images.class_labels.to(draws.device, non_blocking=True), draws, draws.step)
+
+
+def probe_batches(config: TrainConfig, method: Method, dataset: Dataset, device: torch.device) -> Iterator[Batch]:
+    """Yield up to 256 labelled images, the same at every call, for `Method.probe`; any images if none has a label."""
+    candidates = (dataset.class_labels != UNLABELLED).nonzero().flatten()
+    if not len(candidates):
+        candidates = torch.arange(len(dataset))
+    order = torch.randperm(len(candidates), generator=seeded_generator("cpu", config.seed, "probe"))
+    chosen = candidates[order[:256]]
+    for first in range(0, len(chosen), config.train_batch_size):
+        rows = range(first, min(first + config.train_batch_size, len(chosen)))
+        images = dataset.__getitems__(chosen[list(rows)].tolist())
+        yield make_batch(method, images, Draws(config.seed, -1, rows, len(chosen), device))

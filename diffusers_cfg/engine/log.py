@@ -1,0 +1,174 @@
+"""Log a run: the progress bar, trackers, and pictures of samples."""
+
+import logging
+import time
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from datetime import timedelta
+from pathlib import Path
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from PIL import Image
+from tqdm.auto import tqdm
+
+from diffusers_cfg.engine.checkpoint import checkpoints
+from diffusers_cfg.engine.method import Objective, Terms
+from diffusers_cfg.settings import TrainConfig
+
+logger = logging.getLogger(__name__)
+
+TRACKER_PROJECT = "diffusers-cfg"
+
+
+def is_due(every: int, step: int) -> bool:
+    """Return whether a periodic action is due at a step; `every=0` disables it."""
+    return every > 0 and step % every == 0
+
+
+class Log:
+    """
+    The progress bar, and the trackers every `logging_steps`: losses and what else objectives log, gradients, learning
+    rates, and the rate of training. Numbers are read off the device only when they are logged.
+
+    Args:
+        config (`TrainConfig`): how often to log.
+        accelerator (`Accelerator`): its trackers, and the processes whose losses are averaged.
+        objectives (`Sequence[Objective]`): where there are several, their names begin those of their figures.
+        first_step (`int`), total_steps (`int`), batch_size (`int`): of the run, and images in a step.
+    """
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        accelerator: Accelerator,
+        objectives: Sequence[Objective],
+        first_step: int,
+        total_steps: int,
+        batch_size: int,
+    ):
+        self.config, self.accelerator, self.batch_size = config, accelerator, batch_size
+        self.total_steps, self.since, self.then, self.waited = total_steps, first_step, time.perf_counter(), 0.0
+        several = len({objective.name for objective in objectives}) > 1
+        self.prefixes = {objective.name: f"{objective.name}/" if several else "" for objective in objectives}
+        # By names, sums and counts of the terms; by objective, sums and counts of the gradients' norms.
+        self.terms: dict[tuple[str, ...], torch.Tensor] = {}
+        self.norms: dict[str, torch.Tensor] = defaultdict(lambda: torch.zeros(2, device=accelerator.device))
+        self.skipped_in_a_row: dict[str, torch.Tensor] = {}
+        # TensorBoard accepts no lists, and no None.
+        settings = {k: v if isinstance(v, (int, float, str)) else str(v) for k, v in config.public().items()}
+        accelerator.init_trackers(TRACKER_PROJECT, settings)
+        self.progress = tqdm(
+            total=total_steps,
+            initial=first_step,
+            desc="Training",
+            unit="step",
+            disable=None if accelerator.is_main_process else True,  # None: if the output is no terminal
+        )
+
+    @torch.no_grad()
+    def log_terms(self, objective: Objective, terms: Terms) -> None:
+        """Add up the terms of a batch. What is not finite is left out of a mean."""
+        prefix = self.prefixes[objective.name]
+        names = tuple(f"{prefix}{name}" for name in ("loss", *terms.logs))
+        values = torch.stack([terms.loss, *terms.logs.values()])
+        finite = torch.isfinite(values)
+        sums = torch.stack([torch.where(finite, values, 0.0).sum(1), finite.sum(1)], dim=1)
+        self.terms[names] = self.terms[names] + sums if names in self.terms else sums
+
+    def log_gradient(self, objective: Objective, norms: Mapping[str, torch.Tensor], finite: torch.Tensor) -> None:
+        """Add up the norms of an objective's gradient, by module, and count the steps that are skipped."""
+        prefix, several = self.prefixes[objective.name], len(norms) > 1
+        for module, norm in norms.items():
+            name = f"{prefix}grad_norm/{module}" if several else f"{prefix}grad_norm"
+            self.norms[name] += torch.stack([torch.where(finite, norm, 0.0), finite.float()])
+        self.norms[f"{prefix}skipped_steps"] += torch.stack([1 - finite.float(), torch.zeros_like(finite.float())])
+        before = self.skipped_in_a_row.get(objective.name, torch.zeros_like(finite.float()))
+        self.skipped_in_a_row[objective.name] = torch.where(finite, 0.0, before + 1)
+
+    def log_step(self, step: int, learning_rates: Mapping[str, float], waited: float) -> None:
+        """
+        Count a step, and write to the trackers if that is due.
+
+        Args:
+            step (`int`): steps done.
+            learning_rates (`Mapping[str, float]`): by objective.
+            waited (`float`): seconds spent waiting for data, since the run began.
+
+        Raises:
+            FloatingPointError: too many steps in a row were skipped.
+        """
+        self.progress.update()
+        if is_due(self.config.logging_steps, step) or step == self.total_steps:
+            self._write(step, learning_rates, waited)
+
+    def _write(self, step: int, learning_rates: Mapping[str, float], waited: float) -> None:
+        self._stop_if_not_finite(step)
+        steps, now = step - self.since, time.perf_counter()
+        values = {**self._means_of_terms(), **self._means_of_norms()}
+        values |= {f"{self.prefixes[name]}lr": rate for name, rate in learning_rates.items()}
+        values["images_per_second"] = steps * self.batch_size / (now - self.then)
+        values["data_wait"] = (waited - self.waited) / (now - self.then)
+        left = timedelta(seconds=round((self.total_steps - step) * (now - self.then) / steps))
+        losses = {name: f"{value:.4f}" for name, value in values.items() if name.split("/")[-1] == "loss"}
+        if self.progress.disable:
+            logger.info(
+                "step %d of %d, %s, %.0f images/s, %s left",
+                step,
+                self.total_steps,
+                ", ".join(f"{name} {loss}" for name, loss in losses.items()),
+                values["images_per_second"],
+                left,
+            )
+        self.since, self.then, self.waited = step, now, waited
+        self.progress.set_postfix(**losses, images_per_second=f"{values['images_per_second']:.0f}")
+        self.accelerator.log(values, step=step)
+        for name, skipped in values.items():
+            if name.endswith("skipped_steps") and skipped:
+                logger.warning("%.0f of the last %d steps were skipped: their gradient was not finite.", skipped, steps)
+
+    def _means_of_terms(self) -> dict[str, float]:
+        totals: dict[str, torch.Tensor] = {}
+        for names in sorted(self.terms):  # the same order on all processes
+            sums = self.accelerator.reduce(self.terms[names], reduction="sum").cpu()
+            for name, pair in zip(names, sums, strict=True):
+                totals[name] = totals.get(name, 0) + pair
+        self.terms.clear()
+        return {name: (total / count).item() for name, (total, count) in totals.items() if count > 0}
+
+    def _means_of_norms(self) -> dict[str, float]:
+        if not self.norms:
+            return {}
+        sums = dict(zip(self.norms, torch.stack(list(self.norms.values())).tolist(), strict=True))
+        self.norms.clear()
+        return {
+            name: total if name.endswith("skipped_steps") else total / max(1.0, count)
+            for name, (total, count) in sums.items()
+        }
+
+    def _stop_if_not_finite(self, step: int) -> None:
+        in_a_row = max((int(skipped) for skipped in self.skipped_in_a_row.values()), default=0)
+        if in_a_row >= self.config.max_nonfinite_steps:
+            existing = [path.name for path in checkpoints(Path(self.config.output_dir))]
+            raise FloatingPointError(
+                f"The loss or its gradient was not finite in the last {in_a_row} steps, up to step {step}. Lower "
+                f"--learning_rate (now {self.config.learning_rate}), and resume the last good checkpoint with "
+                f"--resume_from_checkpoint {existing[-1] if existing else '(there is none yet)'}."
+            )
+
+    def close(self) -> None:
+        """Close the progress bar."""
+        self.progress.close()
+
+
+def save_picture(output_dir: Path, accelerator: Accelerator, picture: Image.Image, step: int) -> None:
+    """Give a picture of samples to the output folder and to the trackers."""
+    folder = output_dir / "samples"
+    folder.mkdir(exist_ok=True)
+    picture.save(folder / f"step-{step}.png")
+    for tracker in accelerator.trackers:
+        if tracker.name == "tensorboard":
+            tracker.log_images({"samples": np.asarray(picture)[None]}, step=step, dataformats="NHWC")
+        elif hasattr(tracker, "log_images"):
+            tracker.log_images({"samples": [picture]}, step=step)

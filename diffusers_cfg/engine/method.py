@@ -1,0 +1,128 @@
+"""Say what is trained, on which losses, and what is saved: the interface of a method.
+
+Batches, randomness, accumulation, clipping, skipping of steps that are not finite, averages (EMA), checkpoints, exact
+resume, logs, samples and publishing are the engine's, and the same for all methods.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Mapping
+from types import MappingProxyType
+from typing import Any, ClassVar, NamedTuple, Self
+
+import torch
+from accelerate import Accelerator
+from diffusers import DiffusionPipeline
+from PIL import Image
+
+from diffusers_cfg.data.sources import LabelledImages
+from diffusers_cfg.randomness import Draws
+from diffusers_cfg.settings import TrainConfig
+
+
+class Terms(NamedTuple):
+    """A loss and what else is logged, a row for each sample of the batch. NaN in the logs is left out of their mean."""
+
+    loss: torch.Tensor  # (batch,) float32; the mean is minimised
+    logs: Mapping[str, torch.Tensor] = MappingProxyType({})  # (batch,) each, detached
+
+
+class Batch(NamedTuple):
+    """What a loss is given: this process's rows of one batch of a step."""
+
+    x: torch.Tensor  # (batch, channels, height, width) in [-1, 1], or latents
+    class_labels: torch.Tensor  # (batch,) int64; -1 is unlabelled
+    draws: Draws  # the step's random numbers, by purpose
+    step: int
+
+
+# What a loss calls, by name: wrapped (DDP, compiled) if it is being trained, else plain and frozen.
+Networks = Mapping[str, torch.nn.Module]
+
+
+class Objective(NamedTuple):
+    """
+    One optimizer step.
+
+    Args:
+        name (`str`): names its optimizer in checkpoints, and its logs where a method has several objectives.
+        trains (`tuple[str, ...]`): the modules that it trains. All others are frozen meanwhile.
+        loss (`Callable`): `(networks, batch) -> Terms`.
+    """
+
+    name: str
+    trains: tuple[str, ...]
+    loss: Callable[[Networks, Batch], Terms]
+
+
+class Method(ABC):
+    """
+    What a training run trains and saves. A method is one file, with one subclass that reads like its paper.
+
+    Attributes:
+        config (`TrainConfig`): the settings of the run.
+        pipeline (`DiffusionPipeline`): what is sampled, saved and published. Its `vae`, if it has one, encodes the
+            images. It is read again whenever the averaged weights are put in place.
+        modules (`dict[str, torch.nn.Module]`): what is trained and checkpointed, by name.
+        averaged (`tuple[str, ...]`): those with moving averages, which are what is sampled and saved.
+        objectives (`list[Objective]`): taken in this order in every step. Several critic steps are several entries
+            with one name.
+        needs_labels (`bool`): whether the data must have labels.
+    """
+
+    needs_labels: ClassVar[bool] = True
+    config: TrainConfig
+    pipeline: DiffusionPipeline
+    modules: dict[str, torch.nn.Module]
+    averaged: tuple[str, ...]
+    objectives: list[Objective]
+
+    @classmethod
+    @abstractmethod
+    def build(cls, config: TrainConfig, images: LabelledImages) -> Self:
+        """Return the method for a data set. Raises UserError if the settings do not fit it."""
+
+    @property
+    def sample_shape(self) -> tuple[int, int, int]:
+        """(channels, height, width) of what is modelled: images, or their latents."""
+        return self.pipeline.sample_shape
+
+    @property
+    def image_channels(self) -> int:
+        """Channels of the images, before an autoencoder encodes them."""
+        return self.pipeline.image_shape[0]
+
+    def optimizer(self, objective: Objective) -> torch.optim.Optimizer:
+        """Return the optimizer of an objective, for all parameters of the modules that it trains."""
+        config = self.config
+        return torch.optim.AdamW(
+            [parameter for name in objective.trains for parameter in self.modules[name].parameters()],
+            lr=config.learning_rate,
+            betas=(config.adam_beta1, config.adam_beta2),
+            weight_decay=config.adam_weight_decay,
+            eps=config.adam_epsilon,
+            fused=True,
+        )
+
+    def max_grad_norm(self, objective: Objective) -> float:
+        """Return the norm that each module's gradient is scaled down to; `inf` only measures it."""
+        return self.config.max_grad_norm
+
+    def preview(self, accelerator: Accelerator) -> Image.Image | None:
+        """Return a picture of samples. Called on all processes, with the averaged weights; by default there is none."""
+        return None
+
+    def probe(self, batches: Iterable[Batch]) -> dict[str, float]:
+        """Return figures of the averaged network on some fixed images, for the log; by default there are none."""
+        return {}
+
+    def example(self) -> str:
+        """Return a line of code that draws an image with the saved pipeline `pipe`."""
+        return 'pipe().images[0].save("sample.png")'
+
+    def facts(self) -> dict[str, Any]:
+        """Return what the plan and `run.json` say of the method, read from the pipeline and not from flags."""
+        return {}
+
+    def identity(self) -> dict[str, Any]:
+        """Return what a resumed run must find unchanged besides its settings, such as a pretrained noise process."""
+        return {}

@@ -1,0 +1,61 @@
+"""Write `run.json`: the facts about a training run that the model card shows."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+
+from diffusers_cfg.data.naming import is_built_in, local_name, public_name
+from diffusers_cfg.engine.method import Method
+from diffusers_cfg.engine.plan import num_parameters
+from diffusers_cfg.engine.state import TrainState
+from diffusers_cfg.settings import TrainConfig
+
+# How the data was read, for those who want to read it in the same way
+DATA_SETTINGS = ("dataset_name", "dataset_config_name", "dataset_split", "image_column", "label_column", "center_crop")
+
+
+def write_run_record(
+    config: TrainConfig, accelerator: Accelerator, method: Method, state: TrainState, num_images: int | None
+) -> None:
+    """Write facts that others may know: no paths of this machine, and no secrets."""
+    device = accelerator.device
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type.upper()
+    dataset = public_name(config.dataset_name)
+    data = {setting: getattr(config, setting) for setting in DATA_SETTINGS}
+    record = {
+        "dataset": dataset or local_name(config),
+        "dataset_id": dataset,
+        "data": data if dataset or is_built_in(config) else None,
+        "num_images": num_images,
+        "base_model": public_name(config.pretrained_model_name_or_path),
+        "license": config.license,
+        "num_parameters": num_parameters(method, averaged=True),
+        "steps": state.step,
+        "batch_size": state.batch_size,
+        "learning_rate": config.learning_rate,
+        "ema": ", ".join(map(str, config.ema_decays)) or None,
+        "mixed_precision": accelerator.mixed_precision,
+        "hardware": f"{accelerator.num_processes} × {name}",
+        "seconds": round(state.seconds),
+        "seed": config.seed,
+        "method": method.facts(),
+        "history": [publish_change(change) for change in state.history] or None,
+    }
+    path = Path(config.output_dir) / "run.json"
+    path.write_text(json.dumps({k: v for k, v in record.items() if v is not None}, indent=2) + "\n", encoding="utf-8")
+
+
+def publish_change(change: dict[str, Any]) -> dict[str, Any]:
+    """Return a change of settings with the last part of each path in place of the path."""
+    return {
+        name: value if name == "from_step" else [without_path(old_or_new) for old_or_new in value]
+        for name, value in change.items()
+    }
+
+
+def without_path(value: Any) -> Any:
+    """Return a value, or the last part of it if it is a path of this machine."""
+    return value if not isinstance(value, str) or public_name(value) else Path(value).name

@@ -1,0 +1,357 @@
+"""Run a training job from its settings to a saved and published model. What is trained, a method says."""
+
+import logging
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import gather_object
+from diffusers import DiffusionPipeline
+from torch.utils.data import Dataset
+
+from diffusers_cfg.config import UserError
+from diffusers_cfg.data.datasets import StreamedImages, describe_data, raise_for_dead_worker, training_dataset
+from diffusers_cfg.data.latents import cache_latents
+from diffusers_cfg.data.sources import LabelledImages, load_labelled_images
+from diffusers_cfg.engine.accelerator import make_accelerator, make_vote
+from diffusers_cfg.engine.batches import StepBatches, probe_batches
+from diffusers_cfg.engine.checkpoint import (
+    check_output_dir,
+    find_checkpoint,
+    load_checkpoint,
+    match_batch_size,
+    prepare_output_dir,
+    read_record,
+    save_checkpoint,
+)
+from diffusers_cfg.engine.history import check_resumed, identity_of, settings_of
+from diffusers_cfg.engine.log import Log, is_due, save_picture
+from diffusers_cfg.engine.method import Batch, Method, Objective
+from diffusers_cfg.engine.plan import check_disk, describe_plan, make_plan
+from diffusers_cfg.engine.preemption import Preempted, Preemption
+from diffusers_cfg.engine.publishing import BackgroundPublisher, check_hub, publish_run
+from diffusers_cfg.engine.record import write_run_record
+from diffusers_cfg.engine.state import averaged_weights, make_state, save_variants, set_learning_rates
+from diffusers_cfg.randomness import seed_of
+from diffusers_cfg.settings import TrainConfig
+
+logger = logging.getLogger(__name__)
+
+# (method, settings, processes, images) -> a function of the pipeline that returns figures by name
+Evaluation = Callable[[Method, TrainConfig, Accelerator, Dataset], Callable[[DiffusionPipeline], dict[str, float]]]
+
+
+class Trainer:
+    """
+    Train a method on a data set, on one process or several.
+
+    Args:
+        config (`TrainConfig`): the settings of the run.
+        method_class (`type[Method]`): builds what is trained.
+        preemption (`Preemption`, *optional*): says when the run is asked to stop.
+        evaluation (`Callable`, *optional*): measures samples during training, with `--eval_steps`.
+    """
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        method_class: type[Method],
+        preemption: Preemption | None = None,
+        evaluation: Evaluation | None = None,
+    ):
+        self.config, self.method_class, self.evaluation = config, method_class, evaluation
+        self.preemption = preemption or Preemption()
+
+    def run(self) -> None:
+        """
+        Train, save and publish; or, with `--dry_run`, check everything and print the plan.
+
+        Raises:
+            UserError: a setting cannot work. Nothing has been written then.
+            Preempted: the run was asked to stop; there is a checkpoint of the step that it reached.
+            FloatingPointError: too many steps in a row had a loss or a gradient that is not finite.
+            NotPublished: the model is trained and saved, but could not be published.
+        """
+        images = self._prepare()
+        if self.config.dry_run:
+            self._print_plan(images)
+            return
+        self._start(images)
+        try:
+            self.train()
+        finally:
+            self.log.close()
+        self._finish()
+
+    def train(self) -> None:
+        """Take all steps that are left. At the end the averaged modules hold their first average."""
+        self.preemption.running, self.saved_step = True, self.state.step
+        try:
+            for batches in self.batches:
+                self.train_step(batches)
+                self._after_step()
+            self.validate(draw=True, measure=True)
+        except Preempted:
+            if self.state.step > self.saved_step:
+                self._save_checkpoint()
+            raise
+        except RuntimeError as error:  # torch raises it wherever the main process happens to be
+            raise_for_dead_worker(self.dataset, error)
+            raise
+        for name, averages in self.state.averages.items():
+            if averages:
+                averages[0].copy_to(self.state.modules[name].parameters())
+        for module in self.state.modules.values():
+            module.eval()
+
+    def train_step(self, batches: Sequence[Batch]) -> None:
+        """Take one step: minimise each objective in its turn, then update learning rates and averages."""
+        state = self.state
+        for turn, objective in enumerate(self.method.objectives):
+            self.minimise(turn, objective, batches)
+        for lr_scheduler in state.lr_schedulers.values():
+            lr_scheduler.step()
+        for name, averages in state.averages.items():
+            for average in averages:
+                average.step(state.modules[name].parameters())
+        state.step += 1
+
+    def minimise(self, turn: int, objective: Objective, batches: Sequence[Batch]) -> None:
+        """
+        Take one optimizer step on the mean of an objective's loss over the batches. A step whose gradient is not finite
+        leaves the weights and the moments as they are.
+
+        Args:
+            turn (`int`): the objective's place in the method's list.
+            objective (`Objective`): what is minimised.
+            batches (`Sequence[Batch]`): of this process, accumulated.
+        """
+        accelerator, modules, optimizer = self.accelerator, self.method.modules, self.optimizers[objective.name]
+        trained = {name: self.prepared[name] for name in objective.trains}
+        with frozen([module for name, module in modules.items() if name not in objective.trains]):
+            for micro_step, batch in enumerate(batches):
+                # What the networks draw themselves, their dropout, comes from torch's own generator.
+                torch.manual_seed(
+                    seed_of(self.config.seed, "network", batch.step, turn, micro_step, accelerator.process_index)
+                )
+                with accelerator.accumulate(*trained.values()):
+                    terms = objective.loss({**modules, **trained}, batch)
+                    accelerator.backward(terms.loss.mean())
+                    if accelerator.sync_gradients:
+                        finite = self._clip(objective)
+                        self._skip_unless(finite, optimizer)
+                    optimizer.step()
+                    optimizer.zero_grad()
+                self.log.log_terms(objective, terms)
+
+    def validate(self, draw: bool, measure: bool) -> None:
+        """Draw validation samples and compute metrics with the averaged weights. A request to stop interrupts it."""
+        state, method, accelerator = self.state, self.method, self.accelerator
+        self._sync_stream_state()
+        with averaged_weights(state), self.preemption.interruptible(), torch.no_grad():
+            if draw:
+                self._draw_samples()
+                images = self.stream.probe if self.stream is not None else self.dataset
+                figures = method.probe(probe_batches(self.config, method, images, accelerator.device))
+                accelerator.log(figures, step=state.step)
+            if measure and self.evaluate is not None:
+                accelerator.log(self.evaluate(method.pipeline), step=state.step)
+
+    def _prepare(self) -> LabelledImages:
+        """Find everything that can be wrong before anything is written. Return the images."""
+        config = self.config
+        check_output_dir(config)
+        self.accelerator = accelerator = make_accelerator(config)
+        self.checkpoint = find_checkpoint(config)
+        self.record = read_record(self.checkpoint) if self.checkpoint is not None else None
+        self.repo_id = check_hub(config) if config.push_to_hub and accelerator.is_main_process else None
+        with accelerator.main_process_first():  # the others find the data in the cache
+            images = load_labelled_images(config, self.method_class.needs_labels)
+        self.method = method = self.method_class.build(config, images)
+        self.dataset = training_dataset(images, config, method.image_channels, accelerator.is_main_process)
+        accumulation = config.gradient_accumulation_steps
+        if self.record is not None:
+            accumulation = match_batch_size(self.checkpoint, self.record, config, accelerator.num_processes)
+        self.plan = make_plan(config, accelerator.num_processes, accumulation, self.dataset)
+        check_disk(config, method, self.plan.total_steps)
+        return images
+
+    def _print_plan(self, images: LabelledImages) -> None:
+        if self.accelerator.is_main_process:
+            num_classes = len(images.id2label)
+            print(
+                describe_plan(
+                    self.config,
+                    self.accelerator,
+                    self.dataset,
+                    self.method,
+                    self.plan,
+                    num_classes,
+                    self.checkpoint,
+                    self.repo_id,
+                )
+            )
+
+    def _start(self, images: LabelledImages) -> None:
+        """Put everything on the device as it was at the checkpoint, or as it is before the first step."""
+        config, accelerator, method, plan = self.config, self.accelerator, self.method, self.plan
+        data = describe_data(images, self.dataset)
+        self.evaluate = None
+        if config.eval_steps and self.evaluation is not None:
+            self.evaluate = self.evaluation(method, config, accelerator, self.dataset)
+        if config.cache_latents:
+            self.dataset = cache_latents(config, accelerator, self.dataset, method.pipeline.vae, method.sample_shape)
+        self.stream = self.dataset if isinstance(self.dataset, StreamedImages) else None
+        accelerator.gradient_accumulation_steps = plan.accumulation
+        method.pipeline.to(accelerator.device)
+        for module in method.modules.values():
+            module.to(accelerator.device)
+
+        self.state = state = make_state(config, method, plan.batch_size, accelerator.num_processes)
+        if self.record is not None:
+            state.step = self.record["step"]
+            state.history = check_resumed(self.checkpoint, self.record, config, method, data)
+        set_learning_rates(config, state, plan.total_steps)
+        self.prepared = {name: accelerator.prepare(module) for name, module in method.modules.items()}
+        self.optimizers = {name: accelerator.prepare(optimizer) for name, optimizer in state.optimizers.items()}
+        state.scaler = accelerator.scaler
+        if self.stream is not None:
+            self.stream.divide(accelerator.process_index, accelerator.num_processes)
+        if self.record is not None:
+            load_checkpoint(self.checkpoint, self.record, state)
+            if self.stream is not None and state.stream is not None:
+                self.stream.load_state_dict(state.stream)
+            logger.info("Resumed from %s", self.checkpoint)
+        self._check_same_step()
+        self.facts = {"settings": settings_of(config), "identity": identity_of(method), "data": data}
+
+        if accelerator.is_main_process:
+            prepare_output_dir(config)
+        self.publisher = None
+        if self.repo_id is not None and config.hub_strategy == "checkpoint":
+            self.publisher = BackgroundPublisher(self.repo_id, config.hub_token)
+        steps = range(state.step, plan.total_steps)
+        self.batches = StepBatches(config, accelerator, self.dataset, method, steps, plan.accumulation)
+        self.log = Log(config, accelerator, method.objectives, state.step, plan.total_steps, plan.batch_size)
+        self.any_process = make_vote(accelerator, config.ddp_timeout)
+        self.started = time.perf_counter() - state.seconds
+        logger.info(
+            "%s images, %d classes, %.1f M parameters, %d steps of %d images%s on %d × %s",
+            plan.num_images or "Streamed",
+            len(images.id2label),
+            state.num_parameters / 1e6,
+            plan.total_steps,
+            plan.batch_size,
+            f" ({plan.epochs})" if plan.epochs else "",
+            accelerator.num_processes,
+            accelerator.device.type,
+        )
+
+    def _check_same_step(self) -> None:
+        step = torch.tensor([self.state.step], device=self.accelerator.device)
+        steps = self.accelerator.gather(step).tolist()
+        if len(set(steps)) > 1:
+            raise UserError(
+                f"The processes would resume from different steps, {steps}: --output_dir {self.config.output_dir} has "
+                "to be a folder that all machines share."
+            )
+
+    def _after_step(self) -> None:
+        """Log the step, save a checkpoint, draw and measure if they are due, and stop if any process was asked to."""
+        config, state, last = self.config, self.state, self.state.step == self.plan.total_steps
+        state.seconds = time.perf_counter() - self.started
+        rates = {name: scheduler.get_last_lr()[0] for name, scheduler in state.lr_schedulers.items()}
+        self.log.log_step(state.step, rates, self.batches.wait)
+        if is_due(config.checkpointing_steps, state.step) or (config.checkpointing_steps and last):
+            self._sync_stream_state()
+            self._save_checkpoint()
+            self.saved_step = state.step
+            self.accelerator.wait_for_everyone()
+        draw, measure = is_due(config.validation_steps, state.step), is_due(config.eval_steps, state.step)
+        if self.any_process(self.preemption.requested, at_once=draw or measure or last):
+            self._sync_stream_state()
+            raise Preempted
+        if (draw or measure) and not last:
+            self.validate(draw, measure)
+
+    def _clip(self, objective: Objective) -> torch.Tensor:
+        """Scale each module's gradient down to its largest norm. Return whether all of them are finite, bool `()`."""
+        largest = self.method.max_grad_norm(objective)
+        norms = {
+            name: self.accelerator.clip_grad_norm_(self.prepared[name].parameters(), largest)
+            for name in objective.trains
+        }
+        finite = torch.stack([torch.isfinite(norm) for norm in norms.values()]).all()
+        self.log.log_gradient(objective, norms, finite)
+        return finite
+
+    def _skip_unless(self, finite: torch.Tensor, optimizer: torch.optim.Optimizer) -> None:
+        """
+        Have an optimizer skip its step unless the gradient is finite, without waiting for the device to say so. The
+        gradient is the mean of all processes', so they all decide alike.
+        """
+        if self.state.scaler is not None:  # which does the same, in fp16
+            return
+        optimizer = getattr(optimizer, "optimizer", optimizer)
+        if optimizer.defaults.get("fused"):
+            optimizer.found_inf = (~finite).float()
+        elif not finite:
+            optimizer.zero_grad()  # which leaves nothing to step by
+
+    def _sync_stream_state(self) -> None:
+        """Collect on the main process how far all of them are in streamed data. Called by all of them."""
+        if self.stream is not None:
+            self.state.stream = self.stream.state_dict(gather_object([self.stream.reached]))
+
+    def _save_checkpoint(self) -> None:
+        if not self.accelerator.is_main_process:
+            return
+        saved = save_checkpoint(self.config, self.state, self.facts)
+        if saved and self.publisher is not None and self.state.step < self.plan.total_steps:
+            with averaged_weights(self.state):
+                self.publisher.publish(self.method.pipeline, self.state.step)
+
+    def _draw_samples(self) -> None:
+        logger.info("Drawing samples at step %d", self.state.step)
+        quiet = None if self.accelerator.is_local_main_process else True
+        self.method.pipeline.set_progress_bar_config(desc="Sampling", leave=False, disable=quiet)
+        picture = self.method.preview(self.accelerator)
+        if picture is not None and self.accelerator.is_main_process:
+            save_picture(Path(self.config.output_dir), self.accelerator, picture, self.state.step)
+
+    def _finish(self) -> None:
+        """Save the pipeline and the record of the run, and publish them."""
+        config, accelerator, method = self.config, self.accelerator, self.method
+        if accelerator.is_main_process:
+            method.pipeline.save_pretrained(config.output_dir)
+            for name in method.averaged:
+                for component, module in method.pipeline.components.items():
+                    if module is method.modules[name]:
+                        save_variants(self.state, name, Path(config.output_dir) / component)
+            write_run_record(config, accelerator, method, self.state, self.plan.num_images)
+            print(
+                f"\nSaved to {config.output_dir}; samples are in {config.output_dir}/samples. Load it and draw:\n"
+                f'  pipe = DiffusionPipeline.from_pretrained("{config.output_dir}", trust_remote_code=True)\n'
+                f"  {method.example()}"
+            )
+        accelerator.end_training()  # no process waits for the upload
+        if self.publisher is not None:
+            self.publisher.close()
+        if self.repo_id is not None:
+            publish_run(config, self.repo_id)
+
+
+@contextmanager
+def frozen(modules: Sequence[torch.nn.Module]) -> Iterator[None]:
+    """Exclude modules from the graph meanwhile: no gradient is computed for their parameters."""
+    parameters = [p for module in modules for p in module.parameters() if p.requires_grad]
+    for parameter in parameters:
+        parameter.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for parameter in parameters:
+            parameter.requires_grad_(True)

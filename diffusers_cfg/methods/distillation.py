@@ -1,0 +1,171 @@
+"""Distill guidance into one pass: a student that takes w as an input; then one of few steps (Meng et al. 2023)."""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any, Self
+
+import torch
+from accelerate import Accelerator
+from diffusers import DDIMScheduler
+from PIL import Image
+
+from diffusers_cfg import CFGPipeline, LogSNRScheduler, UNet2DCFGModel
+from diffusers_cfg.config import UserError
+from diffusers_cfg.data.sources import UNLABELLED, LabelledImages, require_classes
+from diffusers_cfg.engine.method import Batch, Method, Networks, Objective, Terms
+from diffusers_cfg.evaluation.grids import sample_grid
+from diffusers_cfg.methods.networks import example_of, load_pretrained, new_pipeline, noise_process
+from diffusers_cfg.methods.objectives import drop_class_labels, level_names, loss_logs, prediction_target, squared_error
+from diffusers_cfg.settings import DistillationConfig
+
+
+class GuidanceDistillation(Method):
+    """
+    Distillation of classifier-free guidance (Meng et al. 2023, arXiv 2210.03142).
+
+    The student ε(z, c, w) learns to predict what the teacher predicts with guidance, section 3.1; or, with
+    `student_steps`, where the guided teacher arrives by several steps of DDIM, section 3.2.
+    """
+
+    config: DistillationConfig
+    pipeline: CFGPipeline
+
+    def __init__(self, config: DistillationConfig, teacher: CFGPipeline):
+        check_teacher(config, teacher.unet)
+        self.config, self.teacher = config, teacher
+        self.scheduler, self.student_steps = noise_process(teacher), config.student_steps
+        self.max_guidance_scale = teacher.unet.max_guidance_scale or config.max_guidance_scale or 4.0
+        teacher.unet.requires_grad_(False)
+        torch.manual_seed(config.seed)
+        student = UNet2DCFGModel.from_config(teacher.unet.config, max_guidance_scale=self.max_guidance_scale)
+        student.load_state_dict(teacher.unet.state_dict(), strict=False)  # a teacher without w has no embedding of it
+        sampler = (DDIMScheduler, self.student_steps) if self.student_steps else ()
+        self.pipeline = new_pipeline(config, student, self.scheduler, teacher.vae, teacher.id2label, *sampler)
+        self.modules, self.averaged = {"unet": student}, ("unet",)
+        self.objectives, self.levels = [Objective("unet", ("unet",), self.loss)], level_names(self.scheduler)
+        # The grid is one that the student can draw.
+        scales = [w for w in config.validation_guidance_scales if 0 <= w <= self.max_guidance_scale]
+        self.guidance_scales = scales or [0.0]
+        self.num_inference_steps = self.student_steps or config.num_inference_steps
+
+    @classmethod
+    def build(cls, config: DistillationConfig, images: LabelledImages) -> Self:
+        require_classes(images)
+        return cls(config, load_pretrained(config, images))
+
+    def loss(self, networks: Networks, batch: Batch) -> Terms:
+        """Return the student's distance from the guided teacher, for each sample of a batch (x, c)."""
+        x, draws, null = batch.x, batch.draws, self.teacher.unet.null_class_label
+        c = drop_class_labels(batch.class_labels, self.config.conditioning_dropout_prob, null, draws.uniform("dropout"))
+        # Uniform in its root: between 0 and 0.5 the samples change as much as between 1 and 4.
+        w = self.max_guidance_scale * draws.uniform("guidance scale").square()
+        u, noise, steps = draws.uniform("time"), draws.normal("noise", *x.shape[1:]), self.student_steps
+        if steps is not None:  # the start of one of the student's steps
+            u = ((u * steps).floor().clamp(max=steps - 1) + 1) / steps
+        t = self.scheduler.timestep(u)
+        z = self.scheduler.add_noise(x, noise, t)
+        guided = partial(self.guided, c=c, w=w)
+        if steps is None:
+            target = guided(z, t)
+        else:
+            target = few_step_target(self.scheduler, guided, z, u, u - 1 / steps, self.config.teacher_steps // steps)
+        loss = squared_error(networks["unet"](z, t, class_labels=c, guidance_scale=w).sample, target)
+        return Terms(loss, loss_logs(loss.detach(), u, (c == null) | (c == UNLABELLED), self.levels))
+
+    @torch.no_grad()
+    def guided(self, z: torch.Tensor, t: torch.Tensor, c: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
+        """Return the teacher's guided prediction at z `(batch, …)` for t, c and w `(batch,)`: the shape of z."""
+        if self.teacher.unet.device != z.device:
+            self.teacher.unet.to(z.device)
+        null, scales = torch.full_like(c, self.teacher.unet.null_class_label), w.view(-1, 1, 1, 1)
+        return self.teacher.guide(*self.teacher.predictions(z, t, c, null, scales), scales)
+
+    def preview(self, accelerator: Accelerator) -> Image.Image:
+        """Return a grid of samples: a row for each class, a column for each w that the student knows."""
+        return sample_grid(self.pipeline, accelerator, self.guidance_scales, self.num_inference_steps, self.config.seed)
+
+    def example(self) -> str:
+        """Return a line of code that draws the first class."""
+        return example_of(self.pipeline)
+
+    def facts(self) -> dict[str, Any]:
+        """Return what is predicted, for which w, and in how many steps."""
+        return {
+            "prediction_type": self.scheduler.config.prediction_type,
+            "conditioning_dropout_prob": self.pipeline.config.conditioning_dropout_prob,
+            "max_guidance_scale": self.max_guidance_scale,
+            "student_steps": self.student_steps,
+        }
+
+    def identity(self) -> dict[str, Any]:
+        """Return the noise process, which is the teacher's."""
+        return {name: self.scheduler.config[name] for name in ("prediction_type", "log_snr_min", "log_snr_max")}
+
+
+def check_teacher(config: DistillationConfig, unet: UNet2DCFGModel) -> None:
+    """Raise UserError if the student cannot learn from its teacher what it is asked to."""
+    index, known = CFGPipeline.load_config(config.teacher), unet.max_guidance_scale
+    if index["scheduler"][1] == "DDIMScheduler" and index["num_inference_steps"] != config.teacher_steps:
+        raise UserError(
+            f"--teacher_steps {config.teacher_steps}: the teacher was itself made for {index['num_inference_steps']}."
+        )
+    if known is not None and config.student_steps is None:
+        raise UserError(
+            f"--teacher {config.teacher} guides in one pass already: give --student_steps to make them fewer."
+        )
+    if known is not None and config.max_guidance_scale not in (None, known):
+        raise UserError(
+            f"--max_guidance_scale {config.max_guidance_scale:g}: leave it at the teacher's own, {known:g}."
+        )
+    if known is None and index["conditioning_dropout_prob"] == 0:
+        raise UserError(
+            f"--teacher {config.teacher} was trained with conditioning_dropout_prob = 0: it has no null class to guide "
+            "away from. Train a teacher with 0.1 to 0.2."
+        )
+
+
+def few_step_target(
+    scheduler: LogSNRScheduler,
+    predict: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
+    z: torch.Tensor,
+    u: torch.Tensor,
+    next_u: torch.Tensor,
+    teacher_steps: int,
+) -> torch.Tensor:
+    """
+    Return the prediction with which one step of DDIM from u to next_u arrives where the teacher arrives by several
+    (Salimans & Ho 2022, arXiv 2202.00512, appendix G; there by two).
+
+    Args:
+        scheduler (`LogSNRScheduler`): the noise process, and what is predicted.
+        predict (`Callable`): the teacher, `(z, timesteps) -> prediction`.
+        z (`torch.Tensor` of shape `(batch, …)`): noisy samples at u.
+        u, next_u (`torch.Tensor` of shape `(batch,)`): noise levels, 0 ≤ next_u < u ≤ 1.
+        teacher_steps (`int`): how many steps of equal length in u the teacher takes.
+
+    Returns:
+        `torch.Tensor` of the shape of z.
+    """
+    next_z = z
+    for step in range(teacher_steps):
+        here, there = (torch.lerp(u, next_u, i / teacher_steps) for i in (step, step + 1))
+        next_z = ddim_step(scheduler, predict(next_z, scheduler.timestep(here)), next_z, here, there)
+
+    # z' = α'x + σ'(z - αx)/σ, solved for x
+    (alpha, sigma), (next_alpha, next_sigma) = (alpha_sigma(scheduler, level, z) for level in (u, next_u))
+    x = (next_z - next_sigma / sigma * z) / (next_alpha - next_sigma / sigma * alpha)
+    return prediction_target(scheduler, x, (z - alpha * x) / sigma, scheduler.timestep(u))
+
+
+def ddim_step(
+    scheduler: LogSNRScheduler, pred: torch.Tensor, z: torch.Tensor, u: torch.Tensor, next_u: torch.Tensor
+) -> torch.Tensor:
+    """Return z at next_u, along the prediction at u: α'x̃ + σ'(z - αx̃)/σ (Song et al. 2021, arXiv 2010.02502, η = 0)."""
+    (alpha, sigma), (next_alpha, next_sigma) = (alpha_sigma(scheduler, level, z) for level in (u, next_u))
+    x = scheduler.predict_original_sample(pred, z, scheduler.log_snr(u).view_as(alpha))
+    return next_alpha * x + next_sigma * (z - alpha * x) / sigma
+
+
+def alpha_sigma(scheduler: LogSNRScheduler, u: torch.Tensor, z: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return α and σ at u, in a shape that broadcasts over z."""
+    return tuple(value.view(-1, *(1,) * (z.ndim - 1)) for value in scheduler.alpha_sigma(u))

@@ -1,0 +1,102 @@
+"""Train tiny models: the digits at 8×8, a network of 20 thousand parameters, seconds."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+from accelerate.state import AcceleratorState, GradientState
+from safetensors.torch import load_file
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from diffusers_cfg.config import parse_config
+from diffusers_cfg.engine.method import Method
+from diffusers_cfg.engine.preemption import Preemption
+from diffusers_cfg.engine.trainer import Trainer
+from diffusers_cfg.evaluation.in_training import training_evaluation
+from diffusers_cfg.methods.cfg import ClassifierFreeGuidance
+from diffusers_cfg.methods.distillation import GuidanceDistillation
+from diffusers_cfg.settings import CFGConfig, DistillationConfig
+
+ROOT = Path(__file__).parents[2]
+TRAINING = ROOT / "training"
+WEIGHTS = "diffusion_pytorch_model.safetensors"
+NETWORK = ["--block_out_channels", "8", "16"]
+SETTINGS = [
+    "--train_batch_size", "8", "--max_train_steps", "4", "--lr_warmup_steps", "1",
+    "--learning_rate", "1e-3", "--checkpointing_steps", "2", "--validation_steps", "0", "--num_inference_steps", "2",
+    "--validation_guidance_scales", "0", "1", "--logging_steps", "1", "--report_to", "none",
+    "--checkpoints_total_limit", "9",
+]  # fmt: skip
+TINY = [*NETWORK, *SETTINGS]
+# What is logged of time, which no two runs share
+TIMES = {"images_per_second", "data_wait"}
+
+
+def reset_accelerate() -> None:
+    """Forget the processes and the device of the last run: a process has one run, but for tests."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
+
+
+def train(
+    output_dir: Path,
+    *argv: str,
+    method: type[Method] = ClassifierFreeGuidance,
+    preemption: Preemption | None = None,
+) -> CFGConfig:
+    """Train a method, by default classifier-free guidance, with the flags of TINY and then those given."""
+    reset_accelerate()
+    tiny = SETTINGS if "--pretrained_model_name_or_path" in argv else TINY
+    config = parse_config(CFGConfig, [*tiny, "--output_dir", str(output_dir), *argv])
+    Trainer(config, method, preemption, training_evaluation).run()
+    return config
+
+
+def distill(teacher: Path, output_dir: Path, *argv: str) -> DistillationConfig:
+    """Distill guidance from a teacher, with the flags of SETTINGS and then those given."""
+    reset_accelerate()
+    flags = ["--teacher", str(teacher), *SETTINGS, "--output_dir", str(output_dir), *argv]
+    config = parse_config(DistillationConfig, flags)
+    Trainer(config, GuidanceDistillation, None, training_evaluation).run()
+    return config
+
+
+def start(output_dir: Path, preemption: Preemption, *argv: str) -> None:
+    """Train as `train` does, with a preemption to ask it to stop."""
+    train(output_dir, *argv, preemption=preemption)
+
+
+def launch(
+    *argv: str, cwd: Path, processes: int = 1, fails: bool = False, script: Path = TRAINING / "train_cfg.py"
+) -> subprocess.CompletedProcess:
+    """Run a script by `accelerate launch`, or on several processes by torchrun, which a CPU needs for them."""
+    launcher = ["accelerate.commands.launch", "--num_processes", "1"]
+    if processes > 1:
+        launcher = ["torch.distributed.run", "--nproc_per_node", str(processes)]
+    result = subprocess.run(
+        [sys.executable, "-m", *launcher, str(script), *argv],
+        cwd=cwd, env={**os.environ, "HF_HUB_OFFLINE": "1"}, capture_output=True, text=True, timeout=600,
+    )  # fmt: skip
+    assert result.returncode == 0 or fails, result.stderr
+    return result
+
+
+def assert_same_tensors(first: Path, second: Path, **tolerance: float) -> None:
+    """Compare two files of tensors: bit for bit, or within a tolerance."""
+    a, b = load_file(first), load_file(second)
+    assert a.keys() == b.keys()
+    for name in a:
+        torch.testing.assert_close(a[name], b[name], **(tolerance or {"rtol": 0, "atol": 0}), msg=name)
+
+
+def events(output_dir: Path) -> EventAccumulator:
+    """Return what a run wrote for TensorBoard."""
+    return EventAccumulator(str(output_dir / "logs" / "diffusers-cfg")).Reload()
+
+
+def scalars(output_dir: Path) -> dict[str, list[tuple[int, float]]]:
+    """Return the scalars of a run for TensorBoard, by name: (step, value)."""
+    written = events(output_dir)
+    return {tag: [(e.step, e.value) for e in written.Scalars(tag)] for tag in written.Tags()["scalars"]}
