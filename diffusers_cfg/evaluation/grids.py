@@ -1,21 +1,28 @@
-"""The grid of samples that a run draws of itself: a row for each class, a column for each guidance scale."""
+"""Lay images out as one picture, such as the grid of samples that a run draws: classes down, guidance scales across."""
 
 import torch
 from accelerate import Accelerator
 from PIL import Image, ImageDraw, ImageFont
-from randomness import seeded_generator
 
 from diffusers_cfg import CFGPipeline
+from diffusers_cfg.randomness import seeded_generator
 
 MAX_ROWS = 10
+GAP, TOP, FONT_SIZE = 4, 26, 14  # in pixels
 
 
 def sample_grid(
     pipeline: CFGPipeline, accelerator: Accelerator, guidance_scales: list[float], num_inference_steps: int, seed: int
 ) -> Image.Image:
     """
-    Draw one image for each class (the first ten) and each w, all processes sharing the work, and lay them out. A row
-    starts from the same noise throughout, so that it shows what w does.
+    Draw a row of images for each of the first ten classes, with a column for each w. The processes share the work. All
+    images of a row start from the same noise, so the row shows the effect of w.
+
+    Args:
+        pipeline (`CFGPipeline`): drawn with, on the device of the accelerator.
+        guidance_scales (`list[float]`): the paper's w.
+        num_inference_steps (`int`): T.
+        seed (`int`): determines the noise of each row, together with the class.
     """
     classes = list(range(min(pipeline.unet.num_classes, MAX_ROWS)))
     jobs = [(class_id, w) for class_id in classes for w in guidance_scales]
@@ -37,24 +44,27 @@ def sample_grid(
 
 def draw_grid(images: torch.Tensor, rows: list[str], columns: list[str], min_size: int = 64) -> Image.Image:
     """
-    Images `(rows, columns, channels, height, width)` in [0, 1] as one picture with captions. Small images are enlarged
-    to `min_size` pixels by a whole factor, so that their pixels stay visible.
+    Lay images out as one picture with captions.
+
+    Args:
+        images (`torch.Tensor` of shape `(rows, columns, channels, height, width)`): in [0, 1], 1 or 3 channels.
+        rows, columns (`list[str]`): the captions.
+        min_size (`int`): smaller images are enlarged by a whole factor to at least this many pixels.
     """
     scale = max(1, -(-min_size // images.shape[-1]))
     pixels = (images * 255).round().to(torch.uint8).movedim(2, -1)
     if pixels.shape[-1] == 1:
         pixels = pixels.expand(*pixels.shape[:-1], 3)
     height, width = (side * scale for side in images.shape[-2:])
-    gap, font = 4, ImageFont.load_default(14)
+    font = ImageFont.load_default(FONT_SIZE)
     left = 12 + max(int(font.getlength(name)) for name in rows)
-    top = 26
-    canvas = Image.new("RGB", (left + len(columns) * (width + gap), top + len(rows) * (height + gap)), "white")
+    canvas = Image.new("RGB", (left + len(columns) * (width + GAP), TOP + len(rows) * (height + GAP)), "white")
     draw = ImageDraw.Draw(canvas)
     for column, name in enumerate(columns):
-        draw.text((left + column * (width + gap) + width / 2, top / 2), name, "black", font, anchor="mm")
+        draw.text((left + column * (width + GAP) + width / 2, TOP / 2), name, "black", font, anchor="mm")
     for row, name in enumerate(rows):
-        draw.text((left - 6, top + row * (height + gap) + height / 2), name, "black", font, anchor="rm")
+        draw.text((left - 6, TOP + row * (height + GAP) + height / 2), name, "black", font, anchor="rm")
         for column in range(len(columns)):
             tile = Image.fromarray(pixels[row, column].contiguous().numpy()).resize((width, height), Image.NEAREST)
-            canvas.paste(tile, (left + column * (width + gap), top + row * (height + gap)))
+            canvas.paste(tile, (left + column * (width + GAP), TOP + row * (height + GAP)))
     return canvas

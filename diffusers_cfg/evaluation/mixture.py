@@ -1,34 +1,43 @@
-"""Data whose scores are known: a mixture of Gaussians with classes, behind the network's interface."""
+"""
+A mixture of Gaussians with classes, whose ε(z, c) and ε(z) are closed forms, in the place of a trained network; and the
+exact results of guiding it.
+"""
 
 import math
+from functools import cache
+from itertools import pairwise
 from types import SimpleNamespace
+from typing import Any
 
+import numpy as np
 import torch
 from diffusers.models.unets.unet_2d import UNet2DOutput
+from scipy.integrate import solve_ivp
 
-from diffusers_cfg import LogSNRScheduler
+from diffusers_cfg import CFGPipeline, LogSNRScheduler
+from diffusers_cfg.evaluation.sampling import make_scheduler
 
 
 class GaussianMixtureModel(torch.nn.Module):
     r"""
-    The network that training would converge to on p(x) = Σₖ πₖ N(μₖ, sₖ² I), where component k belongs to class cₖ.
+    The network that training converges to on p(x) = Σₖ πₖ N(μₖ, sₖ² I), where component k belongs to class cₖ.
 
     At z = αx + σε a component is N(αμₖ, vₖ I) with vₖ = α²sₖ² + σ², so that
 
         ε(z, c) = -σ ∇ log p(z | c) = σ Σₖ rₖ (z - αμₖ) / vₖ,   rₖ = p(k | z, c),
 
-    and ε(z) is the same sum over the components of all classes. Computed in the dtype of z. It takes the place of a
-    `UNet2DCFGModel`: `CFGPipeline(model, scheduler)`.
+    and ε(z) is the same sum over the components of all classes. It takes the place of a `UNet2DCFGModel`:
+    `CFGPipeline(model, scheduler)`.
 
     Args:
-        scheduler (`LogSNRScheduler`): says which λ a timestep is.
+        scheduler (`LogSNRScheduler`): maps timesteps to α and σ, and has the `prediction_type`.
         means (`torch.Tensor` of shape `(components, channels, height, width)`): μ.
         stds (`torch.Tensor` of shape `(components,)`): s, positive.
         component_classes (`torch.Tensor` of shape `(components,)`): the class of each component, `0 … num_classes - 1`.
         probs (`torch.Tensor` of shape `(components,)`, *optional*): π, equal by default.
     """
 
-    max_guidance_scale = None  # it takes no w, as networks that were not distilled
+    max_guidance_scale = None  # it takes no w, like a network that was not distilled
 
     def __init__(
         self,
@@ -46,7 +55,7 @@ class GaussianMixtureModel(torch.nn.Module):
         self.register_buffer("means", means.flatten(1))
         self.register_buffer("stds", stds)
         self.register_buffer("log_probs", (probs / probs.sum()).log())
-        # Which components a label allows: those of its class; for the null class, the last row, all.
+        # Row c: the components of class c. The last row, of the null class, has all components.
         classes = torch.arange(self.num_classes)[:, None]
         allowed = torch.cat([component_classes == classes, torch.ones(1, len(means), dtype=torch.bool)])
         self.register_buffer("allowed", allowed)
@@ -60,7 +69,7 @@ class GaussianMixtureModel(torch.nn.Module):
         return self.means.device
 
     def check_class_labels(self, class_labels: torch.Tensor, batch_size: int) -> None:
-        """As `UNet2DCFGModel.check_class_labels`: raises ValueError for a label that is not one of the model's."""
+        """Raise ValueError for a label out of range, as `UNet2DCFGModel.check_class_labels` does."""
         wrong = [label for label in class_labels.tolist() if not -1 <= label <= self.null_class_label]
         if wrong:
             raise ValueError(f"class_labels {wrong} are out of range: this model has 0 … {self.num_classes - 1}.")
@@ -68,16 +77,22 @@ class GaussianMixtureModel(torch.nn.Module):
     def forward(
         self, sample: torch.Tensor, timestep: torch.Tensor, class_labels: torch.Tensor | None = None
     ) -> UNet2DOutput:
-        """What the scheduler's `prediction_type` says, at z; the arguments of `UNet2DCFGModel.forward`."""
+        """Return ε, v or x at z, by the scheduler's `prediction_type`; the arguments are `UNet2DCFGModel.forward`'s."""
         alpha, sigma = self.scheduler.alpha_sigma(self.scheduler.u(timestep.double()))
         alpha, sigma = (value.to(sample).view(-1, *(1,) * (sample.ndim - 1)) for value in (alpha, sigma))
         eps, x = self.expected_noise_and_sample(sample, alpha, sigma, class_labels)
         outputs = {"epsilon": eps, "v_prediction": alpha * eps - sigma * x, "sample": x}
         return UNet2DOutput(sample=outputs[self.scheduler.config.prediction_type])
 
-    def eps(self, *args, **kwargs) -> torch.Tensor:
-        """ε(z, c), or ε(z) without labels: the first of `expected_noise_and_sample`."""
-        return self.expected_noise_and_sample(*args, **kwargs)[0]
+    def eps(
+        self,
+        z: torch.Tensor,
+        alpha: torch.Tensor | float,
+        sigma: torch.Tensor | float,
+        class_labels: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Return ε(z, c), or ε(z) without labels: the first of `expected_noise_and_sample`."""
+        return self.expected_noise_and_sample(z, alpha, sigma, class_labels)[0]
 
     def expected_noise_and_sample(
         self,
@@ -86,7 +101,7 @@ class GaussianMixtureModel(torch.nn.Module):
         sigma: torch.Tensor | float,
         class_labels: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """E[ε | z, c] and E[x | z, c] at z `(batch, …)`, α and σ of shape `()` or `(batch,)`; each the shape of z."""
+        """Return E[ε | z, c] and E[x | z, c], the shape of z `(batch, …)`; α and σ have shape `()` or `(batch,)`."""
         log_joint, deltas, variances = self._components(z, alpha, sigma, class_labels)
         responsibilities = log_joint.softmax(1)
         shrunk = responsibilities / variances
@@ -103,21 +118,25 @@ class GaussianMixtureModel(torch.nn.Module):
         sigma: torch.Tensor | float = 0.0,
         class_labels: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """log p(z | c), and log p(z) for the null class: `(batch,)`. With α = 1 and σ = 0 that of the data."""
+        """Return log p(z | c), for the null class log p(z): `(batch,)`. α = 1 and σ = 0 give the data's."""
         log_joint, _, _ = self._components(z, alpha, sigma, class_labels)
         return log_joint.logsumexp(1)
 
     def sample(self, class_labels: torch.Tensor, generator: torch.Generator | None = None) -> torch.Tensor:
-        """x ~ p(x | c) for labels `(batch,)`, -1 the null class: `(batch, channels, height, width)`."""
+        """Draw x ~ p(x | c), `(batch, channels, height, width)`, for labels `(batch,)`; -1 is the null class."""
         k = torch.multinomial(self._log_probs(class_labels).exp(), 1, generator=generator).squeeze(1)
         noise = torch.randn(self.means[k].shape, generator=generator, dtype=self.dtype)
         x = self.means[k] + self.stds[k, None] * noise
         return x.view(-1, self.config.in_channels, *self.config.sample_size)
 
     def _components(
-        self, z: torch.Tensor, alpha: torch.Tensor | float, sigma: torch.Tensor | float, class_labels
+        self,
+        z: torch.Tensor,
+        alpha: torch.Tensor | float,
+        sigma: torch.Tensor | float,
+        class_labels: torch.Tensor | None,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Of each component k: log p(z, k | c), z - αμ and v. A row for each z."""
+        """Return log p(z, k | c), z - αμₖ and vₖ of each component k, with a row for each z."""
         if class_labels is None:
             class_labels = torch.full((len(z),), self.null_class_label, device=z.device)
         alpha, sigma = self._column(alpha), self._column(sigma)
@@ -127,7 +146,7 @@ class GaussianMixtureModel(torch.nn.Module):
         return self._log_probs(class_labels) + log_gaussians, deltas, variances
 
     def _log_probs(self, class_labels: torch.Tensor) -> torch.Tensor:
-        """log p(k | c): `(batch, components)`."""
+        """Return log p(k | c): `(batch, components)`."""
         return self.log_probs.masked_fill(~self.allowed[class_labels], -math.inf).log_softmax(1)
 
     def _column(self, value: torch.Tensor | float) -> torch.Tensor:
@@ -135,7 +154,132 @@ class GaussianMixtureModel(torch.nn.Module):
 
 
 def three_gaussians(scheduler: LogSNRScheduler) -> GaussianMixtureModel:
-    """Three classes in the plane, a Gaussian each, as in figure 2 of Ho & Salimans: images of 1×2 pixels."""
+    """Return three classes in the plane, a Gaussian each, as in figure 2 of Ho & Salimans: images of 1×2 pixels."""
     angles = torch.tensor([90.0, 210.0, 330.0]).deg2rad()
     means = 0.35 * torch.stack([angles.cos(), angles.sin()], 1).view(3, 1, 1, 2)
     return GaussianMixtureModel(scheduler, means, torch.full((3,), 0.15), torch.arange(3))
+
+
+def guided_eps(
+    model: GaussianMixtureModel,
+    z: torch.Tensor,
+    alpha: torch.Tensor | float,
+    sigma: torch.Tensor | float,
+    class_labels: torch.Tensor,
+    w: float,
+) -> torch.Tensor:
+    """Return ε̃ as w + 1 of the way from ε(z) to ε(z, c). Stated apart from the pipeline's rule, to compare with it."""
+    return torch.lerp(model.eps(z, alpha, sigma), model.eps(z, alpha, sigma, class_labels), 1 + w)
+
+
+def guided_flow(
+    model: GaussianMixtureModel, noise: torch.Tensor, class_labels: torch.Tensor, w: float, sigma_max: float
+) -> torch.Tensor:
+    """
+    Follow the probability flow of the guided field from each z ~ N(0, I) at the noise level σ/α = `sigma_max`.
+
+    In y = z/α and σ' = σ/α the flow is dy/dσ' = ε̃ (Song et al. 2021, arXiv 2010.02502, equation 14). Deterministic
+    samplers approximate it. For w ≠ 0 it does not draw from p(x|c)^(1+w) p(x)^(-w), and neither does any other sampler
+    (Bradley & Nakkiran 2024, arXiv 2408.09000).
+
+    Args:
+        model (`GaussianMixtureModel`): in float64.
+        noise (`torch.Tensor` of shape `(batch, channels, height, width)`): z at the start.
+        class_labels (`torch.Tensor` of shape `(batch,)`), w (`float`): of the guided field.
+        sigma_max (`float`): σ/α at the start; it is 1e-6 at the end.
+
+    Returns:
+        `torch.Tensor` of the shape of the noise, float64: x, to about 1e-8.
+    """
+
+    def derivative(log_sigma: float, y: np.ndarray) -> np.ndarray:  # dy / d log σ' = σ' ε̃
+        ratio = math.exp(log_sigma)
+        alpha = 1 / math.sqrt(1 + ratio**2)
+        z = alpha * torch.from_numpy(y).view(noise.shape)
+        return (ratio * guided_eps(model, z, alpha, alpha * ratio, class_labels, w)).flatten().numpy()
+
+    start = (noise.double() * math.sqrt(1 + sigma_max**2)).flatten().numpy()
+    span = (math.log(sigma_max), math.log(1e-6))
+    solution = solve_ivp(derivative, span, start, method="DOP853", rtol=1e-10, atol=1e-12)
+    return torch.from_numpy(solution.y[:, -1]).view(noise.shape)
+
+
+def guided_diffusion(
+    model: GaussianMixtureModel, class_labels: torch.Tensor, w: float, steps: int, generator: torch.Generator
+) -> torch.Tensor:
+    """
+    Draw from the reverse diffusion of the guided field, which stochastic samplers approximate: Euler-Maruyama in
+    y = z/α over σ' = σ/α, in float64, with steps even in log σ'. Shape `(batch, channels, height, width)`.
+    """
+    sigmas = torch.logspace(math.log10(22026), -3, steps + 1, dtype=torch.float64).tolist()
+    shape = (len(class_labels), model.config.in_channels, *model.config.sample_size)
+    y = sigmas[0] * torch.randn(shape, dtype=torch.float64, generator=generator)
+    for sigma, next_sigma in pairwise(sigmas):
+        alpha = 1 / math.sqrt(1 + sigma**2)
+        score = -guided_eps(model, alpha * y, alpha, alpha * sigma, class_labels, w) / sigma
+        noise = torch.randn(shape, dtype=torch.float64, generator=generator)
+        y = y + (sigma**2 - next_sigma**2) * score + math.sqrt(sigma**2 - next_sigma**2) * noise
+    return y
+
+
+def deterministic_limit(
+    model: GaussianMixtureModel, noise: torch.Tensor, class_labels: torch.Tensor, w: float, steps: int
+) -> torch.Tensor:
+    """Run the paper's sampler on its own λ without its noise, z' = α'x̃ + σ'ε̃, in float64; returns x."""
+    alpha, sigma = model.scheduler.alpha_sigma(torch.linspace(1, 0, steps, dtype=torch.float64))
+    z = noise.double()
+    for i in range(steps):
+        eps = guided_eps(model, z, alpha[i], sigma[i], class_labels, w)
+        x = (z - sigma[i] * eps) / alpha[i]
+        z = x if i == steps - 1 else alpha[i + 1] * x + sigma[i + 1] * eps
+    return z
+
+
+def rms_distance(a: torch.Tensor, b: torch.Tensor) -> float:
+    """Return the root of the mean squared distance between the rows of two batches."""
+    return (a.double() - b.double()).flatten(1).square().sum(1).mean().sqrt().item()
+
+
+def sliced_wasserstein(a: torch.Tensor, b: torch.Tensor, directions: int = 16) -> float:
+    """Return the mean Wasserstein-1 distance of two equally large clouds in the plane, over even projections."""
+    angles = torch.arange(directions, dtype=torch.float64) * math.pi / directions
+    axes = torch.stack([angles.cos(), angles.sin()])
+    projected = [(cloud.double().flatten(1) @ axes).sort(dim=0).values for cloud in (a, b)]
+    return (projected[0] - projected[1]).abs().mean().item()
+
+
+class ToyProblem:
+    """
+    The three Gaussians in a pipeline, and a batch of starting points that samplers are compared on.
+
+    Args:
+        num_samples (`int`): of the batch; the classes come in turn.
+        settings: of the `LogSNRScheduler`; x̃ is not clipped by default.
+
+    Attributes:
+        model (`GaussianMixtureModel`): in float64, for the truth; the pipeline's is in float32.
+        pipeline (`CFGPipeline`): with the scheduler that `use_scheduler` chose.
+    """
+
+    def __init__(self, num_samples: int = 256, **settings: Any):
+        self.scheduler = LogSNRScheduler(**{"clip_sample": False, **settings})
+        self.model = three_gaussians(self.scheduler).double()
+        self.pipeline = CFGPipeline(three_gaussians(self.scheduler), self.scheduler)
+        self.pipeline.set_progress_bar_config(disable=True)
+        self.noise = torch.randn(num_samples, 1, 1, 2, generator=torch.Generator().manual_seed(0))
+        self.class_labels = torch.arange(num_samples) % 3
+        self.flow = cache(lambda w, sigma_max: guided_flow(self.model, self.noise, self.class_labels, w, sigma_max))
+
+    def use_scheduler(self, name: str, **settings: Any) -> None:
+        """Sample with another scheduler from now on, a class of diffusers or `LogSNRScheduler`, with its settings."""
+        self.pipeline.scheduler = make_scheduler(name, self.scheduler, **settings)
+
+    def draw(self, w: float, num_inference_steps: int, **call: Any) -> torch.Tensor:
+        """Draw x from the batch's starting points, `(num_samples, 1, 1, 2)`."""
+        call = {"latents": self.noise, "generator": torch.Generator().manual_seed(1), "output_type": "latent", **call}
+        return self.pipeline(self.class_labels, w, num_inference_steps=num_inference_steps, **call).images
+
+    def error(self, w: float, num_inference_steps: int) -> float:
+        """Return the RMS distance to the exact flow from the noise level that the scheduler starts at."""
+        images = self.draw(w, num_inference_steps)
+        return rms_distance(images, self.flow(w, math.exp(-self.pipeline.log_snr()[0].item() / 2)))

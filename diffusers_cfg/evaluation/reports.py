@@ -1,17 +1,50 @@
-"""What a sweep over w leaves: metrics.json, a table and curves."""
+"""Write the results of a sweep over w: metrics.json, a table in Markdown and curves."""
 
 import json
 from pathlib import Path
 from typing import Any
 
+from matplotlib.figure import Figure
+
+from diffusers_cfg.files import atomic_write
+
 LOWER_IS_BETTER = ("frechet_distance", "kernel_distance")
-# Two standard errors either way hold the truth 95 times in a hundred
+# Half the width of a 95 % interval, in standard errors.
 INTERVAL = 1.96
-DIGITS = {"frechet_distance": 3, "kernel_distance": 4, "inception_score": 2}
+DECIMALS = {"frechet_distance": 3, "kernel_distance": 4, "inception_score": 2}
+
+
+def table(header: list[str], rows: list[list[str]]) -> str:
+    """Return a table in Markdown."""
+    return "\n".join("| " + " | ".join(row) + " |" for row in [header, ["---"] * len(header), *rows])
+
+
+def new_figure(
+    rows: int = 1, columns: int = 1, size: tuple[float, float] = (6, 4), title: str | None = None, sharey: bool = False
+) -> Figure:
+    """
+    Return a figure of rows × columns axes, which are in `figure.axes`, row by row. It belongs to no window or backend,
+    so there is nothing to close.
+
+    Args:
+        size (`tuple[float, float]`): width and height in inches.
+        title (`str`, *optional*): above the axes.
+        sharey (`bool`): whether all axes have one vertical scale.
+    """
+    figure = Figure(figsize=size, layout="constrained")
+    figure.subplots(rows, columns, sharey=sharey)
+    if title is not None:
+        figure.suptitle(title)
+    return figure
+
+
+def save_figure(figure: Figure, path: Path) -> None:
+    """Write a figure as a PNG."""
+    figure.savefig(path, dpi=100)
 
 
 def metric_names(feature_extractor: str) -> dict[str, str]:
-    """What the metrics are called: FID, KID and IS are Inception's; with other features they are other quantities."""
+    """Return the names of the metrics. FID, KID and IS are Inception's; with other features they are not the same."""
     names = ["Fréchet distance", "kernel distance", "classifier score"]
     if feature_extractor == "inception":
         names = ["FID", "KID", "IS"]
@@ -23,7 +56,7 @@ def metric_names(feature_extractor: str) -> dict[str, str]:
 
 
 def best_scales(results: list[dict[str, Any]], names: dict[str, str]) -> dict[str, float]:
-    """The w at which each metric is best."""
+    """Return the w at which each metric is best."""
     best = {}
     for metric in names:
         if metric in results[0]:
@@ -32,37 +65,44 @@ def best_scales(results: list[dict[str, Any]], names: dict[str, str]) -> dict[st
     return best
 
 
-def markdown(record: dict[str, Any]) -> str:
-    """The table, and under it what its figures were measured with."""
+def sweep_table(record: dict[str, Any]) -> str:
+    """Return the table of a sweep, in Markdown, with a caption that says how it was measured."""
     names = {metric: name for metric, name in record["metric_names"].items() if metric in record["results"][0]}
     rows = []
     for row in record["results"]:
         cells = [cell(row, metric, record["best"]) for metric in names]
         rows.append([f"{row['guidance_scale']:g}", *cells, f"{row['network_evaluations']:g}"])
-    rows.append(["real", *(cell(record["floor"], metric, {}) for metric in names), ""])
+    rows.append(["real", *(cell(record["floor"], metric) for metric in names), ""])
     return f"{table(['w', *names.values(), 'evaluations'], rows)}\n\n{caption(record)}\n"
 
 
-def table(header: list[str], rows: list[list[str]]) -> str:
-    """A table in Markdown."""
-    return "\n".join("| " + " | ".join(row) + " |" for row in [header, ["---"] * len(header), *rows])
+def cell(row: dict[str, Any], metric: str, best: dict[str, float] | None = None) -> str:
+    """
+    Return a metric of a row with its error, for a table; empty if the row does not have it.
 
-
-def cell(row: dict[str, Any], metric: str, best: dict[str, float]) -> str:
+    Args:
+        best (`dict[str, float]`, *optional*): the w at which each metric is best, where it is set in bold.
+    """
     if metric not in row:
         return ""
-    digits = DIGITS.get(metric, 3)
-    value = f"{row[metric]:.{digits}f}"
-    if best.get(metric) == row.get("guidance_scale") and metric in best:
+    decimals = DECIMALS.get(metric, 3)
+    value = f"{row[metric]:.{decimals}f}"
+    if best and metric in best and best[metric] == row.get("guidance_scale"):
         value = f"**{value}**"
     error = row.get(f"{metric}_error")
     if error is None:
         return value
-    return f"{value} ± {error * (INTERVAL if metric in ('frechet_distance', 'class_accuracy') else 1):.{digits}f}"
+    return f"{value} ± {error * (INTERVAL if metric in ('frechet_distance', 'class_accuracy') else 1):.{decimals}f}"
 
 
 def caption(record: dict[str, Any], sampling: str | None = None) -> str:
-    """What figures were measured with; `sampling` says how the images were drawn where the record has several ways."""
+    """
+    Return how the figures of a sweep were measured.
+
+    Args:
+        record (`dict[str, Any]`): as in metrics.json.
+        sampling (`str`, *optional*): how the images were drawn; by default the record's steps and scheduler.
+    """
     extractor = record["feature_extractor"]
     accuracy = extractor["accuracy"]
     right = f", itself right on {accuracy:.1%} of held-out images" if accuracy is not None else ""
@@ -70,7 +110,7 @@ def caption(record: dict[str, Any], sampling: str | None = None) -> str:
     sampling = sampling or f"{record['num_inference_steps']} steps of {record['scheduler']}"
     return (
         f"{record['num_samples']} samples for each w ({record['class_labels']} labels, seed {record['seed']}), "
-        f"{sampling}{guidance}; evaluations are the network's, for an image. Features: {extractor['name']} "
+        f"{sampling}{guidance}; evaluations are the network's, for one image. Features: {extractor['name']} "
         f"({extractor['num_features']} features; resize: {extractor['resize']}{right}), against {record['num_real']} "
         f"real images; precision, recall, density, coverage and kernel distance: {record['num_neighbours']} of each. "
         f"Last row: {record['num_held_out']} real images, as if they were samples, against the others. ± is a 95 % "
@@ -80,16 +120,12 @@ def caption(record: dict[str, Any], sampling: str | None = None) -> str:
 
 
 def draw_curves(record: dict[str, Any], path: Path) -> None:
-    """Fréchet distance over w, inception score (or class accuracy) over w, and one against the other."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
+    """Draw the Fréchet distance over w, the inception score (or class accuracy) over w, and one against the other."""
     results, names, floor = record["results"], record["metric_names"], record["floor"]
     rising = next((metric for metric in ("inception_score", "class_accuracy") if metric in results[0]), "precision")
     w = [row["guidance_scale"] for row in results]
-    figure, axes = plt.subplots(1, 3, figsize=(13, 4), layout="constrained")
+    figure = new_figure(1, 3, size=(13, 4))
+    axes = figure.axes
     for axis, metric in zip(axes, ("frechet_distance", rising), strict=False):
         width = 1 if metric == "inception_score" else INTERVAL
         errors = [width * row.get(f"{metric}_error", 0.0) for row in results]
@@ -107,15 +143,30 @@ def draw_curves(record: dict[str, Any], path: Path) -> None:
     axes[2].set(xlabel=names[rising], ylabel=names["frechet_distance"], title="by w")
     extractor = record["feature_extractor"]["name"]
     figure.suptitle(f"{record['num_samples']} samples for each w, features of {extractor}", fontsize=10)
-    figure.savefig(path, dpi=100)
-    plt.close(figure)
+    save_figure(figure, path)
 
 
-def write_report(output_dir: Path, record: dict[str, Any], feature_extractor: str) -> None:
-    """Write metrics.json, metrics.md and curves.png, the names of the metrics and the best w added to the record."""
+def write_report(output_dir: Path, record: dict[str, Any], feature_extractor: str) -> dict[str, Any]:
+    """
+    Write metrics.json, metrics.md and curves.png.
+
+    Returns:
+        The record as in metrics.json: with the names of the metrics, and the w at which each is best.
+    """
     names = metric_names(feature_extractor)
     record = {**record, "metric_names": names, "best": best_scales(record["results"], names)}
-    text = json.dumps(record, indent=2, ensure_ascii=False)
-    (output_dir / "metrics.json").write_text(text + "\n", encoding="utf-8")
-    (output_dir / "metrics.md").write_text(markdown(record), encoding="utf-8")
+    write_json(record, output_dir / "metrics.json")
+    write_text(sweep_table(record), output_dir / "metrics.md")
     draw_curves(record, output_dir / "curves.png")
+    return record
+
+
+def write_json(record: dict[str, Any], path: Path) -> None:
+    """Write a record as JSON, atomically."""
+    write_text(json.dumps(record, indent=2, ensure_ascii=False) + "\n", path)
+
+
+def write_text(text: str, path: Path) -> None:
+    """Write a text, atomically."""
+    with atomic_write(path) as unfinished:
+        unfinished.write_text(text, encoding="utf-8")

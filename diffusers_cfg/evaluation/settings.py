@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
-from diffusers_cfg.config import CACHE_DIR, Config, flag
+from diffusers_cfg.config import CACHE_DIR, Config, UserError, flag
 
 PAPER_SCALES = [0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 1.0, 2.0, 3.0, 4.0]
 
@@ -26,6 +26,18 @@ class SamplingConfig(Config):
     guider: str | None = flag(None, "One of diffusers' guiders, made with w, instead of the pipeline's own rule.")
     batch_size: int = flag(250, "Images drawn at a time on each process.", at_least=1)
     seed: int = flag(0, "An image is determined by this and its index.", at_least=0)
+
+    def check(self) -> None:
+        own = {
+            "--guidance_interval": self.guidance_interval is not None,
+            "--guidance_rescale": self.guidance_rescale > 0,
+            "--guide_model": self.guide_model is not None,
+        }
+        if self.guider is not None and (useless := [name for name, is_given in own.items() if is_given]):
+            raise UserError(
+                f"{', '.join(useless)} cannot be combined with --guider {self.guider}, which brings its own rule: "
+                "leave out one of the two."
+            )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,0 +1,99 @@
+"""Measure a set of images against the real ones: all metrics of a summary, with their standard errors."""
+
+import warnings
+from typing import Any
+
+import torch
+from torchmetrics.image.kid import KernelInceptionDistance
+
+from diffusers_cfg.evaluation.metrics import (
+    density_coverage,
+    frechet_distance,
+    inception_score,
+    jackknife,
+    precision_recall,
+)
+from diffusers_cfg.evaluation.statistics import BLOCKS, MAX_NEIGHBOURS, RealStatistics, Reference, Summary
+
+KERNEL_SUBSETS, KERNEL_SUBSET_SIZE = 100, 1000
+
+
+def measure(summary: Summary, reference: Reference, id2label: dict[int, str] | None = None) -> dict[str, Any]:
+    """
+    Compute the metrics of a set of images.
+
+    Args:
+        summary (`Summary`): of the whole set.
+        reference (`Reference`): of the real images.
+        id2label (`dict[int, str]`, *optional*): the names of the extractor's classes.
+
+    Returns:
+        `dict[str, Any]`: a number for each metric; standard errors end in `_error`. The inception score is left out if
+        the extractor has no classes, the class accuracy if its classes are not the data's.
+    """
+    kept = min(summary.num_images, MAX_NEIGHBOURS)
+    assert (summary.sums["count"].sum(), len(summary.features)) == (summary.num_images, kept), (
+        "some images were not added, or were added twice"
+    )
+
+    def distance(blocks: torch.Tensor | slice = slice(None)) -> float:
+        return frechet_distance(reference.moments, summary.moments(blocks), reference.sqrt_covariance)
+
+    row: dict[str, Any] = {"frechet_distance": distance()}
+    if summary.moment_blocks > 1:
+        row["frechet_distance_error"] = jackknife(distance, summary.moment_blocks)
+    real = reference.neighbours
+    fake = summary.features[: len(real)].to(real.device)
+    row["kernel_distance"], row["kernel_distance_error"] = kernel_distance(real, fake)
+    row["precision"], row["recall"] = precision_recall(real, fake)
+    row["density"], row["coverage"] = density_coverage(real, fake)
+    if summary.num_classes:
+        splits = zip(*(summary.sums[n] for n in ("split_count", "probabilities", "negative_entropy")), strict=True)
+        scores = torch.tensor([inception_score(*split) for split in splits])
+        row["inception_score"], row["inception_score_error"] = scores.mean().item(), scores.std().item()
+    right, asked = summary.sums["right"], summary.sums["asked"]
+    if asked.sum() > 0:
+        row["class_accuracy"] = (right.sum() / asked.sum()).item()
+        row["class_accuracy_error"] = jackknife(lambda kept: (right[kept].sum() / asked[kept].sum()).item(), BLOCKS)
+        row["accuracy_by_class"] = {
+            id2label[class_id]: (right[:, class_id].sum() / asked[:, class_id].sum()).item()
+            for class_id in asked.sum(0).nonzero().flatten().tolist()
+        }
+    return row
+
+
+def measure_floor(real: RealStatistics) -> dict[str, Any]:
+    """Measure the held-out real images against the others, which gives the values of a perfect model."""
+    floor = measure(real.held_out, real.reference_without_held_out, real.extractor.id2label)
+    if real.extractor.accuracy is not None:
+        # The small classifier was trained on most of the held-out part, so its accuracy on unseen images counts.
+        floor["class_accuracy"] = real.extractor.accuracy
+        for key in ("class_accuracy_error", "accuracy_by_class"):
+            floor.pop(key, None)
+    return floor
+
+
+def kernel_distance(real: torch.Tensor, fake: torch.Tensor) -> tuple[float, float]:
+    """
+    Compute the squared MMD with a cubic kernel (Bińkowski et al. 2018, arXiv 1801.01401) over random subsets. With
+    Inception's features it is the KID. The global random state is left as it is.
+
+    Args:
+        real, fake (`torch.Tensor` of shape `(images, features)`).
+
+    Returns:
+        The mean and the standard deviation over the subsets.
+    """
+    with warnings.catch_warnings(), torch.random.fork_rng(devices=[]):
+        warnings.simplefilter("ignore")  # torchmetrics warns that it keeps all features; they are few
+        torch.manual_seed(0)
+        distance = KernelInceptionDistance(
+            feature=torch.nn.Identity(),
+            subsets=KERNEL_SUBSETS,
+            subset_size=min(KERNEL_SUBSET_SIZE, len(real) // 2, len(fake) // 2),
+            sync_on_compute=False,
+        )
+        distance.update(real, real=True)
+        distance.update(fake, real=False)
+        mean, deviation = distance.compute()
+    return mean.item(), deviation.item()

@@ -1,0 +1,276 @@
+"""Draw images with a trained model as the settings say. Each image is determined by the seed and its index."""
+
+import dataclasses
+import logging
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any, TypeVar
+
+import diffusers
+import torch
+from accelerate import Accelerator
+from diffusers import SchedulerMixin
+from diffusers.guiders import BaseGuidance
+from tqdm.auto import tqdm
+
+from diffusers_cfg import CFGPipeline, LogSNRScheduler, UNet2DCFGModel
+from diffusers_cfg.config import UserError
+from diffusers_cfg.evaluation.sample_sets import WRITERS, SampleSet, Shard, claim_folder
+from diffusers_cfg.evaluation.settings import SampleConfig, SamplingConfig
+from diffusers_cfg.files import digest
+from diffusers_cfg.randomness import seeded_generator
+
+logger = logging.getLogger(__name__)
+
+C = TypeVar("C", bound=SamplingConfig)
+
+
+def load_pipeline(config: SamplingConfig, device: torch.device | str) -> CFGPipeline:
+    """
+    Load the pipeline that the settings describe: the model with its scheduler, and its guide model.
+
+    Raises:
+        UserError: a model cannot be loaded, or the scheduler cannot sample it.
+    """
+    try:
+        pipeline = CFGPipeline.from_pretrained(config.model, variant=config.variant)
+        if config.guide_model is not None:
+            pipeline.guide_unet = UNet2DCFGModel.from_pretrained(config.guide_model, subfolder="unet")
+    except (OSError, ValueError) as error:
+        raise UserError(f"A model cannot be loaded: {error}") from error
+    if pipeline.guider is not None:
+        logger.warning("The model's own %s is not used: --guider chooses a guider.", type(pipeline.guider).__name__)
+        pipeline.guider = None
+    if config.scheduler is not None:
+        pipeline.scheduler = choose_scheduler(config.scheduler, pipeline)
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline.to(device)
+
+
+def choose_scheduler(name: str, pipeline: CFGPipeline) -> SchedulerMixin:
+    """Make a scheduler for the noise process of a pipeline. Raises UserError if it is not a supported one."""
+    if name not in pipeline.schedulers:
+        raise UserError(
+            f"--scheduler {name} cannot sample this model. Those that can are {', '.join(pipeline.schedulers)}."
+        )
+    return make_scheduler(name, pipeline.scheduler)
+
+
+def make_scheduler(name: str, scheduler: SchedulerMixin, **settings: Any) -> SchedulerMixin:
+    """Make a scheduler, a class of diffusers or `LogSNRScheduler`, for the noise process of another scheduler."""
+    return getattr(diffusers, name, LogSNRScheduler).from_config(scheduler.config, **settings)
+
+
+def with_model_defaults(config: C, pipeline: CFGPipeline) -> C:
+    """Return the settings with the model's own number of steps, unless they have one."""
+    return dataclasses.replace(config, num_inference_steps=config.num_inference_steps or pipeline.num_inference_steps)
+
+
+def parse_class_labels(names: list[str] | None, pipeline: CFGPipeline) -> list[int]:
+    """
+    Return the ids of classes given as names or ids, -1 for the null class. A name takes precedence over an id.
+
+    Args:
+        names (`list[str]`, *optional*): by default all classes.
+
+    Raises:
+        UserError: a class is unknown.
+    """
+    num_classes = pipeline.unet.num_classes
+    if names is None:
+        return list(range(num_classes))
+    label2id = {name: class_id for class_id, name in pipeline.id2label.items()}
+    ids = {str(class_id): class_id for class_id in range(-1, num_classes)} | label2id
+    unknown = [name for name in names if name not in ids]
+    if unknown:
+        hint = " Are they counted from 1? The null class is -1." if str(num_classes) in unknown else ""
+        raise UserError(f"--class_labels {' '.join(unknown)}: the classes are {', '.join(list(ids)[:50])}.{hint}")
+    return [ids[name] for name in names]
+
+
+def guidance_arguments(config: SamplingConfig, w: float) -> dict[str, Any]:
+    """Return the arguments of the pipeline's call that guide by w as the settings say. Raises UserError."""
+    if config.guider is None:
+        interval = tuple(config.guidance_interval) if config.guidance_interval else None
+        return {"guidance_scale": w, "guidance_interval": interval, "guidance_rescale": config.guidance_rescale}
+    guider = getattr(diffusers.guiders, config.guider, None)
+    if not (isinstance(guider, type) and issubclass(guider, BaseGuidance)):
+        raise UserError(f"--guider {config.guider} is none of diffusers' guiders.")
+    try:
+        return {"guider": guider(guidance_scale=w, use_original_formulation=True)}
+    except TypeError as error:
+        raise UserError(f"--guider {config.guider} is not made from a guidance scale alone: {error}") from error
+
+
+def call_arguments(config: SamplingConfig, w: float) -> dict[str, Any]:
+    """Return the arguments of the pipeline's call that the settings determine, for a guidance scale w."""
+    return {**guidance_arguments(config, w), "num_inference_steps": config.num_inference_steps}
+
+
+def sampling_settings(config: SamplingConfig, pipeline: CFGPipeline) -> dict[str, Any]:
+    """Return what determines the images of a set, besides their labels and w, for JSON."""
+    names = ["num_inference_steps", "guidance_interval", "guidance_rescale", "guider", "seed"]
+    networks = [network for network in (pipeline.unet, pipeline.guide_unet, pipeline.vae) if network is not None]
+    return {
+        **{name: getattr(config, name) for name in names},
+        "scheduler": type(pipeline.scheduler).__name__,
+        "networks": [digest(network.state_dict()) for network in networks],
+    }
+
+
+class _ReachedNetwork(Exception):
+    """Raised by `check_call` in the place of the first evaluation of a network."""
+
+
+def check_call(pipeline: CFGPipeline, **call: Any) -> None:
+    """
+    Check the arguments of a pipeline's call without evaluating a network.
+
+    Raises:
+        UserError: the pipeline refuses them.
+    """
+
+    def stop(*_: Any) -> None:
+        raise _ReachedNetwork
+
+    hooks = [network.register_forward_pre_hook(stop) for network in networks_of(pipeline)]
+    try:
+        with suppress(_ReachedNetwork):
+            pipeline(class_labels=[0], generator=[torch.Generator().manual_seed(0)], output_type="latent", **call)
+    except ValueError as error:
+        raise UserError(str(error)) from error
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def networks_of(pipeline: CFGPipeline) -> list[torch.nn.Module]:
+    """Return the networks that a pipeline evaluates at its steps."""
+    return [network for network in (pipeline.unet, pipeline.guide_unet) if network is not None]
+
+
+@contextmanager
+def counted_evaluations(*networks: torch.nn.Module) -> Iterator[list[int]]:
+    """Yield a list that receives the batch size of each evaluation of the networks inside the block."""
+    batch_sizes: list[int] = []
+    hooks = [net.register_forward_pre_hook(lambda _, inputs: batch_sizes.append(len(inputs[0]))) for net in networks]
+    try:
+        yield batch_sizes
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def draw_images(
+    pipeline: CFGPipeline, class_labels: torch.Tensor, indices: list[int], seed: int, **call: Any
+) -> tuple[torch.Tensor, float]:
+    """
+    Draw images, each determined by the seed and its index.
+
+    Args:
+        pipeline (`CFGPipeline`): drawn with.
+        class_labels (`torch.Tensor` of shape `(images,)`): ids, -1 for the null class.
+        indices (`list[int]`): the images' places in their set.
+        seed (`int`): of the set.
+        call: further arguments of the pipeline's call.
+
+    Returns:
+        The images, uint8 `(images, 3, height, width)`, and the number of network evaluations for one image.
+
+    Raises:
+        UserError: the pipeline refuses the arguments, or images are not finite; the message counts and names them.
+    """
+    last: dict[str, torch.Tensor] = {}
+    try:
+        with counted_evaluations(*networks_of(pipeline)) as evaluations:
+            images = pipeline(
+                class_labels=class_labels,
+                generator=[seeded_generator("cpu", seed, "sample", index) for index in indices],
+                output_type="pt",
+                callback_on_step_end=lambda _pipeline, _step, _timestep, tensors: last.update(tensors),
+                **call,
+            ).images
+    except FloatingPointError as error:
+        finite = torch.isfinite(last["latents"]).flatten(1).all(1).tolist()
+        bad = [index for index, is_finite in zip(indices, finite, strict=True) if not is_finite]
+        raise UserError(f"{len(bad)} of {len(indices)} images are not finite (indices {bad[:10]}): {error}") from error
+    except ValueError as error:
+        raise UserError(str(error)) from error
+    images = (images * 255).round().to(torch.uint8).cpu().expand(-1, 3, -1, -1)
+    return images, sum(evaluations) / len(indices)
+
+
+def draw_sets(
+    config: SamplingConfig,
+    accelerator: Accelerator,
+    pipeline: CFGPipeline,
+    sets: dict[float, SampleSet],
+    class_labels: torch.Tensor,
+) -> None:
+    """
+    Draw the missing shards of the sample sets of each w. The processes share them. The image at an index has the class
+    `class_labels[index]`, and starts from the same noise for each w.
+
+    Args:
+        config (`SamplingConfig`): with a number of steps, see `with_model_defaults`.
+        accelerator (`Accelerator`): the processes.
+        pipeline (`CFGPipeline`): from `load_pipeline`.
+        sets (`dict[float, SampleSet]`): by w.
+        class_labels (`torch.Tensor` of shape `(num_samples,)`): ids, -1 for the null class.
+    """
+    accelerator.wait_for_everyone()  # so that all see the same shards
+    missing = [
+        (w, shard)
+        for w, samples in sets.items()
+        for shard in samples.shards
+        if not samples.has(shard, class_labels[list(shard)])
+    ]
+    accelerator.wait_for_everyone()
+    mine = missing[accelerator.process_index :: accelerator.num_processes]
+    # A guided image takes two passes of the network at each step. Counting passes makes the estimate of the time right.
+    passes = {w: 1 if w in (0, -1) else 2 for w in sets}
+    total = sum(passes[w] * len(shard) for w, shard in mine)
+    progress = tqdm(total=total, unit="pass", desc="Sampling", disable=not accelerator.is_main_process or not mine)
+    for w, shard in mine:
+        progress.set_postfix_str(f"w = {w:g}")
+        drawn = []
+        for indices in torch.tensor(shard).split(config.batch_size):
+            call = call_arguments(config, w)
+            drawn.append(draw_images(pipeline, class_labels[indices], indices.tolist(), config.seed, **call))
+            progress.update(passes[w] * len(indices))
+        images = torch.cat([images for images, _ in drawn]).movedim(1, -1).numpy()
+        sets[w].save(shard, Shard(images, class_labels[list(shard)].numpy(), drawn[0][1]))
+    progress.close()
+    accelerator.wait_for_everyone()
+
+
+def draw_to_folder(config: SampleConfig, accelerator: Accelerator) -> None:
+    """
+    Draw images and write them to a folder in the format that the settings name.
+
+    Args:
+        config (`SampleConfig`): of the command `sample.py`.
+        accelerator (`Accelerator`): the processes.
+
+    Raises:
+        UserError: the settings do not fit the model, or the folder is not empty.
+    """
+    pipeline = load_pipeline(config, accelerator.device)
+    config = with_model_defaults(config, pipeline)
+    labels = parse_class_labels(config.class_labels, pipeline)
+    class_labels = torch.tensor(labels)[torch.arange(config.num_samples) % len(labels)]
+    output_dir, shards = Path(config.output_dir), Path(config.output_dir) / "shards"
+    if output_dir.is_dir() and {path.name for path in output_dir.iterdir()} - {shards.name}:
+        raise UserError(f"--output_dir {output_dir} is not empty: choose another.")
+    check_call(pipeline, **call_arguments(config, config.guidance_scale))
+
+    samples = SampleSet(shards, config.num_samples)
+    settings = {"class_labels": labels, "guidance_scale": config.guidance_scale, **sampling_settings(config, pipeline)}
+    if accelerator.is_main_process:
+        claim_folder(shards, settings)
+    draw_sets(config, accelerator, pipeline, {config.guidance_scale: samples}, class_labels)
+    if accelerator.is_main_process:
+        WRITERS[config.format](samples, output_dir, pipeline)
+        shutil.rmtree(shards)
