@@ -4,12 +4,12 @@ import diffusers
 import numpy as np
 import pytest
 import torch
-from conftest import generators, make_pipeline, make_unet
+from tests.support.models import generators, make_pipeline, make_unet
 from diffusers import guiders
 from diffusers.guiders import ClassifierFreeGuidance
 from diffusers.hooks import LayerSkipConfig
 from diffusers.models.unets.unet_2d import UNet2DOutput
-from support.draws import assert_same_draws
+from tests.support.draws import assert_same_draws
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from diffusers_cfg import CFGPipeline, LogSNRScheduler, UNet2DCFGModel

@@ -8,10 +8,10 @@ import sys
 import diffusers
 import pytest
 import torch
-from conftest import generators, make_pipeline, make_unet
+from tests.support.models import generators, make_pipeline, make_unet
 from diffusers import DiffusionPipeline
 from diffusers.guiders import AdaptiveProjectedGuidance
-from support.draws import assert_same_draws
+from tests.support.draws import assert_same_draws
 
 from diffusers_cfg import CFGPipeline, LogSNRScheduler, UNet2DCFGModel
 from diffusers_cfg.hub import allowed_files

@@ -2,7 +2,7 @@ import inspect
 
 import pytest
 import torch
-from conftest import make_unet
+from tests.support.models import make_unet
 from diffusers import UNet2DModel
 from diffusers.utils import logging as diffusers_logging
 

@@ -10,7 +10,7 @@ import evaluation
 import feature_extractors
 import pytest
 from config import UserError
-from conftest import make_pipeline
+from tests.support.models import make_pipeline
 from evaluate_cfg import evaluate_cfg
 from evaluate_cfg import parse_args as parse_evaluation_args
 from report import write_report

@@ -18,7 +18,7 @@ from ablate_dropout import ablate_dropout
 from ablate_dropout import parse_args as parse_ablation_args
 from accelerate import Accelerator
 from config import TrainConfig, UserError
-from conftest import make_pipeline, make_unet
+from tests.support.models import make_pipeline, make_unet
 from data import CachedImages, Digits, stack_images
 from evaluate_cfg import evaluate_cfg, parse_args
 from evaluation import Evaluation, Summary, stratified_order

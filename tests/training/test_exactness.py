@@ -7,7 +7,7 @@ import exactness
 import pytest
 import torch
 from conditioning import drop_class_labels
-from conftest import make_unet
+from tests.support.models import make_unet
 from exactness import Plane, deterministic_limit, guided_diffusion, guided_flow, rms_distance, sliced_wasserstein
 from mixture import GaussianMixtureModel, three_gaussians
 from objectives import prediction_target, squared_error

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import sample
 from config import UserError
-from conftest import make_pipeline, make_unet
+from tests.support.models import make_pipeline, make_unet
 from diffusers import DDIMScheduler
 from PIL import Image
 from sample import parse_args
