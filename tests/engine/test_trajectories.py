@@ -59,5 +59,5 @@ def test_the_trajectory_is_the_recorded_one(request, runs, tmp_path, method, how
     logged = trajectory_of(out)
     for tag, values in expected(method).items():
         assert logged[tag] == pytest.approx({s: v for s, v in values.items() if s >= first}, rel=1e-4), tag
-    # 20 steps of a rate of at most 1e-2; gradients that are all rounding, such as the keys' bias, make steps of Adam too
+    # Gradients that are all rounding, such as that of the keys' bias, make steps of Adam too, of at most the rate.
     assert_same_tensors(whole / "unet" / WEIGHTS, out / "unet" / WEIGHTS, rtol=1e-3, atol=2e-3)

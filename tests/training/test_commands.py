@@ -16,6 +16,7 @@ from tests.support.runs import ROOT, TRAINING
 COMMANDS = {path.stem: path for path in sorted([*TRAINING.glob("*.py"), *TRAINING.glob("studies/*.py")])}
 # The flags of each command at 573b54d, which people have in their scripts
 FROZEN = json.loads((ROOT / "tests" / "support" / "cli-573b54d.json").read_text(encoding="utf-8"))
+FROZEN["distill_guidance"] += FROZEN["train_cfg"]
 REMOVED = {
     "sample": {"guidance_tolerance"},
     "evaluate_cfg": {"guidance_tolerance"},
