@@ -1,9 +1,29 @@
 """Classifier-free guidance (Ho & Salimans 2022) for Hugging Face Diffusers."""
 
-from .hub import CFGPipeline
-from .scheduling_log_snr import LogSNRScheduler
-from .unet_2d_cfg import UNet2DCFGModel
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from .hub import CFGPipeline
+    from .scheduling_log_snr import LogSNRScheduler
+    from .unet_2d_cfg import UNet2DCFGModel
 
 __version__ = "0.1.0"
 
 __all__ = ["CFGPipeline", "LogSNRScheduler", "UNet2DCFGModel"]
+
+# Imported at first use (PEP 562): torch and diffusers take seconds, and a command's `--help` needs neither.
+_HOMES = {"CFGPipeline": "hub", "LogSNRScheduler": "scheduling_log_snr", "UNet2DCFGModel": "unet_2d_cfg"}
+
+
+def __getattr__(name: str):
+    """Import a public class at first use."""
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -1,11 +1,10 @@
-"""A pipeline's repository on the Hub: one call publishes it, and door two loads it without running its code."""
+"""Publish a pipeline to the Hub; `CFGPipeline.from_pretrained` loads it without running remote code."""
 
 import json
 import logging
+import math
 import os
 import shutil
-import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -21,8 +20,8 @@ from .model_card import FACTS, SAMPLES, find_samples, model_card
 
 logger = logging.getLogger(__name__)
 
-# What a repository consists of, and all that is ever uploaded: a list of what is allowed, so that optimizer states,
-# logs, and settings with paths and tokens stay at home.
+# The only files that are ever uploaded. A list of what is allowed, so that optimizer states, logs, and settings with
+# paths and tokens are not published.
 COMPONENTS = ("unet", "scheduler", "vae", "guide_unet", "guider")
 COMPONENT_FILES = (
     "config.json",
@@ -37,22 +36,9 @@ ROOT_FILES = ("model_index.json", "pipeline_cfg.py", *FACTS)
 HUB_ARGUMENTS = ("revision", "token", "cache_dir", "local_files_only", "force_download")
 MAX_TRIES = 5
 
-# Run in a process of its own: it has nothing but what was published.
-DRAW = """
-import sys
-import torch
-from diffusers_cfg import CFGPipeline
-
-source, revision, variant, target = sys.argv[1:]
-pipe = CFGPipeline.from_pretrained(source, revision=revision or None, variant=variant or None)
-pipe.set_progress_bar_config(disable=True)
-image = pipe(0, num_inference_steps=4, generator=torch.Generator().manual_seed(0), output_type="pt").images
-torch.save(image, target)
-"""
-
 
 class PublishError(RuntimeError):
-    """The repository could not be published. What was to be published is unharmed, and can be published again."""
+    """Raised if a repository could not be published. The local files are unchanged and can be published again."""
 
 
 class CFGPipeline(pipeline_cfg.CFGPipeline):
@@ -61,32 +47,49 @@ class CFGPipeline(pipeline_cfg.CFGPipeline):
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs: Any) -> "CFGPipeline":
         """
-        Load a pipeline from a folder or from the Hub, with this package's classes: no code of the repository is run, or
-        even downloaded. Takes the arguments of `DiffusionPipeline.from_pretrained`: `revision`, `variant`, `dtype`,
-        `token`, `cache_dir`, `local_files_only`, …
+        Load a pipeline from a folder or from the Hub with this package's classes. No code of the repository is run or
+        downloaded.
+
+        Args:
+            pretrained_model_name_or_path (`str` or `os.PathLike`): Folder, or `namespace/name` on the Hub.
+            **kwargs: Arguments of `DiffusionPipeline.from_pretrained`: `revision`, `variant`, `dtype`, `token`,
+                `cache_dir`, `local_files_only`, …
 
         Raises:
-            ValueError: the repository is of another kind of pipeline, or needs code that is not this package's; or
-                other weights than safetensors are asked for.
+            ValueError: If the repository holds another kind of pipeline or needs code that is not this package's, or
+                if other weights than safetensors are requested.
         """
         if kwargs.get("custom_pipeline") is not None:
             raise ValueError(
-                f"custom_pipeline={kwargs['custom_pipeline']!r}: {cls.__name__} runs no other code than its own. Use "
-                "DiffusionPipeline.from_pretrained."
+                f"custom_pipeline={kwargs['custom_pipeline']!r} is not supported: {cls.__name__} runs only its own "
+                "code. Use DiffusionPipeline.from_pretrained."
             )
         if kwargs.setdefault("use_safetensors", True) is not True:
-            raise ValueError("Weights are read from safetensors only: other formats can run code.")
+            raise ValueError(
+                f"use_safetensors={kwargs['use_safetensors']} is not supported: other formats than safetensors can run "
+                "code. Leave it out."
+            )
         folder = str(pretrained_model_name_or_path)
         if not os.path.isdir(folder):
-            folder = cls._download(folder, kwargs)
+            folder = cls.download(folder, **kwargs)
         return super().from_pretrained(folder, **kwargs)
 
-    @staticmethod
-    def _download(repo_id: str, kwargs: dict[str, Any]) -> str:
-        """Bring the files of a repository into the cache, or find them there. Returns the folder."""
+    @classmethod
+    def download(cls, pretrained_model_name: str | os.PathLike, **kwargs: Any) -> str:
+        """
+        Download the configs and weights of a repository to the cache, but none of its code.
+
+        Args:
+            pretrained_model_name (`str`): `namespace/name`.
+            **kwargs: Arguments of `from_pretrained`, of which those that choose and fetch files are used.
+
+        Returns:
+            `str`: The folder in the cache.
+        """
+        repo_id = str(pretrained_model_name)
         hub_arguments = {name: kwargs[name] for name in HUB_ARGUMENTS if name in kwargs}
         variant = f".{kwargs['variant']}" if kwargs.get("variant") else ""
-        # A component without weights of the variant is loaded with those that it has.
+        # A component without weights of the variant is loaded with its plain ones.
         for suffix in dict.fromkeys((variant, "")):
             folder = snapshot_download(
                 repo_id,
@@ -107,11 +110,13 @@ class CFGPipeline(pipeline_cfg.CFGPipeline):
 
     def save_pretrained(self, save_directory: str | os.PathLike, push_to_hub: bool = False, **kwargs: Any) -> None:
         """
-        As `DiffusionPipeline.save_pretrained`, in safetensors only; `push_to_hub=True` publishes the folder as
-        `push_to_hub` would, and takes its arguments.
+        Save as `DiffusionPipeline.save_pretrained`, as safetensors only. `push_to_hub=True` publishes the folder as
+        `push_to_hub` does, and takes its arguments.
         """
         if not kwargs.get("safe_serialization", True):
-            raise ValueError("safe_serialization=False: weights are written as safetensors only, which run no code.")
+            raise ValueError(
+                "safe_serialization=False is not supported: weights are written as safetensors, which run no code."
+            )
         names = ("repo_id", "commit_message", "private", "token", "create_pr", "overwrite")
         hub_arguments = {name: kwargs.pop(name) for name in names if name in kwargs}
         super().save_pretrained(save_directory, **kwargs)
@@ -130,21 +135,21 @@ class CFGPipeline(pipeline_cfg.CFGPipeline):
         overwrite: bool = False,
     ) -> str:
         """
-        Publish the pipeline, its code and a model card in one commit, and check that what was published draws the same
+        Publish the pipeline, its code and a model card in one commit, and check that the published model draws the same
         image. The card is filled from the files of the run that the pipeline was loaded from.
 
         Args:
-            repo_id (`str`): `namespace/name`, or a name in your own namespace. Made if it does not exist.
+            repo_id (`str`): `namespace/name`, or a name in your own namespace. Created if it does not exist.
             commit_message (`str`, *optional*), private (`bool`, *optional*), token (`str`, *optional*), create_pr
-                (`bool`): as in diffusers.
-            variant (`str`, *optional*): publish the weights under this name, such as `"fp16"`, beside those there are.
-            overwrite (`bool`): publish into a repository that holds something else.
+                (`bool`): As in diffusers.
+            variant (`str`, *optional*): Name to publish the weights under, such as `"fp16"`, next to existing ones.
+            overwrite (`bool`): Whether to publish into a repository that holds something else.
 
         Returns:
-            `str`: the address of the commit.
+            `str`: URL of the commit.
 
         Raises:
-            PublishError: it could not be published, or what was published does not draw the same image.
+            PublishError: If publishing failed, or the published model does not draw the same image.
         """
         with tempfile.TemporaryDirectory() as folder:
             self.save_pretrained(folder, variant=variant)
@@ -173,7 +178,7 @@ def publish(
 ) -> str:
     """
     Publish a saved pipeline, such as the output folder of a training run, in one commit. Arguments, result and errors
-    are those of `CFGPipeline.push_to_hub`; `verify=False` leaves out the check at the end.
+    are those of `CFGPipeline.push_to_hub`; `verify=False` skips the final check.
     """
     folder = Path(folder)
     if not (folder / "model_index.json").is_file():
@@ -192,7 +197,7 @@ def publish(
         )
     except PublishError:
         raise
-    except Exception as error:  # the network fails in many ways, and none of them is to look like a failure of the run
+    except Exception as error:  # a network fails in many ways, and none of them means that the training run failed
         raise PublishError(f"{repo_id} could not be published: {error}") from error
     if verify:
         verify_published(folder, repo_id, commit.pr_revision if create_pr else commit.oid, token, variant)
@@ -203,10 +208,18 @@ def prepare_repository(
     repo_id: str, private: bool | None, token: str | None, overwrite: bool, create: bool = True
 ) -> str:
     """
-    Check the token and the repository, and make it if it does not exist and is to. Returns its full name.
+    Check the token and the repository, and create the repository if it does not exist.
+
+    Args:
+        repo_id (`str`), private (`bool`, *optional*), token (`str`, *optional*), overwrite (`bool`): As in
+            `CFGPipeline.push_to_hub`.
+        create (`bool`): Whether to create a missing repository, or only check.
+
+    Returns:
+        `str`: Full name of the repository.
 
     Raises:
-        PublishError: the token is missing, wrong or cannot write; or the repository holds something else.
+        PublishError: If the token is missing, wrong or cannot write, or the repository holds something else.
     """
     api = HfApi(token=token)
     try:
@@ -216,7 +229,7 @@ def prepare_repository(
             f"The Hub does not accept the token, or there is none: {error}. Log in with `hf auth login`, or pass one."
         ) from error
     if user.get("auth", {}).get("accessToken", {}).get("role") == "read":
-        raise PublishError("The token can only read. Make one that can write in the settings of your account.")
+        raise PublishError("The token can only read. Create one that can write in the settings of your account.")
     if "/" not in repo_id:
         repo_id = f"{user['name']}/{repo_id}"
     try:
@@ -228,17 +241,17 @@ def prepare_repository(
             return retry(lambda: api.create_repo(repo_id, private=private, exist_ok=True)).repo_id
         ours = overwrite or not files - {".gitattributes", "README.md"} or holds_pipeline(repo_id, files, token)
     except Exception as error:
-        raise PublishError(f"{repo_id} cannot be made or looked at: {error}") from error
+        raise PublishError(f"{repo_id} cannot be created or read: {error}") from error
     if not ours:
         raise PublishError(
-            f"{repo_id} exists and holds something else ({', '.join(sorted(files)[:5])}, …). Choose another name, or "
-            "ask for it to be overwritten."
+            f"{repo_id} exists and holds something else ({', '.join(sorted(files)[:5])}, …). Choose another name or "
+            "pass overwrite."
         )
     return repo_id
 
 
 def holds_pipeline(repo_id: str, files: set[str], token: str | None) -> bool:
-    """Whether a repository is one of this package's."""
+    """Return whether a repository holds a pipeline of this package."""
     if "model_index.json" not in files:
         return False
     index = json.loads(Path(hf_hub_download(repo_id, "model_index.json", token=token)).read_text(encoding="utf-8"))
@@ -246,7 +259,7 @@ def holds_pipeline(repo_id: str, files: set[str], token: str | None) -> bool:
 
 
 def read_card(repo_id: str, token: str | None) -> str | None:
-    """The card that the repository has, as it stands there."""
+    """Return the text of the repository's card, or `None` if it has none."""
     try:
         path = retry(lambda: hf_hub_download(repo_id, "README.md", token=token, force_download=True))
     except EntryNotFoundError:
@@ -255,37 +268,71 @@ def read_card(repo_id: str, token: str | None) -> str | None:
 
 
 def allowed_files(folder: Path) -> list[Path]:
-    """The files of a saved pipeline that belong into its repository."""
+    """Return the files of a saved pipeline that belong in its repository."""
     found = [folder / name for name in ROOT_FILES]
     found += [path for name in COMPONENTS for pattern in COMPONENT_FILES for path in (folder / name).glob(pattern)]
     return [path for path in dict.fromkeys(found) if path.is_file()]
 
 
 def verify_published(folder: Path, repo_id: str, revision: str, token: str | None, variant: str | None) -> None:
-    """Draw an image from the folder and one from the Hub, in fresh processes. Raises PublishError if they differ."""
-    with tempfile.TemporaryDirectory() as temporary:
-        images = []
-        for i, (source, at) in enumerate(((str(folder), ""), (repo_id, revision))):
-            target = os.path.join(temporary, f"{i}.pt")
-            # The token goes by the environment: arguments can be read by everyone on the machine.
-            environment = {**os.environ, **({"HF_TOKEN": token} if token else {})}
-            process = subprocess.run(
-                [sys.executable, "-c", DRAW, source, at, variant or "", target],
-                capture_output=True,
-                text=True,
-                env=environment,
-            )
-            if process.returncode != 0:
-                raise PublishError(
-                    f"{repo_id} was published, but an image could not be drawn from {source}:\n{process.stderr[-2000:]}"
-                )
-            images.append(torch.load(target, weights_only=True))
-    if not torch.equal(*images):
-        raise PublishError(f"{repo_id} was published, but does not draw the image that {folder} draws.")
+    """
+    Check that the published model draws the image that the folder's model draws, with the model's own default number
+    of steps and scale, up to `rounding_tolerance`.
+
+    Args:
+        folder (`Path`): Saved pipeline.
+        repo_id (`str`), revision (`str`): Where it was published.
+        token (`str`, *optional*), variant (`str`, *optional*): As in `publish`.
+
+    Raises:
+        PublishError: If either image cannot be drawn, or they differ.
+    """
+    images = []
+    for source, hub_arguments in ((str(folder), {}), (repo_id, {"revision": revision, "token": token})):
+        try:
+            pipe = CFGPipeline.from_pretrained(source, variant=variant, **hub_arguments)
+            pipe.set_progress_bar_config(disable=True)
+            images.append(pipe(0, generator=torch.Generator().manual_seed(0), output_type="pt").images)
+        except Exception as error:
+            raise PublishError(
+                f"{repo_id} was published, but an image could not be drawn from {source}: {error}"
+            ) from error
+    ours, theirs = images
+    difference = (ours - theirs).abs().max().item() if ours.shape == theirs.shape else math.inf
+    if not difference <= rounding_tolerance(pipe):
+        raise PublishError(
+            f"{repo_id} was published, but does not draw the image that {folder} draws: pixels in [0, 1] differ by up "
+            f"to {difference:.2g}. Publish it again."
+        )
+
+
+def rounding_tolerance(
+    pipeline: pipeline_cfg.CFGPipeline, guidance_scale: float = 1.0, num_inference_steps: int | None = None
+) -> float:
+    """
+    Return how far the pixels of two draws of one model may differ that were computed from separate copies of its
+    weights, or on different machines.
+
+    Args:
+        pipeline (`CFGPipeline`): The model.
+        guidance_scale (`float`): Largest w of the draws; a guider's own scale is used where it is larger.
+        num_inference_steps (`int`, *optional*): T of the draws; by default the pipeline's own.
+
+    Returns:
+        `float`: Tolerance for images in [0, 1] or latents of about unit size.
+    """
+    # Memory alignment and the number of threads choose the order of the sums in a layer, which moves its output by
+    # about the dtype's ε, relative to its size. The layers' errors are independent, so √depth ε of them reach the
+    # prediction. Guidance weighs two predictions by |1 + w| and |w|, and each of the T steps adds its error once.
+    networks = [component for component in pipeline.components.values() if isinstance(component, torch.nn.Module)]
+    depth = sum(parameter.ndim > 1 for network in networks for parameter in network.parameters())
+    w = max(abs(guidance_scale), abs(getattr(pipeline.guider, "guidance_scale", 0.0)))
+    steps = num_inference_steps or pipeline.num_inference_steps
+    return torch.finfo(pipeline.unet.dtype).eps * math.sqrt(depth) * steps * (1 + 2 * w)
 
 
 def retry(call: Callable[[], Any]) -> Any:
-    """Call, and again with growing pauses while the Hub is overloaded (429) or out of order (5xx)."""
+    """Call, and retry with growing pauses while the Hub is overloaded (429) or fails (5xx)."""
     for attempt in range(MAX_TRIES):
         try:
             return call()
@@ -294,6 +341,6 @@ def retry(call: Callable[[], Any]) -> Any:
             if attempt == MAX_TRIES - 1 or status is None or not (status == 429 or status >= 500):
                 raise
             pause = float(error.response.headers.get("Retry-After", 2**attempt))
-            logger.warning("The Hub answered %s; trying again in %.0f s.", status, pause)
+            logger.warning("The Hub answered %s. Retrying in %.0f s.", status, pause)
             time.sleep(pause)
     raise AssertionError("unreachable")

@@ -1,12 +1,13 @@
-"""A model card, filled from the files of a saved pipeline and of the run that made it, and from nothing else."""
+"""Write a model card from the files of a saved pipeline and of the run that trained it, and from nothing else."""
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
-# Files that a run and an evaluation leave beside the pipeline.
+# Files that a training run and an evaluation write next to the pipeline.
 RUN, SAMPLES = "run.json", "samples.png"
 EVALUATION, TABLE, CURVES, GRID = (
     f"evaluation/{name}" for name in ("metrics.json", "metrics.md", "curves.png", "grid.png")
@@ -18,13 +19,12 @@ PICTURES = {
     GRID: "A row for each w, the same noise down each column",
 }
 
-# As the Hub's index of results calls them, if it knows them.
+# Names in the Hub's index of results, for the metrics that it has.
 METRIC_TYPES = {"FID": "fid", "KID": "kid", "IS": "inception_score", "Fréchet distance": "frechet_distance"}
 
-# What stands between these is written anew at every push; the rest of a card is its author's.
-BEGIN = (
-    "<!-- Written by diffusers-cfg, and written anew at the next push. Your own words belong below the end mark. -->"
-)
+# Text between these marks is replaced at every push; the rest of a card is its author's. A card is recognized by the
+# first words of BEGIN.
+BEGIN = "<!-- Written by diffusers-cfg and replaced at the next push. Your own text belongs below the end mark. -->"
 END = "<!-- End of what diffusers-cfg writes. -->"
 
 CITATION = """```bibtex
@@ -39,16 +39,16 @@ CITATION = """```bibtex
 
 def model_card(folder: Path, repo_id: str, existing: str | None = None) -> str:
     """
-    The card of a saved pipeline.
+    Return the card of a saved pipeline.
 
     Args:
-        folder (`Path`): the pipeline; `run.json`, `evaluation/` and samples are read if they are there.
-        repo_id (`str`): the name that it is to be loaded by.
-        existing (`str`, *optional*): the card that the repository has. Its text outside the marks is kept, and the
-            metadata that this function knows nothing of.
+        folder (`Path`): Saved pipeline; `run.json`, `evaluation/` and samples are read if they exist.
+        repo_id (`str`): Name that the card loads the pipeline by.
+        existing (`str`, *optional*): Card of the repository. Its text outside the marks is kept, and metadata that this
+            function does not write.
 
     Returns:
-        `str`: metadata in YAML, and Markdown. What is not known is left out.
+        `str`: Metadata in YAML, and Markdown. Unknown facts are left out.
     """
     index, run, evaluation = (read_json(folder / name) for name in ("model_index.json", RUN, EVALUATION))
     unet, scheduler = (
@@ -75,22 +75,21 @@ def model_card(folder: Path, repo_id: str, existing: str | None = None) -> str:
 
     card = ModelCard(existing, ignore_metadata_errors=True)
     metadata = ModelCardData(**{**card.data.to_dict(), **metadata.to_dict()}, ignore_metadata_errors=True)
-    before, begin, rest = card.text.partition(BEGIN)
-    _, end, after = rest.partition(END)
-    if begin and end:
-        text = f"{before.strip()}\n\n{body}\n\n{after.strip()}".strip()
-    else:  # somebody's own card, or the Hub's empty one
-        text = f"{body}\n\n{card.text.strip()}".strip()
+    before, *rest = re.split(r"<!-- Written by diffusers-cfg\b.*?-->", card.text, maxsplit=1)
+    _, end, after = "".join(rest).partition(END)
+    if not end:  # a card by someone else, or the Hub's empty one
+        before, after = "", card.text
+    text = f"{before.strip()}\n\n{body}\n\n{after.strip()}".strip()
     return f"---\n{metadata.to_yaml()}\n---\n\n{text}\n"
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """The object in a JSON file; empty if there is no such file."""
+    """Return the object in a JSON file, or an empty one if there is no such file."""
     return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
 
 
 def find_samples(folder: Path) -> Path | None:
-    """The picture of samples that a repository has, or the last grid that a training run drew of itself."""
+    """Return a folder's picture of samples, or else the last grid that a training run drew."""
     if (folder / SAMPLES).is_file():
         return folder / SAMPLES
     grids = (folder / "samples").glob("step-*.png")
@@ -98,6 +97,7 @@ def find_samples(folder: Path) -> Path | None:
 
 
 def card_metadata(repo_id: str, run: dict, evaluation: dict, pictures: list[str]) -> ModelCardData:
+    """Return the card's metadata: license, data set, gallery, and results at the w that matter."""
     facts: dict[str, Any] = {}
     if run.get("license"):
         facts["license"] = run["license"]
@@ -134,9 +134,14 @@ def card_metadata(repo_id: str, run: dict, evaluation: dict, pictures: list[str]
 
 
 def introduction(repo_id: str, index: dict, unet: dict, run: dict, has_samples: bool) -> str:
+    """Return the title, a sentence about the model, and its samples."""
     size, channels = unet["sample_size"], unet["in_channels"]
     height, width = (size, size) if isinstance(size, int) else size
-    kind = "latents" if index.get("vae", [None])[0] else {1: "grey images", 3: "colour images"}.get(channels, "images")
+    kind = (
+        "latents"
+        if index.get("vae", [None])[0]
+        else {1: "grayscale images", 3: "colour images"}.get(channels, "images")
+    )
     data = f" of {run['dataset']}" if run.get("dataset") else ""
     text = (
         f"# {repo_id.split('/')[-1]}\n\nA class-conditional diffusion model of {height}×{width} {kind}{data}, "
@@ -149,6 +154,7 @@ def introduction(repo_id: str, index: dict, unet: dict, run: dict, has_samples: 
 
 
 def how_to_load(repo_id: str, index: dict) -> str:
+    """Return how to load the model with and without running the repository's code."""
     label = json.dumps(next(iter((index.get("id2label") or {}).values()), 0), ensure_ascii=False)
     scale = "" if has_guider(index) else ", guidance_scale=1.0"
     return f"""## Use
@@ -173,10 +179,12 @@ image = pipe(class_labels=[{label}]{scale}).images[0]
 
 
 def has_guider(index: dict) -> bool:
+    """Return whether the pipeline was saved with one of diffusers' guiders."""
     return bool(index.get("guider", [None])[0])
 
 
 def the_scale(index: dict, unet: dict) -> str:
+    """Return what `guidance_scale` means for this model."""
     if unet.get("max_guidance_scale") is not None:
         return (
             f"`guidance_scale` is the paper's w, in 0 … {unet['max_guidance_scale']:g}. The model was distilled "
@@ -200,6 +208,7 @@ def the_scale(index: dict, unet: dict) -> str:
 
 
 def classes(index: dict, most: int = 1000) -> str:
+    """Return a table of the classes' names, at most `most` of them."""
     id2label = index.get("id2label") or {}
     if not id2label:
         return ""
@@ -210,8 +219,9 @@ def classes(index: dict, most: int = 1000) -> str:
 
 
 def training(index: dict, unet: dict, scheduler: dict, run: dict) -> str:
+    """Return a table of the facts about the training run."""
     seconds = run.get("seconds")
-    # As LogSNRScheduler has them, or as it hands them to diffusers' schedulers
+    # Under the names of LogSNRScheduler, or the private ones that it gives diffusers' schedulers
     low, high = (scheduler.get(name, scheduler.get(f"_{name}")) for name in ("log_snr_min", "log_snr_max"))
     steps = index.get("num_inference_steps")
     facts = {
@@ -221,11 +231,11 @@ def training(index: dict, unet: dict, scheduler: dict, run: dict) -> str:
         "label dropout p_uncond": index.get("conditioning_dropout_prob"),
         "prediction": scheduler.get("prediction_type"),
         "log-SNR λ": f"{low:g} … {high:g}" if low is not None else None,
-        "sampled by": f"{index['scheduler'][1]}, {steps} steps unless told otherwise" if steps else None,
+        "sampled by": f"{index['scheduler'][1]}, {steps} steps by default" if steps else None,
         "parameters": f"{run['num_parameters'] / 1e6:.1f} M" if "num_parameters" in run else None,
         "channels": ", ".join(map(str, unet["block_out_channels"])),
         "steps": run.get("steps"),
-        "images a step": run.get("batch_size"),
+        "images per step": run.get("batch_size"),
         "peak learning rate": run.get("learning_rate"),
         "average of the weights (EMA)": run.get("ema"),
         "precision": {"no": "fp32"}.get(run.get("mixed_precision"), run.get("mixed_precision")),
@@ -238,6 +248,7 @@ def training(index: dict, unet: dict, scheduler: dict, run: dict) -> str:
 
 
 def results(folder: Path) -> str:
+    """Return the evaluation's table and pictures; empty without an evaluation."""
     if not (folder / TABLE).is_file():
         return ""
     text = f"## Results\n\n{(folder / TABLE).read_text(encoding='utf-8').strip()}"

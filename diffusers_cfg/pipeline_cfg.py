@@ -4,6 +4,7 @@
 # This file is saved with every model, so it must run alone under plain diffusers: it imports the standard library,
 # torch and diffusers only, and keeps its helpers inside the class.
 
+import importlib
 import inspect
 import json
 import math
@@ -52,10 +53,11 @@ class CFGPipeline(DiffusionPipeline):
     # Tested to sample these models; other schedulers accept the same config and draw noise.
     schedulers = (
         "LogSNRScheduler",
-        "DDIMScheduler",
+        # Copied from diffusers_cfg.scheduling_log_snr.LogSNRScheduler
         "DDIMParallelScheduler",
-        "DDPMScheduler",
+        "DDIMScheduler",
         "DDPMParallelScheduler",
+        "DDPMScheduler",
         "DEISMultistepScheduler",
         "DPMSolverMultistepScheduler",
         "DPMSolverSinglestepScheduler",
@@ -803,5 +805,6 @@ class CFGPipeline(DiffusionPipeline):
                     f"this package's. {cls.__name__}.from_pretrained runs no code of a repository. If you have read it "
                     "and trust it, use DiffusionPipeline.from_pretrained(..., trust_remote_code=True)."
                 )
-            index[name] = [f"{__package__}.{module}", component_class]
+            # diffusers finds a component's module only if it was imported, and this package imports at first use.
+            index[name] = [importlib.import_module(f"{__package__}.{module}").__name__, component_class]
         return index

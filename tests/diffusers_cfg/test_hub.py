@@ -3,58 +3,37 @@
 import json
 import subprocess
 import sys
-import textwrap
 from pathlib import Path
 
+import diffusers
+import huggingface_hub
 import pytest
 import torch
 import yaml
 from conftest import generators, make_pipeline, make_unet
-from hub_server import Fault
-from PIL import Image
-from test_save_and_load import DOOR_ONE
-
-# The client reads its environment when it is imported, so everything that talks to the server runs in a process of its
-# own, as a user's would.
-PRELUDE = """
-import sys, time
-import torch
-import diffusers_cfg.hub
 from diffusers import DiffusionPipeline, UNet2DModel
-from diffusers_cfg import CFGPipeline
-from diffusers_cfg.hub import PublishError, publish
+from hub_server import Fault
+from huggingface_hub import HfApi
+from PIL import Image
+from support.draws import assert_same_draws
+from support.hub_client import HubClient
+from test_save_and_load import WITHOUT_THE_PACKAGE
 
-time.sleep = lambda seconds: print("slept", seconds)
-
-def draw(pipe):
-    pipe.set_progress_bar_config(disable=True)
-    generator = [torch.Generator().manual_seed(seed) for seed in (0, 1)]
-    return pipe(["two", 1], [0.0, 2.5], num_inference_steps=4, generator=generator, output_type="pt").images
-"""
+import diffusers_cfg.hub
+from diffusers_cfg import CFGPipeline, LogSNRScheduler
+from diffusers_cfg.hub import PublishError, allowed_files, publish, rounding_tolerance, verify_published
 
 
 @pytest.fixture
-def run(hub, tmp_path):
-    """Run a script in an environment that knows the stand-in only."""
-
-    def run_script(script: str, *argv: str, token: str | None = "hf_writer", fails: bool = False, **env: str) -> str:
-        environment = {**hub.environment(str(tmp_path / "hf"), token), **env}
-        script = PRELUDE + textwrap.dedent(script) if "DOOR ONE" not in script else DOOR_ONE
-        result = subprocess.run(
-            [sys.executable, "-c", script, *argv],
-            cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300,
-        )  # fmt: skip
-        assert (result.returncode != 0) == fails, result.stderr
-        return result.stdout + result.stderr
-
-    return run_script
+def client(hub, tmp_path, monkeypatch) -> HubClient:
+    return HubClient(monkeypatch, hub, str(tmp_path / "hf"))
 
 
 @pytest.fixture
 def model(tmp_path) -> Path:
-    """The output folder of a run, with all that does not belong on the Hub."""
+    """The output folder of a run, with files that do not belong on the Hub."""
     folder = tmp_path / "model"
-    make_pipeline(conditioning_dropout_prob=0.1).save_pretrained(folder)
+    make_pipeline(conditioning_dropout_prob=0.1, num_inference_steps=4).save_pretrained(folder)
     (folder / "run.json").write_text(json.dumps({"dataset": "scribbles", "steps": 7, "seconds": 300, "license": "mit"}))
     evaluation = {
         "num_samples": 10,
@@ -80,200 +59,248 @@ def model(tmp_path) -> Path:
 
 
 PUBLISHED = [
-    ".gitattributes", "README.md", "evaluation/curves.png", "evaluation/grid.png", "evaluation/metrics.json",
-    "evaluation/metrics.md", "model_index.json", "pipeline_cfg.py", "run.json", "samples.png",
-    "scheduler/scheduler_config.json", "scheduler/scheduling_log_snr.py", "unet/config.json",
-    "unet/diffusion_pytorch_model.safetensors", "unet/unet_2d_cfg.py",
-]  # fmt: skip
+    ".gitattributes",
+    "README.md",
+    "evaluation/curves.png",
+    "evaluation/grid.png",
+    "evaluation/metrics.json",
+    "evaluation/metrics.md",
+    "model_index.json",
+    "pipeline_cfg.py",
+    "run.json",
+    "samples.png",
+    "scheduler/scheduler_config.json",
+    "scheduler/scheduling_log_snr.py",
+    "unet/config.json",
+    "unet/diffusion_pytorch_model.safetensors",
+    "unet/unet_2d_cfg.py",
+]
 
 
-def draw_here() -> torch.Tensor:
-    return make_pipeline()(
-        ["two", 1], [0.0, 2.5], num_inference_steps=4, generator=generators(0, 1), output_type="pt"
-    ).images
+def draw(pipe) -> torch.Tensor:
+    pipe.set_progress_bar_config(disable=True)
+    return pipe(["two", 1], [0.0, 2.5], num_inference_steps=4, generator=generators(0, 1), output_type="pt").images
+
+
+def assert_same_model(actual: torch.Tensor, expected: torch.Tensor) -> None:
+    assert_same_draws(actual, expected, make_pipeline(), guidance_scale=2.5, num_inference_steps=4)
+
+
+def differ(a: torch.Tensor, b: torch.Tensor) -> bool:
+    return (a - b).abs().max().item() > 1e-3
 
 
 @pytest.mark.slow
-def test_publish_and_load_by_both_doors(hub, run, model, tmp_path):
-    run("publish('model', 'me/scribbles')")
+def test_publish_and_load_with_and_without_remote_code(hub, client, model, tmp_path, monkeypatch):
+    publish(model, "me/scribbles")
     assert sorted(hub.files("me/scribbles")) == PUBLISHED
     assert [commit.message for commit in hub.repositories["me/scribbles"].commits[1:]] == ["Upload CFGPipeline"]
     assert hub.files("me/scribbles")["samples.png"] == (model / "samples" / "step-1000.png").read_bytes()
     for name, data in hub.files("me/scribbles").items():
         assert b"hf_secret" not in data, name
         assert str(tmp_path).encode() not in data, name
+    expected = draw(make_pipeline())
 
-    run("DOOR ONE", "me/scribbles", "one.pt", "copy", token=None)
-    run(
-        """
-        pipe = CFGPipeline.from_pretrained("me/scribbles")
-        assert type(pipe) is CFGPipeline and type(pipe.unet).__module__ == "diffusers_cfg.unet_2d_cfg"
-        torch.save(draw(pipe), "two.pt")
-        unet = UNet2DModel.from_pretrained("me/scribbles", subfolder="unet")
-        assert torch.equal(unet.class_embedding.weight, pipe.unet.class_embedding.weight)
-        """,
-        token=None,
-        DIFFUSERS_DISABLE_REMOTE_CODE="1",
+    # Plain diffusers, in a process that cannot import the package
+    result = subprocess.run(
+        [sys.executable, "-c", WITHOUT_THE_PACKAGE, "me/scribbles", "one.pt", "copy"],
+        cwd=tmp_path,
+        env=hub.environment(str(tmp_path / "hf")),
+        capture_output=True,
+        text=True,
+        timeout=300,
     )
-    assert torch.equal(torch.load(tmp_path / "one.pt"), draw_here())
-    assert torch.equal(torch.load(tmp_path / "two.pt"), draw_here())
+    assert result.returncode == 0, result.stderr
+    assert_same_model(torch.load(tmp_path / "one.pt"), expected)
+
+    # The package
+    client.log_in(None)
+    client.use_cache(str(tmp_path / "other cache"))
+    hub.requests.clear()
+    with monkeypatch.context() as patch:
+        patch.setattr(diffusers.utils.dynamic_modules_utils, "DIFFUSERS_DISABLE_REMOTE_CODE", True)
+        pipe = CFGPipeline.from_pretrained("me/scribbles")
+    assert not any(request.endswith(".py") for request in hub.requests)
+    assert type(pipe) is CFGPipeline
+    assert type(pipe.unet).__module__ == "diffusers_cfg.unet_2d_cfg"
+    assert_same_model(draw(pipe), expected)
+    unet = UNet2DModel.from_pretrained("me/scribbles", subfolder="unet")
+    assert torch.equal(unet.class_embedding.weight, pipe.unet.class_embedding.weight)
 
     # Without the Hub
-    run("import huggingface_hub; huggingface_hub.snapshot_download('me/scribbles', local_dir='downloaded')")
+    huggingface_hub.snapshot_download("me/scribbles", local_dir=tmp_path / "downloaded")
     hub.faults.append(Fault(".", 500, times=1000))
-    run("torch.save(draw(CFGPipeline.from_pretrained('me/scribbles')), 'off.pt')", token=None, HF_HUB_OFFLINE="1")
+    client.go_offline()
+    assert_same_model(draw(CFGPipeline.from_pretrained("me/scribbles")), expected)
     # Plain diffusers asks the Hub about custom code even then; a folder of one's own is the way that works.
-    run("DOOR ONE", "downloaded", "off one.pt", "off copy", token=None, HF_HUB_OFFLINE="1")
-    for name in ("off.pt", "off one.pt"):
-        assert torch.equal(torch.load(tmp_path / name), draw_here())
+    pipe = DiffusionPipeline.from_pretrained(tmp_path / "downloaded", trust_remote_code=True)
+    assert_same_model(draw(pipe), expected)
 
 
 @pytest.mark.slow
-def test_load_change_and_push_again(hub, run, model, tmp_path):
-    """A person's words in the card stay, also through another's push; a pipeline from the Hub keeps its facts."""
-    run("publish('model', 'me/scribbles', verify=False)")
+def test_load_change_and_push_again(hub, client, model):
+    """A person's words in the card are kept, also through another's push; a pipeline from the Hub keeps its facts."""
+    publish(model, "me/scribbles", verify=False)
     files = dict(hub.files("me/scribbles"))
     card = files["README.md"].decode().replace("license: mit", "license: mit\nlanguage: en")
     files["README.md"] = f"{card}\n## My notes\n\nDo not feed it cats.\n".encode()
     hub.commit("me/scribbles", "edit the card", files)
-    run(
-        """
-        pipe = CFGPipeline.from_pretrained("me/scribbles")
-        pipe.unet.conv_out.bias.data += 0.1
-        url = pipe.push_to_hub("me/scribbles", commit_message="Brighter")
-        assert "/commit/" in url
-        pipe.push_to_hub("other-scribbles", private=True)
-        """
-    )
+
+    pipe = CFGPipeline.from_pretrained("me/scribbles")
+    pipe.unet.conv_out.bias.data += 0.1
+    assert "/commit/" in pipe.push_to_hub("me/scribbles", commit_message="Brighter")
+    pipe.push_to_hub("other-scribbles", private=True)
+
     assert [commit.message for commit in hub.repositories["me/scribbles"].commits[-2:]] == ["edit the card", "Brighter"]
     again = hub.files("me/scribbles")["README.md"].decode()
     assert "Do not feed it cats." in again
     assert again.count("## Use") == 1
     assert yaml.safe_load(again.split("---")[1])["language"] == "en"
-    assert hub.files("me/scribbles")["unet/diffusion_pytorch_model.safetensors"] != files[
-        "unet/diffusion_pytorch_model.safetensors"
-    ]  # fmt: skip
+    weights = "unet/diffusion_pytorch_model.safetensors"
+    assert hub.files("me/scribbles")[weights] != files[weights]
     assert hub.repositories["me/other-scribbles"].private
     assert sorted(hub.files("me/other-scribbles")) == PUBLISHED
     assert "| data | scribbles |" in hub.files("me/other-scribbles")["README.md"].decode()
 
 
 @pytest.mark.slow
-def test_revisions_variants_dtypes_and_private_repositories(hub, run, model):
-    run("publish('model', 'me/scribbles', private=True, verify=False)")
+def test_revisions_variants_dtypes_and_private_repositories(hub, client, model, tmp_path):
+    publish(model, "me/scribbles", private=True, verify=False)
     first = hub.repositories["me/scribbles"].branches["main"]
-    run(
-        f"""
-        pipe = CFGPipeline.from_pretrained("me/scribbles")
-        before = draw(pipe)
-        pipe.unet.conv_out.bias.data += 0.1
-        pipe.push_to_hub("me/scribbles")
-        pipe.unet.conv_out.bias.data += 0.1
-        pipe.push_to_hub("me/scribbles", variant="ema9999")
-        latest = pipe
+    pipe = CFGPipeline.from_pretrained("me/scribbles")
+    before = draw(pipe)
+    pipe.unet.conv_out.bias.data += 0.1
+    pipe.push_to_hub("me/scribbles")
+    pipe.unet.conv_out.bias.data += 0.1
+    pipe.push_to_hub("me/scribbles", variant="ema9999")
+    latest = draw(pipe)
 
-        old = CFGPipeline.from_pretrained("me/scribbles", revision="{first}")
-        new = CFGPipeline.from_pretrained("me/scribbles")
-        ema = CFGPipeline.from_pretrained("me/scribbles", variant="ema9999", revision="main")
-        assert torch.equal(draw(old), before)
-        assert not torch.equal(draw(new), before)
-        assert torch.equal(draw(ema), draw(latest)) and not torch.equal(draw(ema), draw(new))
-        assert CFGPipeline.from_pretrained("me/scribbles", dtype=torch.bfloat16).unet.dtype == torch.bfloat16
-
-        for load in (
-            lambda: CFGPipeline.from_pretrained("me/scribbles", revision="nowhere"),
-            lambda: CFGPipeline.from_pretrained("me/nothing"),
-        ):
-            try:
-                load()
-            except OSError as error:
-                print("refused:", type(error).__name__)
-        one = DiffusionPipeline.from_pretrained("me/scribbles", revision="{first}", trust_remote_code=True)
-        two = DiffusionPipeline.from_pretrained("me/scribbles", variant="ema9999", trust_remote_code=True)
-        assert torch.equal(draw(one), before) and torch.equal(draw(two), draw(latest))
-        """
-    )
+    new = draw(CFGPipeline.from_pretrained("me/scribbles"))
+    assert differ(new, before)
+    assert differ(new, latest)
+    for cls, trust in ((CFGPipeline, {}), (DiffusionPipeline, {"trust_remote_code": True})):
+        assert_same_model(draw(cls.from_pretrained("me/scribbles", revision=first, **trust)), before)
+        assert_same_model(draw(cls.from_pretrained("me/scribbles", variant="ema9999", **trust)), latest)
+    ema = CFGPipeline.from_pretrained("me/scribbles", variant="ema9999", revision="main")
+    assert_same_model(draw(ema), latest)
+    assert CFGPipeline.from_pretrained("me/scribbles", dtype=torch.bfloat16).unet.dtype == torch.bfloat16
     names = set(hub.files("me/scribbles"))
     assert {"unet/diffusion_pytorch_model.ema9999.safetensors", "unet/diffusion_pytorch_model.safetensors"} < names
-    said = run(
-        "CFGPipeline.from_pretrained('me/scribbles')", token=None, fails=True, HF_HOME=str(model / "other-cache")
-    )
-    assert "RepositoryNotFoundError: 401" in said
+
+    with pytest.raises(OSError, match="nowhere"):
+        CFGPipeline.from_pretrained("me/scribbles", revision="nowhere")
+    with pytest.raises(OSError, match="me/nothing"):
+        CFGPipeline.from_pretrained("me/nothing")
+    client.log_in(None)
+    client.use_cache(str(tmp_path / "other cache"))
+    with pytest.raises(huggingface_hub.errors.RepositoryNotFoundError, match="401"):
+        CFGPipeline.from_pretrained("me/scribbles")
 
 
-@pytest.mark.slow
-def test_faults_are_survived_or_named(hub, run, model):
+def test_faults_are_survived_or_named(hub, client, model, monkeypatch):
+    pauses = []
+    monkeypatch.setattr(diffusers_cfg.hub.time, "sleep", pauses.append)
     hub.faults += [
         Fault("POST .*/commit/", 500),
         Fault("POST .*/commit/", 429, headers={"Retry-After": "7"}),
         Fault("PUT /lfs/", 0),
         Fault("POST /api/repos/create", 503),
     ]
-    said = run("print(publish('model', 'me/scribbles', verify=False))")
-    assert "/commit/" in said
-    assert "slept 7" in said
+    assert "/commit/" in publish(model, "me/scribbles", verify=False)
+    assert 7 in pauses
     assert sorted(hub.files("me/scribbles")) == PUBLISHED
     assert all(fault.times == 0 for fault in hub.faults)
 
     hub.faults[:] = [Fault("POST .*/commit/", 500, times=1000)]
-    said = run("publish('model', 'me/other', verify=False)", fails=True)
-    assert "PublishError: me/other could not be published" in said
+    with pytest.raises(PublishError, match="me/other could not be published"):
+        publish(model, "me/other", verify=False)
     assert set(hub.files("me/other")) == {".gitattributes"}
     assert (model / "model_index.json").is_file()
 
 
-@pytest.mark.slow
-def test_a_repository_that_is_something_else_is_not_overwritten(hub, run, model):
+def test_a_repository_that_is_something_else_is_not_overwritten(hub, client, model):
     hub.create("me/bert", {"pytorch_model.bin": b"precious", "config.json": b"{}"})
     hub.create("me/empty", {"README.md": b"# Soon\n"})
-    said = run("publish('model', 'me/bert', verify=False)", fails=True)
-    assert "me/bert exists and holds something else (.gitattributes, config.json, pytorch_model.bin" in said
+    message = r"me/bert exists and holds something else \(.gitattributes, config.json, pytorch_model.bin"
+    with pytest.raises(PublishError, match=message):
+        publish(model, "me/bert", verify=False)
     assert len(hub.repositories["me/bert"].commits) == 1
-    run("publish('model', 'me/bert', overwrite=True, verify=False); publish('model', 'me/empty', verify=False)")
+    publish(model, "me/bert", overwrite=True, verify=False)
+    publish(model, "me/empty", verify=False)
     assert hub.files("me/bert")["pytorch_model.bin"] == b"precious"
     assert hub.files("me/empty")["README.md"].endswith(b"# Soon\n")
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("token", "message"),
     [(None, "there is none"), ("wrong", "does not accept the token"), ("hf_reader", "token can only read")],
 )
-def test_a_token_that_will_not_do(hub, run, model, token, message):
-    said = run("publish('model', 'me/scribbles')", token=token, fails=True)
-    assert message in said
+def test_a_token_that_does_not_allow_it_is_refused(hub, client, model, token, message):
+    client.log_in(token)
+    with pytest.raises(PublishError, match=message):
+        publish(model, "me/scribbles")
     assert hub.repositories == {}
 
 
-@pytest.mark.slow
-def test_a_namespace_that_is_not_yours(hub, run, model):
+def test_a_token_can_be_passed(hub, client, model):
+    client.log_in(None)
+    publish(model, "me/scribbles", private=True, token="hf_writer")
+    assert hub.repositories["me/scribbles"].private
+
+
+def test_a_namespace_that_is_not_yours(hub, client, model):
     hub.faults.append(Fault("POST /api/repos/create", 403))
-    said = run("publish('model', 'someone-else/scribbles')", fails=True)
-    assert "PublishError: someone-else/scribbles cannot be made or looked at" in said
-    assert "403" in said
+    with pytest.raises(PublishError, match="someone-else/scribbles cannot be created or read: .*403"):
+        publish(model, "someone-else/scribbles")
 
 
-@pytest.mark.slow
-def test_what_was_published_is_checked(hub, run, model):
-    said = run(
-        """
-        create_commit = diffusers_cfg.hub.HfApi.create_commit
+def test_a_published_model_without_weights_is_noticed(hub, client, model, monkeypatch):
+    create_commit = HfApi.create_commit
 
-        def wrong_weights(self, repo_id, operations, **settings):
-            operations = [op for op in operations if not op.path_in_repo.endswith(".safetensors")]
-            return create_commit(self, repo_id, operations, **settings)
+    def without_weights(self, repo_id, operations, **settings):
+        operations = [operation for operation in operations if not operation.path_in_repo.endswith(".safetensors")]
+        return create_commit(self, repo_id, operations, **settings)
 
-        diffusers_cfg.hub.HfApi.create_commit = wrong_weights
-        publish("model", "me/scribbles")
-        """,
-        fails=True,
-    )
-    assert "me/scribbles was published, but an image could not be drawn from me/scribbles" in said
+    monkeypatch.setattr(HfApi, "create_commit", without_weights)
+    message = "me/scribbles was published, but an image could not be drawn from me/scribbles"
+    with pytest.raises(PublishError, match=message):
+        publish(model, "me/scribbles")
 
 
-@pytest.mark.slow
-def test_a_strangers_repository(hub, run, model):
-    run("publish('model', 'me/scribbles', verify=False)")
+def test_a_published_model_that_draws_another_image_is_noticed(hub, client, model):
+    publish(model, "me/scribbles", verify=False)
+    revision = hub.repositories["me/scribbles"].branches["main"]
+    verify_published(model, "me/scribbles", revision, None, None)
+    pipe = CFGPipeline.from_pretrained(model)
+    for parameter in pipe.unet.parameters():
+        parameter.data = parameter.data.half().float()
+    pipe.save_pretrained(model)
+    with pytest.raises(PublishError, match=r"does not draw the image.*differ by up to \d"):
+        verify_published(model, "me/scribbles", revision, None, None)
+
+
+@pytest.mark.parametrize("scheduler_class", [LogSNRScheduler, diffusers.DPMSolverMultistepScheduler])
+@pytest.mark.parametrize("w", [0.0, 4.0])
+def test_the_tolerance_tells_rounding_from_other_weights(scheduler_class, w):
+    """Each weight moved by ε, as another order of the sums would move their products, and each rounded to 16 bits."""
+    differences = {}
+    pipes = {name: make_pipeline(scheduler=scheduler_class.from_config(LogSNRScheduler().config)) for name in "abc"}
+    generator = torch.Generator().manual_seed(1)
+    for parameter in pipes["b"].unet.parameters():
+        parameter.data *= 1 + torch.finfo(torch.float32).eps * torch.randn(parameter.shape, generator=generator)
+    for parameter in pipes["c"].unet.parameters():
+        parameter.data = parameter.data.half().float()
+    images = {
+        name: pipe(0, w, num_inference_steps=16, generator=generators(0), output_type="pt").images
+        for name, pipe in pipes.items()
+    }
+    differences = {name: (images[name] - images["a"]).abs().max().item() for name in "bc"}
+    tolerance = rounding_tolerance(pipes["a"], w, 16)
+    assert differences["b"] < tolerance < differences["c"]
+
+
+def test_a_strangers_repository(hub, client, model):
+    publish(model, "me/scribbles", verify=False)
     files = dict(hub.files("me/scribbles"))
     weights = files.pop("unet/diffusion_pytorch_model.safetensors")
     hub.create("evil/pickle", {**files, "unet/diffusion_pytorch_model.bin": weights})
@@ -283,26 +310,19 @@ def test_a_strangers_repository(hub, run, model):
         "evil/path": {"scheduler": ["../../evil", "Scheduler"]},
     }.items():
         hub.create(name, {**hub.files("me/scribbles"), "model_index.json": json.dumps({**index, **change}).encode()})
-    run(
-        """
-        for repo_id, settings in {
-            "evil/pickle": {}, "evil/module": {}, "evil/path": {},
-            "me/scribbles": {"custom_pipeline": "someone/code"},
-        }.items():
-            try:
-                CFGPipeline.from_pretrained(repo_id, **settings)
-            except (ValueError, OSError) as error:
-                print(repo_id, "refused:", str(error).splitlines()[0])
-            else:
-                raise AssertionError(repo_id)
-        try:
-            CFGPipeline.from_pretrained("me/scribbles", use_safetensors=False)
-        except ValueError as error:
-            assert "safetensors only" in str(error)
-        """
-    )
-    assert not any(request.endswith(".py") for request in hub.requests if "resolve" in request)
-    assert not any(request.endswith(".bin") for request in hub.requests if "resolve" in request)
+    hub.requests.clear()
+    for repo_id, settings, message in (
+        ("evil/pickle", {}, "safetensors"),
+        ("evil/module", {}, "wants system from os"),
+        ("evil/path", {}, r"wants Scheduler from \.\./\.\./evil"),
+        ("me/scribbles", {"custom_pipeline": "someone/code"}, "runs only its own code"),
+        ("me/scribbles", {"use_safetensors": False}, "use_safetensors=False is not supported"),
+    ):
+        with pytest.raises((ValueError, OSError), match=message):
+            CFGPipeline.from_pretrained(repo_id, **settings)
+    folder = Path(CFGPipeline.download("me/scribbles"))
+    assert list(folder.rglob("*.py")) == []
+    assert not any(request.endswith((".py", ".bin")) for request in hub.requests if "resolve" in request)
 
 
 def test_weights_are_written_as_safetensors_only(tmp_path):
@@ -312,25 +332,17 @@ def test_weights_are_written_as_safetensors_only(tmp_path):
 
 
 def test_a_folder_that_is_no_pipeline(tmp_path):
-    from diffusers_cfg.hub import PublishError, publish
-
     with pytest.raises(PublishError, match="has no model_index.json"):
         publish(tmp_path, "me/nothing")
 
 
 def test_only_what_is_allowed_is_uploaded(model):
-    from diffusers_cfg.hub import allowed_files
-
     assert sorted(str(path.relative_to(model)) for path in allowed_files(model)) == [
         name for name in PUBLISHED if name not in (".gitattributes", "README.md", "samples.png")
     ]
 
 
 def test_variants_and_stock_schedulers_are_allowed(tmp_path):
-    import diffusers
-
-    from diffusers_cfg.hub import allowed_files
-
     pipeline = make_pipeline(make_unet())
     pipeline.scheduler = diffusers.DDIMScheduler.from_config(pipeline.scheduler.config)
     pipeline.save_pretrained(tmp_path, variant="fp16")

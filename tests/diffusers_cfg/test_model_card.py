@@ -12,14 +12,26 @@ from diffusers_cfg import LogSNRScheduler
 from diffusers_cfg.model_card import BEGIN, END, model_card
 
 RUN = {
-    "dataset": "someone/scribbles", "dataset_id": "someone/scribbles", "num_images": 100, "num_parameters": 1_500_000,
-    "steps": 7, "batch_size": 64, "learning_rate": 0.001, "seconds": 600, "hardware": "2 × CPU", "license": "mit",
-    "base_model": "someone/older", "seed": 0, "ema": 0.9999,
-}  # fmt: skip
+    "dataset": "someone/scribbles",
+    "dataset_id": "someone/scribbles",
+    "num_images": 100,
+    "num_parameters": 1_500_000,
+    "steps": 7,
+    "batch_size": 64,
+    "learning_rate": 0.001,
+    "seconds": 600,
+    "hardware": "2 × CPU",
+    "license": "mit",
+    "base_model": "someone/older",
+    "seed": 0,
+    "ema": 0.9999,
+}
 EVALUATION = {
-    "num_samples": 1000, "feature_extractor": {"name": "small-0123"},
+    "num_samples": 1000,
+    "feature_extractor": {"name": "small-0123"},
     "metric_names": {
-        "frechet_distance": "Fréchet distance", "inception_score": "classifier score",
+        "frechet_distance": "Fréchet distance",
+        "inception_score": "classifier score",
         "class_accuracy": "class accuracy",
     },
     "best": {"frechet_distance": 1.0, "class_accuracy": 1.0},
@@ -28,7 +40,7 @@ EVALUATION = {
         {"guidance_scale": 0.0, "class_accuracy": 0.975, "frechet_distance": 1.5, "network_evaluations": 127.0},
         {"guidance_scale": 1.0, "class_accuracy": 0.999, "frechet_distance": 0.25, "network_evaluations": 254.0},
     ],
-}  # fmt: skip
+}
 TABLE = (
     "| w | Fréchet distance |\n| --- | --- |\n| 0 | 1.500 |\n| 1 | **0.250** |\n\n64 steps of HeunDiscreteScheduler\n"
 )
@@ -74,12 +86,20 @@ def test_a_full_card(full):
     assert by_name["Fréchet distance at w = 0, " + measured_with.format(127)] == 1.5
     assert {metric["type"] for metric in metrics} == {"class_accuracy", "frechet_distance"}
     for line in (
-        "| 2 | two |", "| label dropout p_uncond | 0.1 |", "| time | 10 min |", "| parameters | 1.5 M |",
-        "| hardware | 2 × CPU |", "| 1 | **0.250** |", "64 steps of HeunDiscreteScheduler",
-        "![A row for each w, the same noise down each column](evaluation/grid.png)", "](evaluation/curves.png)",
+        "| 2 | two |",
+        "| label dropout p_uncond | 0.1 |",
+        "| time | 10 min |",
+        "| parameters | 1.5 M |",
+        "| hardware | 2 × CPU |",
+        "| 1 | **0.250** |",
+        "64 steps of HeunDiscreteScheduler",
+        "![A row for each w, the same noise down each column](evaluation/grid.png)",
+        "](evaluation/curves.png)",
         "s = 1 + w",
-        "8×8 grey images of someone/scribbles, 3 classes", "![A row for each class", "@article{ho2022classifier",
-    ):  # fmt: skip
+        "8×8 grayscale images of someone/scribbles, 3 classes",
+        "![A row for each class",
+        "@article{ho2022classifier",
+    ):
         assert line in text
 
 
@@ -126,6 +146,9 @@ def test_a_persons_words_are_kept(folder, full):
     assert text.index("Read this first.") < text.index("| steps | 8 |") < text.index("And this last.")
     assert "| steps | 7 |" not in text
     assert model_card(full, "me/scribbles", again) == again
+    # A card by an earlier version, whose first mark had other words
+    old = "<!-- Written by diffusers-cfg, and written anew at the next push. Your own words belong below. -->"
+    assert model_card(full, "me/scribbles", again.replace(BEGIN, old)) == again
 
 
 @pytest.mark.parametrize("own", ["# Mine\n\nAll my own words.\n", "---\nlicense: mit\n---\n\nAll my own words.\n"])
@@ -142,7 +165,7 @@ def test_a_student_and_its_sampler_are_told_of(tmp_path):
     pipeline.save_pretrained(tmp_path)
     card = model_card(tmp_path, "me/student")
     assert "the paper's w, in 0 … 3. The model was distilled" in card
-    assert "| sampled by | DDIMScheduler, 4 steps unless told otherwise |" in card
+    assert "| sampled by | DDIMScheduler, 4 steps by default |" in card
     assert "| log-SNR λ | -20 … 20 |" in card
 
 

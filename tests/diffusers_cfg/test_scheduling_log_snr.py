@@ -16,9 +16,6 @@ def paper_log_snr(u: torch.Tensor, low: float = -20.0, high: float = 20.0) -> to
     return -2 * torch.log(torch.tan(a * u + b))
 
 
-# ----- the noise process -----
-
-
 @pytest.mark.parametrize(("low", "high"), [(-20.0, 20.0), (-10.0, 15.0)])
 def test_log_snr_is_the_papers(low, high):
     scheduler = LogSNRScheduler(log_snr_min=low, log_snr_max=high)
@@ -64,8 +61,6 @@ def test_add_noise_and_velocity():
     )
 
 
-# ----- the same process in diffusers' own schedulers -----
-
 STOCK = [name for name in LogSNRScheduler._compatibles if not name.startswith("LogSNR")]
 
 
@@ -92,7 +87,7 @@ def test_from_config_keeps_the_process(name, reloaded, tmp_path):
 
 
 @pytest.mark.parametrize("reloaded", [False, True])
-def test_a_solver_knows_the_way_back_and_says_nothing(reloaded, tmp_path, caplog):
+def test_a_solver_converts_back_without_a_warning(reloaded, tmp_path, caplog):
     diffusers.utils.logging.enable_propagation()
     scheduler = LogSNRScheduler(log_snr_min=-15.0, variance_interpolation=0.2, prediction_type="v_prediction")
     solver = scheduler.solver(diffusers.UniPCMultistepScheduler)
@@ -104,8 +99,10 @@ def test_a_solver_knows_the_way_back_and_says_nothing(reloaded, tmp_path, caplog
     torch.testing.assert_close(solver.alphas_cumprod, scheduler.alphas_cumprod)
     back = LogSNRScheduler.from_config(solver.config)
     assert {name: back.config[name] for name in scheduler._own_settings} == {
-        "log_snr_min": -15.0, "log_snr_max": 20.0, "variance_interpolation": 0.2,
-    }  # fmt: skip
+        "log_snr_min": -15.0,
+        "log_snr_max": 20.0,
+        "variance_interpolation": 0.2,
+    }
     assert LogSNRScheduler.from_config(solver.config, log_snr_min=-10.0).config.log_snr_min == -10.0
     assert "not expected" not in caplog.text
 
@@ -128,9 +125,6 @@ def test_without_clipping_the_others_do_not_clip_either():
     config = LogSNRScheduler(clip_sample=False).config
     assert not diffusers.DDIMScheduler.from_config(config).config.clip_sample
     assert not diffusers.DPMSolverMultistepScheduler.from_config(config).config.thresholding
-
-
-# ----- Algorithm 2 -----
 
 
 def test_timesteps_go_from_noise_to_data_evenly_in_u():

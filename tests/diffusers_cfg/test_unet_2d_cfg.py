@@ -1,7 +1,10 @@
+import inspect
+
 import pytest
 import torch
 from conftest import make_unet
 from diffusers import UNet2DModel
+from diffusers.utils import logging as diffusers_logging
 
 from diffusers_cfg import UNet2DCFGModel
 
@@ -38,16 +41,84 @@ def test_weights_mix_the_rows_of_the_class_embedding(unet):
     rows[2] = 0.25 * rows[0] + 0.75 * rows[1]
     torch.testing.assert_close(mixed, unet(Z, T, class_labels=torch.tensor([2, 2])).sample)
     assert not torch.allclose(mixed, unet(Z, T, class_labels=torch.tensor([1, 1])).sample)
-    assert not unet.class_embedding._forward_hooks
 
 
-def test_is_the_stock_unet_with_labels(unet, tmp_path):
-    labels = torch.tensor([0, 2])
+SKIP_BLOCKS = {
+    "in_channels": 3,
+    "out_channels": 3,
+    "down_block_types": ("SkipDownBlock2D", "AttnSkipDownBlock2D"),
+    "up_block_types": ("AttnSkipUpBlock2D", "SkipUpBlock2D"),
+    "block_out_channels": (32, 64),  # these blocks have groups of their own
+    "norm_num_groups": 32,
+    "time_embedding_type": "fourier",
+}
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"center_input_sample": True},
+        {"time_embedding_type": "fourier"},
+        {"time_embedding_type": "learned", "num_train_timesteps": 1000},
+        {"mid_block_type": None},
+        {"resnet_time_scale_shift": "scale_shift", "dropout": 0.5},
+        SKIP_BLOCKS,
+    ],
+)
+def test_is_the_stock_unet_bit_for_bit(settings):
+    """On the same weights in memory: outputs and gradients, in training mode too."""
+    unet = make_unet(**settings)
+    stock = UNet2DModel.from_config(unet.config)
+    stock.load_state_dict(unet.state_dict(), assign=True)
+    labels, z = torch.tensor([0, 3]), torch.randn(2, unet.config.in_channels, 8, 8)
+    t = torch.tensor([3, 700]) if unet.config.time_embedding_type == "learned" else T
+    for train in (False, True):
+        outputs = []
+        for network in (stock, unet):
+            network.train(train).requires_grad_(True).zero_grad()
+            torch.manual_seed(2)
+            outputs.append(network(z, t, class_labels=labels).sample)
+            outputs[-1].square().mean().backward()
+        assert torch.equal(*outputs)
+        gradients = dict(unet.named_parameters())
+        for name, parameter in stock.named_parameters():
+            assert torch.equal(parameter.grad, gradients[name].grad), name
+    with torch.no_grad():
+        cut = [network.eval()(z, 5.7, class_labels=labels, return_dict=False)[0] for network in (stock, unet)]
+    assert torch.equal(*cut)
+
+
+def test_the_constructor_is_the_stock_one_with_a_guidance_scale():
+    stock = list(inspect.signature(UNet2DModel.__init__).parameters.values())
+    *shared, added = inspect.signature(UNet2DCFGModel.__init__).parameters.values()
+    assert [(parameter.name, parameter.default) for parameter in shared] == [
+        (parameter.name, parameter.default) for parameter in stock
+    ]
+    assert (added.name, added.default) == ("max_guidance_scale", None)
+
+
+def test_every_setting_survives_save_and_load(tmp_path):
+    settings = {"sample_size": (8, 16), "center_input_sample": True, "dropout": 0.25, "attention_head_dim": 4}
+    unet = make_unet(**settings)
     unet.save_pretrained(tmp_path)
-    stock = UNet2DModel.from_pretrained(tmp_path)
-    assert torch.equal(stock(Z, T, class_labels=labels).sample, unet(Z, T, class_labels=labels).sample)
     loaded = UNet2DCFGModel.from_pretrained(tmp_path)
-    assert torch.equal(loaded(Z, T).sample, unet(Z, T).sample)
+    stored = {name: value for name, value in unet.config.items() if not name.startswith("_")}
+    assert {name: tuple(v) if isinstance(v := loaded.config[name], list) else v for name in stored} == stored
+    assert loaded.state_dict().keys() == unet.state_dict().keys()
+    for name, value in unet.state_dict().items():
+        assert torch.equal(loaded.state_dict()[name], value), name
+
+
+def test_the_stock_unet_loads_it_without_a_warning(unet, tmp_path, caplog):
+    diffusers_logging.enable_propagation()
+    unet.save_pretrained(tmp_path)
+    stock, loaded = UNet2DModel.from_pretrained(tmp_path), UNet2DCFGModel.from_pretrained(tmp_path)
+    UNet2DModel.from_config(unet.config)
+    assert caplog.text == ""
+    labels = torch.tensor([0, 2])
+    torch.testing.assert_close(stock(Z, T, class_labels=labels).sample, unet(Z, T, class_labels=labels).sample)
+    torch.testing.assert_close(loaded(Z, T).sample, unet(Z, T).sample)
 
 
 @pytest.mark.parametrize(
@@ -120,9 +191,6 @@ def test_compiles_without_a_graph_break_and_not_again_for_other_values(unet):
         compiled(Z, torch.tensor(3.5), class_labels=torch.tensor([2, 1]), guidance_scale=torch.tensor([1.0, 4.0]))
 
 
-# ----- networks that take w -----
-
-
 def with_guidance_input(unet) -> UNet2DCFGModel:
     student = UNet2DCFGModel.from_config(unet.config, max_guidance_scale=4.0).eval()
     student.load_state_dict(unet.state_dict(), strict=False)
@@ -155,11 +223,17 @@ def test_a_student_starts_as_its_teacher_and_can_depend_on_w(unet, tmp_path):
     student.save_pretrained(tmp_path)
     again = UNet2DCFGModel.from_pretrained(tmp_path)
     assert again.max_guidance_scale == 4.0
-    assert torch.equal(again(Z, T, labels, guidance_scale=w).sample, guided)
+    torch.testing.assert_close(again(Z, T, labels, guidance_scale=w).sample, guided)
 
 
 def test_the_dtype_is_that_of_the_computation(unet):
     assert unet.dtype == torch.float32
     assert unet.to(torch.bfloat16).dtype == torch.bfloat16
+    labels = torch.tensor([0, -1])
+    exact = unet(Z.bfloat16(), T, class_labels=labels).sample
     unet.enable_layerwise_casting(storage_dtype=torch.float8_e4m3fn, compute_dtype=torch.bfloat16)
     assert (unet.conv_in.weight.dtype, unet.dtype) == (torch.float8_e4m3fn, torch.bfloat16)
+    for given in (labels, torch.eye(4)[labels]):  # ids, and weights that mix rows stored in 8 bits
+        rough = unet(Z.bfloat16(), T, class_labels=given).sample
+        assert rough.dtype == torch.bfloat16
+        assert (rough - exact).abs().max() < 0.5 * exact.abs().max()

@@ -4,11 +4,11 @@ import json
 from itertools import pairwise
 
 import diffusers
-import objectives
+from diffusers_cfg.methods import cfg
 import pytest
 import torch
-from accelerate.state import AcceleratorState, GradientState
-from config import TrainConfig, UserError
+from diffusers_cfg.config import UserError
+from diffusers_cfg.settings import CFGConfig
 from distill_guidance import distill_guidance, parse_args
 from distillation import ddim_step, few_step_target
 from evaluate_cfg import evaluate_cfg
@@ -29,7 +29,7 @@ def teacher(tmp_path_factory):
     return folder
 
 
-def distill(teacher, output_dir, *argv: str) -> TrainConfig:
+def distill(teacher, output_dir, *argv: str) -> CFGConfig:
     AcceleratorState._reset_state(reset_partial_state=True)
     GradientState._reset_state()
     args, config = parse_args(["--teacher", str(teacher), *SETTINGS, "--output_dir", str(output_dir), *argv])
@@ -84,7 +84,7 @@ def test_one_step_to_the_target_arrives_where_the_teacher_does(prediction_type, 
 
 def test_the_student_is_compared_with_the_guided_teacher(teacher, tmp_path, monkeypatch):
     shown, compared = [], []
-    forward, error = UNet2DCFGModel.forward, objectives.squared_error
+    forward, error = UNet2DCFGModel.forward, cfg.squared_error
 
     def spy_on_forward(self, z, t, class_labels, **kwargs):
         if "guidance_scale" in kwargs and self.training:
@@ -96,7 +96,7 @@ def test_the_student_is_compared_with_the_guided_teacher(teacher, tmp_path, monk
         return error(pred, target)
 
     monkeypatch.setattr(UNet2DCFGModel, "forward", spy_on_forward)
-    monkeypatch.setattr(objectives, "squared_error", spy_on_error)
+    monkeypatch.setattr(cfg, "squared_error", spy_on_error)
     distill(teacher, tmp_path, "--max_guidance_scale", "2.5", "--conditioning_dropout_prob", "0.5")
     monkeypatch.undo()
 
@@ -142,7 +142,7 @@ def test_a_student_loads_and_guides_in_one_pass(teacher, student):
 
 def test_data_and_optimization_are_the_teachers_unless_told_otherwise(teacher):
     _, config = parse_args(["--teacher", str(teacher), "--learning_rate", "0.5"])
-    of_teacher = TrainConfig.load(teacher / "train_config.yaml")
+    of_teacher = CFGConfig.load(teacher / "train_config.yaml")
     assert (config.train_batch_size, config.max_train_steps) == (8, 4)
     assert (config.resolution, config.learning_rate, of_teacher.learning_rate) == (8, 0.5, 1e-3)
     assert config.output_dir == "cfg-model"  # not the teacher's

@@ -13,21 +13,20 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-import checkpoint
-import data
-import loop
+from diffusers_cfg.engine import checkpoint
+from diffusers_cfg.data import datasets as data
 import numpy as np
-import objectives
+from diffusers_cfg.methods import cfg
 import psutil
 import pytest
 import torch
-from checkpoint import checkpoints, find_damage
-from config import UserError, parse_config
+from diffusers_cfg.engine.checkpoint import checkpoints, verify_checkpoint
+from diffusers_cfg.config import UserError, parse_config
+from diffusers_cfg.settings import CFGConfig
 from PIL import Image
-from preemption import EXIT_RESUME, Preempted, Preemption
+from diffusers_cfg.engine.preemption import EXIT_RESUME, Preempted, Preemption
 from safetensors.torch import load_file
 from test_train import TINY, TRAINING, WEIGHTS, assert_same_tensors, scalars, train
-from train_cfg import train_cfg
 
 EVERY_STEP = ["--checkpointing_steps", "1", "--max_train_steps", "4"]
 
@@ -47,13 +46,13 @@ def damage(path: Path) -> None:
 
 def test_the_latest_checkpoint_that_is_whole_is_taken(tmp_path, caplog):
     train(tmp_path / "out", *EVERY_STEP)
-    assert all(find_damage(path) is None for path in checkpoints(tmp_path / "out"))
+    assert all(verify_checkpoint(path) is None for path in checkpoints(tmp_path / "out"))
     damage(tmp_path / "out" / "checkpoint-4" / "unet" / WEIGHTS)
-    (tmp_path / "out" / "checkpoint-3" / "optimizer.safetensors").unlink()
+    (tmp_path / "out" / "checkpoint-3" / "optimizer-unet.safetensors").unlink()
     train(tmp_path / "out", *EVERY_STEP, "--resume_from_checkpoint", "latest")
     assert f"checkpoint-4 is damaged (unet/{WEIGHTS} is not as it was written): taking the one before" in caplog.text
     assert "checkpoint-3 is damaged" in caplog.text
-    assert "optimizer.safetensors" in caplog.text
+    assert "optimizer-unet.safetensors" in caplog.text
     train(tmp_path / "whole", *EVERY_STEP)
     assert_same_tensors(tmp_path / "out" / "unet" / WEIGHTS, tmp_path / "whole" / "unet" / WEIGHTS)
 
@@ -167,11 +166,10 @@ def preemption():
 
 
 def start(output_dir: Path, preemption: Preemption, *argv: str) -> None:
-    from accelerate.state import AcceleratorState, GradientState
-
+    
     AcceleratorState._reset_state(reset_partial_state=True)
     GradientState._reset_state()
-    train_cfg(parse_config([*TINY, "--output_dir", str(output_dir), *argv]), preemption)
+    train_cfg(parse_config(CFGConfig, [*TINY, "--output_dir", str(output_dir), *argv]), preemption)
 
 
 def signalled(works, when, number=signal.SIGTERM):
@@ -192,7 +190,7 @@ def signalled(works, when, number=signal.SIGTERM):
 @pytest.mark.parametrize(
     ("module", "name", "when", "step"),
     [
-        (objectives, "squared_error", 3, 3),  # in the third step
+        (cfg, "squared_error", 3, 3),  # in the third step
         (loop, "save_checkpoint", 1, 2),  # in a save
         (loop, "sample_grid", 1, 3),  # while samples are drawn
         (loop, "sample_grid", 2, 4),  # the last ones
@@ -208,7 +206,7 @@ def test_a_signal_saves_the_step(tmp_path, monkeypatch, preemption, module, name
     assert not (tmp_path / "out" / "model_index.json").exists()
     start(tmp_path / "out", Preemption(), *flags, "--resume_from_checkpoint", "latest")
     start(tmp_path / "whole", Preemption(), *flags)
-    for file in (Path("unet") / WEIGHTS, Path("checkpoint-4") / "optimizer.safetensors"):
+    for file in (Path("unet") / WEIGHTS, Path("checkpoint-4") / "optimizer-unet.safetensors"):
         assert_same_tensors(tmp_path / "out" / file, tmp_path / "whole" / file)
     grids = [(tmp_path / run / "samples" / "step-4.png").read_bytes() for run in ("out", "whole")]
     assert grids[0] == grids[1]
@@ -216,7 +214,7 @@ def test_a_signal_saves_the_step(tmp_path, monkeypatch, preemption, module, name
 
 def test_a_signal_to_all_processes_leaves_the_workers_at_work(tmp_path, monkeypatch, preemption):
     """As the scheduler of a cluster sends it: those that read the data are needed until the step is done."""
-    works, calls = objectives.squared_error, []
+    works, calls = cfg.squared_error, []
 
     def signal_all(*args):
         calls.append(1)
@@ -231,7 +229,7 @@ def test_a_signal_to_all_processes_leaves_the_workers_at_work(tmp_path, monkeypa
     monkeypatch.setattr(data, "MAX_CACHED_BYTES", 0)
     flags = ["--gradient_accumulation_steps", "2", "--dataloader_num_workers", "2"]
     with monkeypatch.context() as patch:
-        patch.setattr(objectives, "squared_error", signal_all)
+        patch.setattr(cfg, "squared_error", signal_all)
         with pytest.raises(Preempted):
             start(tmp_path / "out", preemption, *flags)
     assert names(tmp_path / "out") == ["checkpoint-2"]
@@ -241,7 +239,7 @@ def test_a_signal_to_all_processes_leaves_the_workers_at_work(tmp_path, monkeypa
 
 
 def test_without_checkpoints_a_signal_saves_all_the_same(tmp_path, monkeypatch, preemption):
-    monkeypatch.setattr(objectives, "squared_error", signalled(objectives.squared_error, 2))
+    monkeypatch.setattr(cfg, "squared_error", signalled(cfg.squared_error, 2))
     with pytest.raises(Preempted):
         start(tmp_path / "out", preemption, "--checkpointing_steps", "0")
     assert names(tmp_path / "out") == ["checkpoint-2"]
@@ -311,7 +309,7 @@ def test_a_signal_stops_two_processes_at_the_same_step(tmp_path):
                              launcher=TWO)  # fmt: skip
     assert "Stopped and saved" in said
     (path,) = checkpoints(tmp_path / "out")
-    assert find_damage(path) is None
+    assert verify_checkpoint(path) is None
 
 
 # ----- several processes, of which one fails -----
@@ -342,7 +340,7 @@ def test_nobody_waits_for_ever(tmp_path):
     assert "Timed out waiting 10000ms" in said
     assert "Root Cause" in said  # of torchrun, which has ended the one that was stopped too
     assert time.monotonic() - then < 300
-    assert find_damage(tmp_path / "out" / "checkpoint-20") is None
+    assert verify_checkpoint(tmp_path / "out" / "checkpoint-20") is None
 
 
 # ----- kills -----
@@ -382,7 +380,7 @@ def test_killed_at_twenty_random_moments(tmp_path, monkeypatch):
         assert process.exitcode == -signal.SIGKILL
         assert before - 2 <= last_step(out) <= before + 2  # a checkpoint that is replaced is listed while it goes
         half_written += bool(list(out.glob("tmp-*")))
-        whole = [path for path in checkpoints(out) if find_damage(path) is None]
+        whole = [path for path in checkpoints(out) if verify_checkpoint(path) is None]
         assert int(whole[-1].name.removeprefix("checkpoint-")) >= reached - 2
     assert half_written > 3
     train_quietly(str(out))
@@ -395,7 +393,7 @@ def test_killed_at_twenty_random_moments(tmp_path, monkeypatch):
 
 
 def nan_in(calls: set[int]):
-    works, count = objectives.squared_error, []
+    works, count = cfg.squared_error, []
 
     def function(pred, target):
         count.append(1)
@@ -405,10 +403,10 @@ def nan_in(calls: set[int]):
 
 
 def test_a_step_that_is_not_finite_is_skipped(tmp_path, monkeypatch, caplog):
-    monkeypatch.setattr(objectives, "squared_error", nan_in({3}))
+    monkeypatch.setattr(cfg, "squared_error", nan_in({3}))
     train(tmp_path, *EVERY_STEP, "--no_use_ema", "--report_to", "tensorboard")
     before, after, last = (load_file(tmp_path / f"checkpoint-{step}" / "unet" / WEIGHTS) for step in (2, 3, 4))
-    moments = [load_file(tmp_path / f"checkpoint-{step}" / "optimizer.safetensors") for step in (2, 3)]
+    moments = [load_file(tmp_path / f"checkpoint-{step}" / "optimizer-unet.safetensors") for step in (2, 3)]
     assert all(torch.equal(before[name], after[name]) for name in before)
     assert all(torch.equal(moments[0][name], moments[1][name]) for name in moments[0])
     assert all(torch.isfinite(value).all() for value in last.values())
@@ -418,7 +416,7 @@ def test_a_step_that_is_not_finite_is_skipped(tmp_path, monkeypatch, caplog):
 
 
 def test_too_many_in_a_row_stop_the_run(tmp_path, monkeypatch):
-    monkeypatch.setattr(objectives, "squared_error", nan_in({2, 4, 5, 6}))
+    monkeypatch.setattr(cfg, "squared_error", nan_in({2, 4, 5, 6}))
     flags = [*EVERY_STEP, "--max_train_steps", "8", "--max_nonfinite_steps", "3"]
     with pytest.raises(FloatingPointError, match="last 3 steps, up to step 6.*--resume_from_checkpoint checkpoint-5"):
         train(tmp_path, *flags)

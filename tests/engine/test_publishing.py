@@ -9,12 +9,13 @@ from pathlib import Path
 import diffusers
 import pytest
 import torch
-from config import TrainConfig, UserError, parse_config
-from conftest import make_pipeline, make_unet
-from data import LabelledImages
-from hub_server import Fault
-from model import build_pipeline, replace_classes
-from record import public_name
+from diffusers_cfg.config import UserError, parse_config
+from diffusers_cfg.settings import CFGConfig
+from tests.support.models import make_pipeline, make_unet
+from diffusers_cfg.data.sources import LabelledImages
+from tests.support.hub_server import Fault
+from diffusers_cfg.methods.networks import build_pipeline, replace_classes
+from diffusers_cfg.data.naming import public_name
 from test_train import SETTINGS, TINY, WEIGHTS, train
 
 TRAINING = Path(__file__).parents[2] / "training"
@@ -113,7 +114,7 @@ def test_a_dry_run_makes_no_repository(hub, script, tmp_path):
 
 
 def test_the_token_is_not_written_down(tmp_path):
-    config = parse_config(["--hub_token", "hf_secret"])
+    config = parse_config(CFGConfig, ["--hub_token", "hf_secret"])
     config.save(tmp_path / "config.yaml")
     assert "hf_secret" not in (tmp_path / "config.yaml").read_text()
     assert "hf_secret" not in repr(config)
@@ -194,7 +195,7 @@ def test_what_cannot_be_gone_on_from_is_named(settings, message):
             pass
 
     with pytest.raises(ValueError, match=message):
-        build_pipeline(TrainConfig(**settings), Images())
+        build_pipeline(CFGConfig(**settings), Images())
 
 
 def test_a_resolution_that_the_pipeline_cannot_halve(tmp_path):

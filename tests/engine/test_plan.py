@@ -6,8 +6,9 @@ from collections import namedtuple
 
 import pytest
 import torch
-from config import TrainConfig, UserError
-from model import build_unet
+from diffusers_cfg.config import UserError
+from diffusers_cfg.settings import CFGConfig
+from diffusers_cfg.methods.networks import build_unet
 from plan import activation_bytes
 from test_train import train
 
@@ -44,7 +45,7 @@ def test_the_plan_of_a_run_that_goes_on(tmp_path, capsys):
 
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_activations_are_those_of_a_real_batch(checkpointing):
-    config = TrainConfig(
+    config = CFGConfig(
         resolution=16, block_out_channels=[16, 32], layers_per_block=1, attention_resolutions=[0],
         train_batch_size=6, gradient_checkpointing=checkpointing,
     )  # fmt: skip

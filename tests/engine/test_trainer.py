@@ -9,18 +9,18 @@ import subprocess
 import sys
 from pathlib import Path
 
-import objectives
+from diffusers_cfg.methods import cfg
 import pytest
 import torch
-from accelerate.state import AcceleratorState, GradientState
-from checkpoint import checkpoints
-from config import CONFIGS, TrainConfig, UserError, parse_config
-from data import Digits, stack_images
-from model import build_unet
+from diffusers_cfg.engine.checkpoint import checkpoints
+from diffusers_cfg.config import UserError, parse_config
+from diffusers_cfg.settings import CFGConfig
+from diffusers_cfg.data.datasets import stack_images
+from diffusers_cfg.data.sources import Digits
+from diffusers_cfg.methods.networks import build_unet
 from PIL import Image
 from randomness import Draws, GlobalBatchSampler
 from safetensors.torch import load_file
-from train_cfg import train_cfg
 
 from diffusers_cfg import CFGPipeline, UNet2DCFGModel
 
@@ -40,11 +40,11 @@ TINY = [*NETWORK, *SETTINGS]
 TIMES = {"images_per_second", "data_wait"}
 
 
-def train(output_dir: Path, *argv: str) -> TrainConfig:
+def train(output_dir: Path, *argv: str) -> CFGConfig:
     AcceleratorState._reset_state(reset_partial_state=True)
     GradientState._reset_state()
     tiny = SETTINGS if "--pretrained_model_name_or_path" in argv else TINY
-    config = parse_config([*tiny, "--output_dir", str(output_dir), *argv])
+    config = parse_config(CFGConfig, [*tiny, "--output_dir", str(output_dir), *argv])
     train_cfg(config)
     return config
 
@@ -59,7 +59,7 @@ def assert_same_tensors(first: Path, second: Path, **tolerance: float) -> None:
 def scalars(output_dir: Path) -> dict[str, list[tuple[int, float]]]:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    events = EventAccumulator(str(output_dir / "logs" / "train_cfg")).Reload()
+    events = EventAccumulator(str(output_dir / "logs" / "diffusers-cfg")).Reload()
     return {tag: [(e.step, e.value) for e in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
 
 
@@ -70,7 +70,7 @@ def test_a_run_leaves_a_pipeline_that_loads(tmp_path, capsys):
         "checkpoint-2", "checkpoint-4", "model_index.json", "pipeline_cfg.py", "run.json", "samples", "scheduler",
         "train_config.yaml", "unet",
     ]  # fmt: skip
-    assert TrainConfig.load(out / "train_config.yaml") == config
+    assert CFGConfig.load(out / "train_config.yaml") == config
     assert [path.name for path in (out / "samples").iterdir()] == ["step-4.png"]
     width, height = Image.open(out / "samples" / "step-4.png").size
     assert width > 2 * 64
@@ -90,7 +90,7 @@ def test_a_run_leaves_a_pipeline_that_loads(tmp_path, capsys):
 def test_a_step_is_algorithm_1(tmp_path, monkeypatch, prediction_type):
     """What the network is shown in the first step, and what it is compared with, term by term."""
     shown, compared = [], []
-    forward, error = UNet2DCFGModel.forward, objectives.squared_error
+    forward, error = UNet2DCFGModel.forward, cfg.squared_error
 
     def spy_on_forward(self, z, t, class_labels, **kwargs):
         shown.append((z, t, class_labels))
@@ -101,7 +101,7 @@ def test_a_step_is_algorithm_1(tmp_path, monkeypatch, prediction_type):
         return error(pred, target)
 
     monkeypatch.setattr(UNet2DCFGModel, "forward", spy_on_forward)
-    monkeypatch.setattr(objectives, "squared_error", spy_on_error)
+    monkeypatch.setattr(cfg, "squared_error", spy_on_error)
     config = train(
         tmp_path, "--max_train_steps", "1", "--conditioning_dropout_prob", "0.5", "--prediction_type", prediction_type
     )

@@ -6,11 +6,11 @@ from itertools import chain
 
 import pytest
 import torch
-from conditioning import drop_class_labels
-from config import CONFIGS, TrainConfig, UserError, parse_config
-from data import Digits
-from model import build_pipeline, build_unet, noise_process
-from objectives import prediction_target, squared_error
+from diffusers_cfg.config import UserError, parse_config
+from diffusers_cfg.settings import CFGConfig
+from diffusers_cfg.data.sources import Digits
+from diffusers_cfg.methods.networks import build_pipeline, build_unet, noise_process
+from diffusers_cfg.methods.objectives import drop_class_labels, prediction_target, squared_error
 from randomness import Draws, GlobalBatchSampler, seeded_generator
 
 from diffusers_cfg import LogSNRScheduler
@@ -107,7 +107,7 @@ def test_generators_of_different_purposes_differ():
 
 
 def test_the_network_is_the_one_the_settings_describe():
-    config = TrainConfig(resolution=16, block_out_channels=[16, 32, 64], layers_per_block=1, attention_resolutions=[8])
+    config = CFGConfig(resolution=16, block_out_channels=[16, 32, 64], layers_per_block=1, attention_resolutions=[8])
     unet = build_unet(config, None, channels=3, num_classes=7)
     assert unet.num_classes == 7
     assert (unet.config.sample_size, unet.config.in_channels, unet.config.out_channels) == (16, 3, 3)
@@ -120,7 +120,7 @@ def test_the_network_is_the_one_the_settings_describe():
 
 @pytest.mark.parametrize("channels", [[8, 16], [48, 96], [128, 256]])
 def test_heads_fit_the_channels(channels):
-    config = TrainConfig(resolution=8, block_out_channels=channels, layers_per_block=1, attention_resolutions=[8, 4])
+    config = CFGConfig(resolution=8, block_out_channels=channels, layers_per_block=1, attention_resolutions=[8, 4])
     unet = build_unet(config, None, channels=1, num_classes=2)
     blocks = [unet.down_blocks[0].attentions[0], unet.down_blocks[1].attentions[0], unet.mid_block.attentions[0]]
     assert [block.heads * unet.config.attention_head_dim for block in blocks] == [*channels, channels[1]]
@@ -135,12 +135,12 @@ def test_a_config_file_describes_the_network(tmp_path):
         "down_block_types": ["DownBlock2D"] * 2, "up_block_types": ["UpBlock2D"] * 2,
     }  # fmt: skip
     path.write_text(json.dumps(settings))
-    unet = build_unet(TrainConfig(model_config_name_or_path=str(path), resolution=8), None, 1, 2)
+    unet = build_unet(CFGConfig(model_config_name_or_path=str(path), resolution=8), None, 1, 2)
     assert (unet.config.block_out_channels, unet.config.in_channels, unet.num_classes) == ([8, 8], 1, 2)
     with pytest.raises(UserError, match="9×9, which cannot be halved 1 times"):
-        build_unet(TrainConfig(model_config_name_or_path=str(path), resolution=9), None, 1, 2)
+        build_unet(CFGConfig(model_config_name_or_path=str(path), resolution=9), None, 1, 2)
     with pytest.raises(UserError, match="nowhere"):
-        build_unet(TrainConfig(model_config_name_or_path=str(tmp_path / "nowhere")), None, 1, 2)
+        build_unet(CFGConfig(model_config_name_or_path=str(tmp_path / "nowhere")), None, 1, 2)
 
 
 @pytest.mark.parametrize(
@@ -154,11 +154,11 @@ def test_a_config_file_describes_the_network(tmp_path):
 def test_a_config_file_that_describes_no_network(tmp_path, text, message):
     (tmp_path / "config.json").write_text(text)
     with pytest.raises(UserError, match=message):
-        build_unet(TrainConfig(model_config_name_or_path=str(tmp_path / "config.json"), resolution=8), None, 1, 2)
+        build_unet(CFGConfig(model_config_name_or_path=str(tmp_path / "config.json"), resolution=8), None, 1, 2)
 
 
-def recipe(name: str) -> TrainConfig:
-    return parse_config(["--config", str(CONFIGS / f"{name}.yaml")])
+def recipe(name: str) -> CFGConfig:
+    return parse_config(CFGConfig, ["--config", str(CONFIGS / f"{name}.yaml")])
 
 
 # Those of ADM's code (github.com/openai/guided-diffusion) with the flags that its README gives for each of the two and
@@ -180,7 +180,7 @@ def test_the_networks_of_the_recipes_are_adms(name, adm, published, heads, dropo
 
 @pytest.mark.parametrize(("resolution", "v"), [(64, 0.3), (128, 0.2)])
 def test_the_sampling_variance_is_the_papers(resolution, v):
-    config = TrainConfig(resolution=resolution, block_out_channels=[8], attention_resolutions=[0])
+    config = CFGConfig(resolution=resolution, block_out_channels=[8], attention_resolutions=[0])
     assert noise_process(build_pipeline(config, Digits())).config.variance_interpolation == v
 
 

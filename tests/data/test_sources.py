@@ -1,0 +1,295 @@
+"""Finding labelled images in data sets of every layout, in memory and streamed."""
+
+import logging
+from pathlib import Path
+
+import datasets
+import numpy as np
+import pytest
+import torch
+
+from diffusers_cfg.config import UserError
+from diffusers_cfg.data.datasets import stack_images
+from diffusers_cfg.data.sources import LabelledImages, class_ids, load_labelled_images, require_classes
+from diffusers_cfg.settings import DataConfig
+from tests.support.images import (
+    SPLITS_CARD,
+    WEBDATASET_CARD,
+    numbers_of,
+    open_stream,
+    save_class_folders,
+    save_dataset,
+    save_shards,
+    save_tars,
+    save_unchecked_label,
+    solid,
+)
+from tests.support.odd_images import READABLE
+
+
+@pytest.fixture
+def folder(tmp_path) -> Path:
+    """Three classes of four RGB images."""
+    for label, name in enumerate(("cat", "dog", "eel")):
+        (tmp_path / "data" / name).mkdir(parents=True)
+        for i in range(4):
+            solid(label * 100).save(tmp_path / "data" / name / f"{i}.png")
+    return tmp_path / "data"
+
+
+@pytest.fixture
+def flat_folder(tmp_path) -> Path:
+    """Three images without class folders."""
+    (tmp_path / "flat").mkdir()
+    for i in range(3):
+        solid(100 * i, mode="L").save(tmp_path / "flat" / f"{i}.png")
+    return tmp_path / "flat"
+
+
+def load(tmp_path: Path, needs_labels: bool = True, **settings) -> LabelledImages:
+    config = DataConfig(**{"resolution": 8, "cache_dir": str(tmp_path / "cache"), **settings})
+    return load_labelled_images(config, needs_labels)
+
+
+def test_digits():
+    images = load_labelled_images(DataConfig(resolution=8))
+    assert (len(images), images.channels, images.id2label[3]) == (1797, 1, "three")
+    data = stack_images(images, DataConfig(resolution=8), 1, show_progress=False)
+    assert data.images.shape == (1797, 1, 8, 8)
+    assert (data.images.min(), data.images.max()) == (0, 255)
+
+
+def test_a_folder_of_class_folders(folder, tmp_path):
+    images = load(tmp_path, train_data_dir=str(folder))
+    assert images.id2label == {0: "cat", 1: "dog", 2: "eel"}
+    assert images.channels == 3
+    data = stack_images(images, DataConfig(resolution=8), 3, show_progress=False)
+    assert data.images.shape == (12, 3, 8, 8)
+    assert torch.equal(data.images[:, 0, 0, 0] // 100, data.class_labels)
+
+
+def test_a_data_set_in_the_hubs_layout(tmp_path):
+    source = save_dataset(tmp_path / "data", [0, 1, 1, -1], datasets.ClassLabel(names=["no", "yes"]))
+    images = load(tmp_path, dataset_name=source)
+    assert images.id2label == {0: "no", 1: "yes"}
+    assert images.class_labels.tolist() == [0, 1, 1, -1]
+    assert images.channels == 1
+    assert np.asarray(images.open_image(2))[0, 0] == 20
+
+
+def test_a_data_set_written_by_save_to_disk(tmp_path):
+    dataset = datasets.load_dataset(save_dataset(tmp_path / "data", [0, 1]), cache_dir=str(tmp_path / "cache"))
+    dataset.save_to_disk(tmp_path / "all")
+    dataset["train"].save_to_disk(tmp_path / "one")
+    for name in ("all", "one"):
+        assert len(load(tmp_path, dataset_name=str(tmp_path / name))) == 2
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize("kind", ["parquet", "webdataset", "imagefolder"])
+def test_layouts_that_can_be_read_and_streamed(tmp_path, kind, streaming):
+    settings = {"cache_dir": str(tmp_path / "cache")}
+    if kind == "parquet":
+        settings["dataset_name"] = save_shards(tmp_path / "data", 6, 6)
+    elif kind == "webdataset":
+        settings |= {"dataset_name": save_tars(tmp_path / "data"), "image_column": "png", "label_column": "cls"}
+        (tmp_path / "data" / "README.md").write_text(WEBDATASET_CARD)
+    else:
+        settings |= {"dataset_name": None, "train_data_dir": save_class_folders(tmp_path / "data")}
+    if streaming:
+        stream = open_stream(settings.pop("dataset_name"), **settings)
+        assert sorted(numbers_of(stream, 3)) == list(range(12))
+        images = stream.images
+    else:
+        images = load(tmp_path, **settings)
+        assert len(images) == 12
+    assert (images.channels, images.id2label) == (1, {0: "ant", 1: "bee"})
+
+
+@pytest.mark.parametrize(
+    "kind", ["16-bit grayscale", "palette of grays", "grayscale and alpha", "bits", "palette", "alpha"]
+)
+def test_a_data_set_is_grayscale_if_its_images_are_decoded_to_grayscale(tmp_path, kind):
+    data, expected = READABLE[kind]
+    for name in ("a", "b"):
+        (tmp_path / "data" / name).mkdir(parents=True)
+        (tmp_path / "data" / name / "0.png").write_bytes(data)
+    images = load(tmp_path, train_data_dir=str(tmp_path / "data"))
+    assert images.channels == (3 if isinstance(expected[0], tuple) else 1)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"label_column": "species"}, r"no column 'species'.*--label_column can be one of \['image', 'label'\]"),
+        ({"image_column": "picture"}, r"no column 'picture'.*\['image', 'label'\]"),
+        ({"image_column": "label"}, r"holds ClassLabel, not images.*\['image'\]"),
+        ({"dataset_split": "test"}, "cannot be loaded.*test"),
+        ({"train_data_dir": "/nowhere"}, "/nowhere is not a folder"),
+        ({"train_data_dir": None, "dataset_name": "/nowhere/at/all"}, "'/nowhere/at/all' cannot be loaded"),
+    ],
+)
+def test_a_missing_source_or_column_is_named(folder, tmp_path, settings, message):
+    with pytest.raises(UserError, match=message):
+        load(tmp_path, **{"train_data_dir": str(folder), **settings})
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"label_column": "species"}, r"no column 'species'.*\['image', 'label'\]"),
+        ({"image_column": "label"}, r"holds ClassLabel, not images.*\['image'\]"),
+        ({"dataset_split": "test"}, "cannot be loaded.*test"),
+        ({"dataset_name": "/nowhere/at/all"}, "'/nowhere/at/all' cannot be loaded"),
+    ],
+)
+def test_a_missing_source_or_column_of_a_stream_is_named(tmp_path, settings, message):
+    source = save_shards(tmp_path / "data", 6)
+    with pytest.raises(UserError, match=message):
+        open_stream(settings.get("dataset_name", source), **{k: v for k, v in settings.items() if k != "dataset_name"})
+
+
+def test_a_data_set_without_images_is_refused(tmp_path):
+    source = save_shards(tmp_path / "data", 0)
+    message = "The data set has no images: check --dataset_split"
+    with pytest.raises(UserError, match=message):
+        load(tmp_path, dataset_name=source, streaming=True)
+    dataset = datasets.Dataset.from_dict({"image": [], "label": []}).cast_column("image", datasets.Image())
+    dataset.save_to_disk(tmp_path / "saved")
+    with pytest.raises(UserError, match=message):
+        load(tmp_path, dataset_name=str(tmp_path / "saved"))
+
+
+def test_a_stream_of_plain_labels_is_refused(tmp_path):
+    """The names of the classes would be known only after a whole epoch."""
+    for source, columns in (
+        (save_tars(tmp_path / "tars"), {"image_column": "png", "label_column": "cls"}),
+        (save_shards(tmp_path / "plain", 6, feature=datasets.Value("int64")), {}),
+    ):
+        with pytest.raises(UserError, match="holds plain values: leave out --streaming.*ClassLabel.*README"):
+            open_stream(source, **columns)
+
+
+def test_a_data_set_written_by_save_to_disk_cannot_be_streamed(tmp_path):
+    dataset = datasets.load_dataset(save_shards(tmp_path / "data", 6), cache_dir=str(tmp_path / "cache"))
+    dataset.save_to_disk(tmp_path / "all")
+    with pytest.raises(UserError, match="written by save_to_disk.*leave out --streaming"):
+        open_stream(str(tmp_path / "all"))
+
+
+def test_the_length_of_a_stream_is_that_of_its_card(tmp_path):
+    source = save_shards(tmp_path / "data", 6, 6)
+    assert load(tmp_path, dataset_name=source, streaming=True).num_images is None
+    (tmp_path / "data" / "README.md").write_text(SPLITS_CARD.format(num_examples=12))
+    assert load(tmp_path, dataset_name=source, streaming=True).num_images == 12
+
+
+def test_a_stream_of_sorted_data_is_pointed_out(tmp_path, caplog):
+    source = save_shards(tmp_path / "data", 20, labels=lambda number: number // 10)
+    open_stream(source, shuffle_buffer_size=20)
+    assert caplog.text == ""
+    open_stream(source)
+    assert "first 5 images are all of one class" in caplog.text
+    assert "--shuffle_buffer_size" in caplog.text
+
+
+def test_a_single_class_is_refused_by_the_methods_that_need_two(tmp_path):
+    source = save_dataset(tmp_path / "data", [1, 1, -1], datasets.ClassLabel(names=["no", "yes"]))
+    images = load(tmp_path, dataset_name=source)
+    assert images.present_classes == [1]
+    with pytest.raises(UserError, match=r"at least two classes, but the data has 1 \['yes'\]: check --label_column"):
+        require_classes(images)
+    require_classes(load(tmp_path, dataset_name=save_dataset(tmp_path / "two", [0, 1])))
+
+
+def test_the_classes_of_a_stream_are_those_with_a_name(tmp_path):
+    """Which of them have images is not known, and the first images may be of one class."""
+    one_class = datasets.ClassLabel(names=["ant"])
+    with pytest.raises(UserError, match=r"at least two classes, but the data has 1 \['ant'\]"):
+        require_classes(open_stream(save_shards(tmp_path / "1", 6, labels=lambda _: 0, feature=one_class)).images)
+    require_classes(open_stream(save_shards(tmp_path / "2", 6, labels=lambda _: 0)).images)
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_a_folder_without_class_folders(tmp_path, flat_folder, streaming):
+    settings = {"train_data_dir": str(flat_folder), "streaming": streaming}
+    with pytest.raises(UserError, match="has no folders in it, but each class needs a folder of its own"):
+        load(tmp_path, **settings)
+    images = load(tmp_path, needs_labels=False, **settings)
+    assert (images.class_labels.tolist(), images.id2label) == ([-1] * 3, {})
+    assert sorted(np.asarray(images.open_image(i))[0, 0] for i in range(3)) == [0, 100, 200]
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_a_data_set_without_labels(tmp_path, streaming, caplog):
+    settings = {"dataset_name": save_shards(tmp_path / "data", 6, labels=None), "streaming": streaming}
+    with pytest.raises(UserError, match=r"no column 'label': --label_column can be one of \['image'\]"):
+        load(tmp_path, **settings)
+    with caplog.at_level(logging.INFO, "diffusers_cfg"):
+        images = load(tmp_path, needs_labels=False, **settings)
+    assert caplog.messages == ["The data set has no column 'label' (--label_column): its images are unlabelled."]
+    assert (images.class_labels.tolist(), images.id2label) == ([-1] * 6, {})
+    assert images.class_labels.dtype == np.int64
+    with pytest.raises(UserError, match=r"the data has 0 \[\]"):
+        require_classes(images)
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_labels_that_are_not_needed_are_read(tmp_path, streaming):
+    source = save_shards(tmp_path / "data", 6)
+    images = load(tmp_path, needs_labels=False, dataset_name=source, streaming=streaming, shuffle_buffer_size=6)
+    assert sorted(images.class_labels.tolist()) == [0, 0, 0, 1, 1, 1]
+    assert images.id2label == {0: "ant", 1: "bee"}
+    folders = load(tmp_path, needs_labels=False, train_data_dir=save_class_folders(tmp_path / "folders"))
+    assert folders.id2label == {0: "ant", 1: "bee"}
+    assert load_labelled_images(DataConfig(resolution=8), needs_labels=False).id2label[3] == "three"
+
+
+@pytest.mark.parametrize(
+    ("labels", "names", "ids", "id2label", "said"),
+    [
+        ([0, 1, 1], ["a", "b"], [0, 1, 1], {0: "a", 1: "b"}, ""),
+        ([0, 2, 1], None, [0, 2, 1], {0: "0", 1: "1", 2: "2"}, ""),
+        ([1, 2], None, [0, 1], {0: "1", 1: "2"}, "1 -> 0, 2 -> 1"),
+        ([3, 7, 3], None, [0, 1, 0], {0: "3", 1: "7"}, "3 -> 0, 7 -> 1"),
+        (["b", "a"], None, [1, 0], {0: "a", 1: "b"}, "'a' -> 0, 'b' -> 1"),
+        ([True, False], None, [1, 0], {0: "False", 1: "True"}, ""),
+        ([0, -1, None, 1], None, [0, -1, -1, 1], {0: "0", 1: "1"}, "2 of 4 images have no label"),
+    ],
+)
+def test_labels_are_mapped_to_ids(labels, names, ids, id2label, said, caplog):
+    class_labels, actual = class_ids(labels, names)
+    assert class_labels.tolist() == ids
+    assert class_labels.dtype == np.int64
+    assert actual == id2label
+    assert said in caplog.text
+    assert bool(caplog.text) == bool(said)
+
+
+@pytest.mark.parametrize(
+    ("labels", "names", "message"),
+    [
+        ([0.0, 1.0], None, r"but are float \(0.0, 1.0"),
+        ([0, "a"], None, "int, str"),
+        ([0, 5], ["a", "b"], "from 0 to 5, but there are 2 names"),
+        ([0, 2, 5], ["a", "b"], "from 0 to 5, but there are 2 names"),
+        ([-2, 2], ["a", "b"], "from -2 to 2, but there are 2 names"),
+        ([1, 2], ["a", "b"], r"up to 2, but the 2 classes are numbered from 0 to 1\. .*counted from 1\?.*-1 marks"),
+        ([0, -1, 2], ["a", "b"], r"counted from 1\?.*-1 marks an image without a label"),
+    ],
+)
+def test_other_labels_are_refused(labels, names, message):
+    with pytest.raises(UserError, match=message):
+        class_ids(labels, names)
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_labels_without_a_name_are_refused(tmp_path, streaming):
+    """In a file of a writer that does not check them."""
+    settings = {"streaming": streaming, "shuffle_buffer_size": 6}
+    of_row = "label of row 3 of shard 0 .3.png. is" if streaming else "labels go up to"
+    with pytest.raises(UserError, match=rf"{of_row} 2, but .* from 0 to 1\. .*counted from 1\?.*-1 marks"):
+        load(tmp_path, dataset_name=save_unchecked_label(tmp_path / "two", 2), **settings)
+    message = "row 3 of shard 0 .* is 7, but there are 2 names" if streaming else "from 0 to 7, but there are 2 names"
+    with pytest.raises(UserError, match=message):
+        load(tmp_path, dataset_name=save_unchecked_label(tmp_path / "seven", 7), **settings)

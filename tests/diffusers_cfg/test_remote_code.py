@@ -1,0 +1,40 @@
+"""The files saved with every model cannot share code: what they repeat is marked, and stays the same."""
+
+import re
+from itertools import combinations, pairwise
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).parents[2] / "diffusers_cfg"
+NAMES = ("unet_2d_cfg", "scheduling_log_snr", "pipeline_cfg")
+# The mark, and what follows at its indentation up to a blank line
+MARK = re.compile(r"^( *)# Copied from diffusers_cfg\.(\w+)(?:\.\w+)?\n((?:\1.+\n)+)", flags=re.MULTILINE)
+
+
+def read(name: str) -> str:
+    return (PACKAGE / f"{name}.py").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_copies_are_the_text_that_they_were_copied_from(name):
+    for _, source, text in MARK.findall(read(name)):
+        assert text in read(source)
+
+
+@pytest.mark.parametrize("pair", list(combinations(NAMES, 2)))
+def test_what_two_files_repeat_is_marked(pair):
+    """Lines that follow each other in both files, but for imports and what is only punctuation."""
+    copies = [text for name in NAMES for *_, text in MARK.findall(read(name))]
+    found = []
+    for name in pair:
+        text = MARK.sub("", read(name))
+        for copy in copies:
+            text = text.replace(copy, "")
+        lines = [line for line in text.splitlines() if not re.match(r"(from|import) |\W*$", line)]
+        found.append(set(pairwise(lines)))
+    assert found[0] & found[1] == set()
+
+
+def test_the_marks_are_found():
+    assert [len(MARK.findall(read(name))) for name in NAMES] == [0, 2, 3]

@@ -1,0 +1,42 @@
+"""Point this process's Hub client at the stand-in of `hub_server`, without a new interpreter."""
+
+import huggingface_hub
+import pytest
+from hub_server import Hub
+from huggingface_hub import constants
+
+
+class HubClient:
+    """
+    The real client with another endpoint, cache and token. It reads its environment at import, so its constants are
+    replaced instead.
+    """
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, hub: Hub, home: str):
+        self.monkeypatch = monkeypatch
+        monkeypatch.setattr(constants, "ENDPOINT", hub.url)
+        monkeypatch.setattr(
+            constants, "HUGGINGFACE_CO_URL_TEMPLATE", hub.url + "/{repo_id}/resolve/{revision}/{filename}"
+        )
+        monkeypatch.setattr(constants, "HF_TOKEN_PATH", f"{home}/token")
+        monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
+        monkeypatch.setattr(constants, "HF_HUB_DISABLE_TELEMETRY", True)
+        monkeypatch.setattr(
+            huggingface_hub.hf_api.api, "endpoint", hub.url
+        )  # made at import, as its module's functions
+        monkeypatch.delenv("HUGGING_FACE_HUB_TOKEN", raising=False)
+        self.use_cache(f"{home}/hub")
+        self.log_in("hf_writer")
+
+    def use_cache(self, folder: str) -> None:
+        self.monkeypatch.setattr(constants, "HF_HUB_CACHE", folder)
+
+    def log_in(self, token: str | None) -> None:
+        """Log in with a token; `None` logs out."""
+        if token is None:
+            self.monkeypatch.delenv("HF_TOKEN", raising=False)
+        else:
+            self.monkeypatch.setenv("HF_TOKEN", token)
+
+    def go_offline(self) -> None:
+        self.monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)

@@ -1,0 +1,151 @@
+"""Small data sets on disk, of images that say by their pixels which they are."""
+
+import io
+import tarfile
+from collections.abc import Callable, Collection
+from itertools import islice
+from pathlib import Path
+
+import datasets
+import pyarrow.parquet as pq
+from PIL import Image
+from torch.utils.data import DataLoader
+
+from diffusers_cfg.data.datasets import StreamedImages, identity_collate, training_dataset
+from diffusers_cfg.data.sources import load_labelled_images
+from diffusers_cfg.settings import TrainConfig
+
+CLASSES = ["ant", "bee"]
+SPLITS_CARD = "---\ndataset_info:\n  splits:\n  - {{name: train, num_bytes: 1, num_examples: {num_examples}}}\n---\n"
+WEBDATASET_CARD = """---
+dataset_info:
+  features:
+  - {name: png, dtype: image}
+  - {name: cls, dtype: {class_label: {names: {'0': ant, '1': bee}}}}
+---
+"""
+
+
+def solid(value: int, size: tuple[int, int] = (12, 10), mode: str = "RGB") -> Image.Image:
+    """Return an image of one color, with a value in its first channel."""
+    return Image.new(mode, size, value if mode == "L" else (value, 0, 255 - value))
+
+
+def numbered(number: int) -> bytes:
+    """Return an 8×8 grayscale PNG with a number in its pixels."""
+    file = io.BytesIO()
+    solid(number, (8, 8), "L").save(file, "PNG")
+    return file.getvalue()
+
+
+def save_dataset(path: Path, labels: list | None, feature: datasets.ClassLabel | datasets.Value | None = None) -> str:
+    """Write a Parquet data set in the Hub's layout: grayscale images of 0, 10, 20, … and their labels, if any."""
+    rows = {"image": [solid(10 * i, mode="L") for i in range(3 if labels is None else len(labels))]}
+    if labels is not None:
+        rows["label"] = labels
+    features = datasets.Features({"image": datasets.Image(), "label": feature}) if feature is not None else None
+    dataset = datasets.Dataset.from_dict(rows, features=features).cast_column("image", datasets.Image())
+    path.mkdir()
+    dataset.to_parquet(path / "train-00000-of-00001.parquet")
+    return str(path)
+
+
+def save_shards(
+    folder: Path,
+    *sizes: int,
+    labels: Callable[[int], int | None] | None = lambda number: number % 2,
+    feature: datasets.ClassLabel | datasets.Value | None = None,
+    broken: Collection[int] = (),
+) -> str:
+    """
+    Write a Parquet data set with a file for each size, of images that are numbered through.
+
+    Args:
+        folder (`Path`): the folder to create.
+        sizes (`int`): number of images in each shard.
+        labels (*optional*): the label of the image with a number; None for no column of labels.
+        feature (*optional*): the type of the labels; by default a ClassLabel of `CLASSES`.
+        broken (`Collection[int]`): numbers of the images that cannot be decoded.
+    """
+    folder.mkdir()
+    features = {"image": datasets.Image()}
+    if labels is not None:
+        features["label"] = feature or datasets.ClassLabel(names=CLASSES)
+    for shard in range(len(sizes)):
+        numbers = range(sum(sizes[:shard]), sum(sizes[: shard + 1]))
+        rows = {"image": [{"bytes": b"broken" if n in broken else numbered(n), "path": f"{n}.png"} for n in numbers]}
+        if labels is not None:
+            rows["label"] = [labels(number) for number in numbers]
+        dataset = datasets.Dataset.from_dict(rows, features=datasets.Features(features))
+        dataset.to_parquet(folder / f"train-{shard:05d}-of-{len(sizes):05d}.parquet")
+    return str(folder)
+
+
+def save_unchecked_label(folder: Path, label: int) -> str:
+    """Write six images of two classes, of which row 3 has a label that `datasets` would not have written."""
+    source = save_shards(folder, 6)
+    path = folder / "train-00000-of-00001.parquet"
+    table = pq.read_table(path)
+    labels = table["label"].to_pylist()
+    labels[3] = label
+    pq.write_table(table.set_column(1, table.schema.field("label"), [labels]), path)
+    return source
+
+
+def save_tars(folder: Path) -> str:
+    """Write a WebDataset of two shards of six images; its card, `WEBDATASET_CARD`, is the caller's."""
+    (folder / "train").mkdir(parents=True)
+    for shard in range(2):
+        with tarfile.open(folder / "train" / f"{shard:05d}.tar", "w") as tar:
+            for number in range(shard * 6, shard * 6 + 6):
+                for kind, content in (("png", numbered(number)), ("cls", str(number % 2).encode())):
+                    member = tarfile.TarInfo(f"{number:06d}.{kind}")
+                    member.size = len(content)
+                    tar.addfile(member, io.BytesIO(content))
+    return str(folder)
+
+
+def save_class_folders(folder: Path) -> str:
+    """Write twelve numbered images into a folder for each of two classes."""
+    for number in range(12):
+        path = folder / CLASSES[number % 2] / f"{number}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(numbered(number))
+    return str(folder)
+
+
+def stream_config(source: str | None, **settings) -> TrainConfig:
+    """Return settings to stream a data set of 8×8 images in batches of 4 and blocks of 5, a multiple of neither."""
+    return TrainConfig(
+        **{
+            "dataset_name": source,
+            "streaming": True,
+            "resolution": 8,
+            "train_batch_size": 4,
+            "shuffle_buffer_size": 5,
+            "max_unreadable_fraction": 0.5,
+            **settings,
+        }
+    )
+
+
+def open_stream(
+    source: str | None, rank: int = 0, world_size: int = 1, num_workers: int = 0, **settings
+) -> StreamedImages:
+    """Return the streamed images of one of several processes."""
+    config = stream_config(source, dataloader_num_workers=num_workers, **settings)
+    images = training_dataset(load_labelled_images(config), config, 1, show_progress=False)
+    images.divide(rank, world_size)
+    return images
+
+
+def numbers_of(images: StreamedImages, num_batches: int) -> list[int]:
+    """Use the next batches, and return the numbers in their images. Their labels must be those of `save_shards`."""
+    num_workers = images.config.dataloader_num_workers
+    loader = DataLoader(images, batch_size=None, num_workers=num_workers, collate_fn=identity_collate)
+    numbers = []
+    for batch in islice(loader, num_batches):
+        assert (batch.images[:, 0, 0, 0] % 2 == batch.class_labels).all()
+        numbers += batch.images[:, 0, 0, 0].tolist()
+        images.used(batch)
+    return numbers
