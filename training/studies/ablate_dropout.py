@@ -1,0 +1,120 @@
+# /// script
+# requires-python = ">=3.11"
+# dependencies = ["diffusers-cfg[train]"]
+#
+# [tool.uv.sources]
+# diffusers-cfg = { path = "../..", editable = true }
+# ///
+"""Train the same model at several p_uncond, and measure each over w: the paper's table 1.
+
+python training/studies/ablate_dropout.py --output_dir ablation
+python training/studies/ablate_dropout.py --output_dir ablation --num_samples 5000 --config training/configs/mnist.yaml
+
+Flags that are not listed below are train_cfg.py's. Run again, it resumes with what is missing. It runs in one process;
+to train on several, run train_cfg.py with `--output_dir ablation/p=0.1` and so on first: it measures these models then.
+"""
+
+import os
+from argparse import ArgumentDefaultsHelpFormatter, ArgumentParser, Namespace
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from diffusers_cfg.config import UserError, parse_config, run_command
+from diffusers_cfg.engine.accelerator import make_accelerator
+from diffusers_cfg.engine.trainer import Trainer
+from diffusers_cfg.evaluation.in_training import training_evaluation
+from diffusers_cfg.evaluation.reports import caption, cell, new_figure, save_figure, table, write_text
+from diffusers_cfg.evaluation.settings import PAPER_SCALES, EvaluationConfig
+from diffusers_cfg.evaluation.sweep import run_sweep
+from diffusers_cfg.methods.cfg import ClassifierFreeGuidance
+from diffusers_cfg.settings import CFGConfig
+
+
+def parse_args(argv: list[str] | None = None) -> tuple[Namespace, list[str]]:
+    """Return the flags of this command, and those that are train_cfg.py's."""
+    parser = ArgumentParser(
+        prog="ablate_dropout.py",
+        description="Train the same model at several p_uncond, and measure each over w: the paper's table 1.",
+        formatter_class=ArgumentDefaultsHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("--output_dir", required=True, help="A folder for the models, table.md and curves.png.")
+    parser.add_argument(
+        "--conditioning_dropout_probs", type=float, nargs="+", default=[0.1, 0.2, 0.5], help="The values of p_uncond."
+    )
+    parser.add_argument("--guidance_scales", type=float, nargs="+", default=PAPER_SCALES, help="The paper's w.")
+    parser.add_argument("--num_samples", type=int, default=2000, help="Samples for each p_uncond and w.")
+    parser.add_argument("--num_inference_steps", type=int, default=20, help="Sampling steps.")
+    parser.add_argument("--scheduler", default="UniPCMultistepScheduler", help="Sampler, a class of diffusers.")
+    return parser.parse_known_args(argv)
+
+
+def main(argv: list[str] | None = None) -> None:
+    args, train_argv = parse_args(argv)
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        raise UserError("This runs in one process: start it with `python`, and train on several by train_cfg.py.")
+    runs = {p: configs_of(p, args, train_argv) for p in args.conditioning_dropout_probs}
+    records = {}
+    for p, (train_config, evaluation_config) in runs.items():
+        if not (Path(train_config.output_dir) / "run.json").is_file():
+            Trainer(train_config, ClassifierFreeGuidance, evaluation=training_evaluation).run()
+        accelerator = make_accelerator(replace(train_config, report_to="none"))
+        records[p] = run_sweep(evaluation_config, accelerator)
+
+    output_dir, text = Path(args.output_dir), dropout_table(records)
+    write_text(text, output_dir / "table.md")
+    draw_tradeoff(records, output_dir / "curves.png")
+    print(text)
+
+
+def configs_of(p: float, args: Namespace, train_argv: list[str]) -> tuple[CFGConfig, EvaluationConfig]:
+    """Return the settings of the training at one p_uncond, and of its evaluation. Raises UserError."""
+    model = Path(args.output_dir) / f"p={p:g}"
+    begun = model.is_dir() and any(model.iterdir())
+    train_config = replace(
+        parse_config(CFGConfig, train_argv),
+        conditioning_dropout_prob=p,
+        output_dir=model,
+        resume_from_checkpoint="latest" if begun else None,
+    )
+    evaluation_config = EvaluationConfig(
+        model=model,
+        guidance_scales=args.guidance_scales,
+        num_samples=args.num_samples,
+        num_inference_steps=args.num_inference_steps,
+        scheduler=args.scheduler,
+    )
+    return train_config, evaluation_config
+
+
+def dropout_table(records: dict[float, dict[str, Any]]) -> str:
+    """Return the table of Fréchet distance and inception score, by w (rows) and p_uncond (columns), in Markdown."""
+    first = next(iter(records.values()))
+    metrics = [metric for metric in ("frechet_distance", "inception_score") if metric in first["results"][0]]
+    names = [f"{first['metric_names'][metric]}, p = {p:g}" for metric in metrics for p in records]
+    rows = []
+    for i, row in enumerate(first["results"]):
+        cells = [
+            cell(record["results"][i], metric, record["best"]) for metric in metrics for record in records.values()
+        ]
+        rows.append([f"{row['guidance_scale']:g}", *cells])
+    rows.append(["real", *(cell(record["floor"], metric) for metric in metrics for record in records.values())])
+    return f"{table(['w', *names], rows)}\n\n{caption(first)}\n"
+
+
+def draw_tradeoff(records: dict[float, dict[str, Any]], path: Path) -> None:
+    """Draw figure 1 of the paper: Fréchet distance over inception score, a curve for each p_uncond."""
+    figure = new_figure()
+    (axis,) = figure.axes
+    for p, record in records.items():
+        distances = [row["frechet_distance"] for row in record["results"]]
+        axis.plot([row["inception_score"] for row in record["results"]], distances, "o-", label=f"p = {p:g}")
+    names = next(iter(records.values()))["metric_names"]
+    axis.set(xlabel=names["inception_score"], ylabel=names["frechet_distance"])
+    axis.legend()
+    save_figure(figure, path)
+
+
+if __name__ == "__main__":
+    run_command(main)
