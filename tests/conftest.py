@@ -8,6 +8,10 @@ import pytest
 # Before torch is imported: OpenMP's threads spin less while they wait, which costs 1 % on an idle machine and doubles
 # the rate beside other processes. Processes that tests start inherit it.
 os.environ.setdefault("GOMP_SPINCOUNT", "3000")
+# The workers of `pytest -n` have a core each, and so have the processes that their tests start.
+if (worker := os.environ.get("PYTEST_XDIST_WORKER")) and hasattr(os, "sched_setaffinity"):
+    cores = sorted(os.sched_getaffinity(0))
+    os.sched_setaffinity(0, {cores[int(worker.removeprefix("gw")) % len(cores)]})
 
 from diffusers_cfg import CFGPipeline, UNet2DCFGModel
 from tests.support.hub_server import Hub
