@@ -7,7 +7,6 @@ from datetime import timedelta
 from pathlib import Path
 
 import torch
-import torch._inductor.config as inductor
 from accelerate import Accelerator, PartialState
 from accelerate.utils import DynamoBackend, ProjectConfiguration, parse_flag_from_env
 
@@ -57,8 +56,8 @@ def make_accelerator(config: TrainConfig | None = None) -> Accelerator:
     )
     if accelerator.state.dynamo_plugin.backend != DynamoBackend.NO:
         # With it torch 2.13 silently loses, on a CPU at least, the gradient of all that lies before an upsampling:
-        # most of the network would not learn.
-        inductor.layout_optimization = False
+        # most of the network would not learn. (torch imports its compiler when this attribute is first read.)
+        torch._inductor.config.layout_optimization = False
     if config.report_to != "none" and not accelerator.log_with:
         raise UserError(f"--report_to {config.report_to}: that tracker is not installed. Install it, or say none.")
     return accelerator
