@@ -70,6 +70,8 @@ def test_a_fixed_setting_cannot_change(copy, name, value):
     before = {path: path.read_bytes() for path in copy.rglob("*") if path.is_file()}
     with pytest.raises(UserError, match=rf"--{name} was .* and is \[?'?{value}.*another --output_dir"):
         train(copy, *RESUME, f"--{name}", value)
+    with pytest.raises(UserError, match=f"--{name} was"):
+        train(copy, *RESUME, f"--{name}", value, "--dry_run")
     assert {path: path.read_bytes() for path in copy.rglob("*") if path.is_file()} == before
 
 

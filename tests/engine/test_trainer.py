@@ -12,8 +12,11 @@ from safetensors.torch import load_file
 from diffusers_cfg import CFGPipeline
 from diffusers_cfg.config import UserError
 from diffusers_cfg.engine.checkpoint import checkpoints
+from diffusers_cfg.engine.method import Terms
+from diffusers_cfg.methods.cfg import ClassifierFreeGuidance
 from diffusers_cfg.settings import CFGConfig
 from tests.support.runs import TIMES, WEIGHTS, assert_same_tensors, events, scalars, train
+from tests.support.toys import Unlabelled
 
 
 def test_a_run_leaves_a_pipeline_that_loads(tmp_path, capsys):
@@ -197,3 +200,35 @@ def test_a_sharded_network_is_refused(tmp_path, monkeypatch, kind):
 def test_a_loss_that_is_not_finite_stops_the_run(tmp_path):
     with pytest.raises(FloatingPointError, match=r"not finite in the last 10 steps.*learning_rate"):
         train(tmp_path, "--learning_rate", "1e30", "--max_train_steps", "20", "--lr_warmup_steps", "0")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda terms: Terms(terms.loss.mean()), r"unet returned loss of shape \(\), but .*shape \(8,\)"),
+        (lambda terms: Terms(terms.loss, {"part": terms.loss.mean()}), r"unet returned part of shape \(\)"),
+        (lambda terms: Terms(terms.loss.double()), "a loss in torch.float64: compute it in float32"),
+    ],
+)
+def test_terms_of_another_form_are_named(tmp_path, change, message):
+    class Wrong(ClassifierFreeGuidance):
+        def loss(self, networks, batch):
+            return change(super().loss(networks, batch))
+
+    with pytest.raises(ValueError, match=message):
+        train(tmp_path, method=Wrong)
+
+
+def test_an_unfused_optimizer_skips_steps_too(tmp_path):
+    """Which no attribute tells of a gradient that is not finite."""
+
+    class NanAtStep2(Unlabelled):
+        def loss(self, networks, batch):
+            terms = super().loss(networks, batch)
+            return Terms(terms.loss * (torch.nan if batch.step == 2 else 1.0))
+
+    train(tmp_path, "--checkpointing_steps", "1", "--no_use_ema", method=NanAtStep2)
+    weights = [load_file(tmp_path / f"checkpoint-{step}" / "unet" / WEIGHTS) for step in (2, 3, 4)]
+    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
+    assert any(not torch.equal(weights[1][name], weights[2][name]) for name in weights[0])
+    assert all(torch.isfinite(value).all() for value in weights[2].values())
