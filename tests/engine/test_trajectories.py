@@ -28,7 +28,7 @@ def runs(tmp_path_factory) -> Path:
 def two_processes(tmp_path_factory) -> Path:
     """All methods on two processes."""
     folder = tmp_path_factory.mktemp("two")
-    launch(str(folder), cwd=ROOT, processes=2, script=ROOT / "tests" / "support" / "two_processes.py")
+    launch(str(folder), cwd=ROOT, processes=2, script="tests.support.two_processes")
     return folder
 
 
