@@ -2,7 +2,6 @@
 
 import json
 import math
-from itertools import chain
 
 import pytest
 import torch
@@ -11,7 +10,6 @@ from config import CONFIGS, TrainConfig, UserError, parse_config
 from data import Digits
 from model import build_pipeline, build_unet, noise_process
 from objectives import prediction_target, squared_error
-from randomness import Draws, GlobalBatchSampler, seeded_generator
 
 from diffusers_cfg import LogSNRScheduler
 
@@ -52,55 +50,6 @@ def test_the_error_is_the_mean_square_of_each_sample():
     error = squared_error(torch.tensor([[1.0, 3.0], [0.0, 0.0]]).half(), torch.zeros(2, 2))
     assert error.tolist() == [5.0, 0.0]
     assert error.dtype == torch.float32
-
-
-# ----- randomness -----
-
-
-def indices(**settings) -> list[list[int]]:
-    return list(GlobalBatchSampler(**{"num_examples": 10, "batch_size": 4, "seed": 0, "steps": range(6), **settings}))
-
-
-def test_every_epoch_has_every_example_in_another_order():
-    flat = list(chain.from_iterable(indices(batch_size=5)))
-    epochs = [flat[start : start + 10] for start in (0, 10, 20)]
-    assert [sorted(epoch) for epoch in epochs] == [list(range(10))] * 3
-    assert epochs[0] != epochs[1] != epochs[2]
-
-
-def test_the_order_goes_on_where_it_stopped():
-    assert indices(steps=range(3, 6)) == indices()[3:]
-
-
-def test_the_order_does_not_depend_on_how_a_step_is_cut_up():
-    whole = indices()
-    accumulated = indices(batch_size=2, accumulation=2)
-    assert [a + b for a, b in zip(accumulated[::2], accumulated[1::2], strict=True)] == whole
-    ranks = [indices(batch_size=2, rank=rank, world_size=2) for rank in (0, 1)]
-    assert [a + b for a, b in zip(*ranks, strict=True)] == whole
-
-
-def test_draws_are_a_function_of_seed_and_step():
-    def draws(seed, step):
-        return Draws.of_step(seed, step, (1000, 1, 2, 2), torch.device("cpu"))
-
-    assert torch.equal(draws(0, 3).noise, draws(0, 3).noise)
-    assert not torch.equal(draws(0, 3).noise, draws(0, 4).noise)
-    assert not torch.equal(draws(0, 3).u, draws(1, 3).u)
-    assert torch.equal(draws(0, 3)[10:20].u, draws(0, 3).u[10:20])
-    sample = draws(0, 0)
-    for uniform in (sample.u, sample.dropout):
-        assert uniform.min() >= 0
-        assert uniform.max() <= 1
-        assert uniform.mean().item() == pytest.approx(0.5, abs=0.05)
-    assert sample.flip.float().mean().item() == pytest.approx(0.5, abs=0.08)
-    assert sample.noise.std().item() == pytest.approx(1, abs=0.05)
-    assert abs(torch.corrcoef(torch.stack([sample.u, sample.dropout]))[0, 1].item()) < 0.15
-
-
-def test_generators_of_different_purposes_differ():
-    first = [torch.rand(1, generator=seeded_generator("cpu", *key)).item() for key in ((0, "a"), (0, "b"), (1, "a"))]
-    assert len(set(first)) == 3
 
 
 # ----- networks -----
