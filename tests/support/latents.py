@@ -7,7 +7,7 @@ from diffusers import AutoencoderKL
 
 from diffusers_cfg.data.sources import Digits
 
-# An autoencoder that encodes batches of another size sums in another order, which changes latents of size 1 by some 1e-6
+# An autoencoder that encodes batches of another size sums in another order. That changes latents of size 1 by some 1e-6
 # in float32, and what is trained on them by little more.
 CLOSE = {"rtol": 1e-4, "atol": 1e-6}
 
