@@ -48,14 +48,15 @@ def test_a_dead_worker_is_reported_with_its_image(tmp_path, monkeypatch, streami
     monkeypatch.setattr(data, "to_array", deadly(7, how))
     source = save_class_folders(tmp_path / "data")
     settings = {"train_data_dir": source, "cache_dir": str(tmp_path / "cache")}
+    # A worker dies within its first batch: while it dies, the connection to an earlier batch's tensors may break first.
     if streaming:
-        dataset = open_stream(None, num_workers=2, **settings)
+        dataset = open_stream(None, num_workers=2, train_batch_size=100, **settings)
         loader = DataLoader(dataset, batch_size=None, num_workers=2, collate_fn=identity_collate)
     else:
         config = stream_config(None, streaming=False, dataloader_num_workers=2, **settings)
         dataset = training_dataset(load_labelled_images(config), config, 1, show_progress=False)
         assert isinstance(dataset, LazyImages)
-        loader = DataLoader(dataset, batch_size=4, num_workers=2, collate_fn=identity_collate)
+        loader = DataLoader(dataset, batch_size=12, num_workers=2, collate_fn=identity_collate)
     with pytest.raises(RuntimeError) as error:
         for _ in zip(range(100), loader, strict=False):
             pass
