@@ -100,8 +100,8 @@ def guidance_arguments(config: SamplingConfig, w: float) -> dict[str, Any]:
         raise UserError(f"--guider {config.guider} is none of diffusers' guiders.")
     try:
         return {"guider": guider(guidance_scale=w, use_original_formulation=True)}
-    except TypeError as error:
-        raise UserError(f"--guider {config.guider} is not made from a guidance scale alone: {error}") from error
+    except (TypeError, ValueError) as error:
+        raise UserError(f"--guider {config.guider} cannot be made from a guidance scale alone: {error}") from error
 
 
 def call_arguments(config: SamplingConfig, w: float) -> dict[str, Any]:

@@ -2,19 +2,18 @@
 
 import json
 import os
-from argparse import Namespace
 from pathlib import Path
 
-import ablate_samplers
-import evaluation
-import feature_extractors
 import pytest
-from config import UserError
+from accelerate import Accelerator
+
+from diffusers_cfg.config import UserError, parse_config
+from diffusers_cfg.evaluation import features
+from diffusers_cfg.evaluation.reports import write_report
+from diffusers_cfg.evaluation.settings import EvaluationConfig
+from diffusers_cfg.evaluation.sweep import run_sweep
 from tests.support.models import make_pipeline
-from evaluate_cfg import evaluate_cfg
-from evaluate_cfg import parse_args as parse_evaluation_args
-from report import write_report
-from test_train import train
+from training.studies import ablate_samplers
 
 EXTRACTOR = {"name": "small-1", "resize": "none", "num_features": 64, "accuracy": 0.99}
 FLOOR = {"frechet_distance": 0.02, "class_accuracy": 0.99}
@@ -34,48 +33,50 @@ def save_model(folder: Path) -> str:
     return str(folder)
 
 
-def pretend_to_evaluate(run: Namespace) -> None:
-    """Leave what evaluate_cfg.py leaves, of made-up distances; a student's are a tenth of them."""
-    distances = DISTANCES[run.scheduler, run.num_inference_steps, run.guidance_interval is not None]
-    factor = 0.1 if Path(run.model).name == "student" else 1.0
+def pretend_to_evaluate(config: EvaluationConfig, _accelerator: Accelerator) -> dict:
+    """Return what a sweep returns, of made-up distances; a student's are a tenth of them."""
+    distances = DISTANCES[config.scheduler, config.num_inference_steps, config.guidance_interval is not None]
+    factor = 0.1 if Path(config.model).name == "student" else 1.0
     results = [
         {
             "guidance_scale": w,
-            "network_evaluations": (1.5 if run.guidance_interval else 2.0) * run.num_inference_steps,
+            "network_evaluations": (1.5 if config.guidance_interval else 2.0) * config.num_inference_steps,
             "frechet_distance": factor * distance,
             "frechet_distance_error": 0.001,
             "class_accuracy": 0.9 + w / 10,
             "class_accuracy_error": 0.01,
         }
-        for w, distance in zip(run.guidance_scales, distances, strict=True)
+        for w, distance in zip(config.guidance_scales, distances, strict=True)
     ]
-    record = {"dataset": "made up", "num_samples": run.num_samples, "num_real": 100, "num_neighbours": 50}
+    record = {"dataset": "made up", "num_samples": config.num_samples, "num_real": 100, "num_neighbours": 50}
     record |= {"num_held_out": 50, "feature_extractor": EXTRACTOR, "floor": {**FLOOR}, "class_labels": "balanced"}
-    record |= {"num_inference_steps": run.num_inference_steps, "seed": 0, "scheduler": run.scheduler}
-    guidance = {"interval": run.guidance_interval, "rescale": 0.0, "guider": None, "guide": None}
-    if Path(run.model).name == "elsewhere":
+    record |= {"num_inference_steps": config.num_inference_steps, "seed": 0, "scheduler": config.scheduler}
+    guidance = {"interval": config.guidance_interval, "rescale": 0.0, "guider": None, "guide": None}
+    if Path(config.model).name == "elsewhere":
         record["dataset"] = "other data"
-    Path(run.output_dir).mkdir(parents=True)
-    write_report(Path(run.output_dir), {**record, "guidance": guidance, "results": results}, "small")
+    return write_report(Path(config.output_dir), {**record, "guidance": guidance, "results": results}, "small")
 
 
 def ablate(tmp_path: Path, *argv: str, models: tuple[str, ...] = ("teacher",)) -> str:
     folders = [save_model(tmp_path / name) for name in models]
     flags = ["--model", *folders, "--output_dir", str(tmp_path / "out"), "--guidance_scales", "0.2", "0.3", *argv]
-    return ablate_samplers.ablate_samplers(*ablate_samplers.parse_args(flags))
+    ablate_samplers.main(flags)
+    return (tmp_path / "out" / "table.md").read_text()
 
 
 @pytest.fixture
 def made_up(monkeypatch):
-    monkeypatch.setattr(ablate_samplers, "evaluate_cfg", pretend_to_evaluate)
+    """Sweeps are pretended, and their figures not drawn."""
+    monkeypatch.setattr(ablate_samplers, "run_sweep", pretend_to_evaluate)
+    monkeypatch.setattr("diffusers_cfg.evaluation.reports.draw_curves", lambda *_: None)
 
 
 SAMPLERS = ["--samplers", "LogSNRScheduler:4,8", "DDIMScheduler:2,4"]
 
 
-def test_each_sampler_has_its_best_w(tmp_path, made_up):
+def test_each_sampler_has_its_best_w(tmp_path, made_up, capsys):
     table = ablate(tmp_path, *SAMPLERS, "--num_samples", "300")
-    assert table == (tmp_path / "out" / "table.md").read_text()
+    assert capsys.readouterr().out.endswith(f"{table}\n")
     assert table.splitlines()[:7] == [
         "| sampler | steps | interval | evaluations | w | Fréchet distance | class accuracy |",
         "| --- | --- | --- | --- | --- | --- | --- |",
@@ -86,11 +87,13 @@ def test_each_sampler_has_its_best_w(tmp_path, made_up):
         "| real |  |  |  |  | 0.020 | 0.990 |",
     ]
     assert "300 samples for each w (balanced labels, seed 0), each sampler at its best w of 0.2, 0.3;" in table
-    assert table.endswith(
-        "Cheapest within 5% of the best distance, 0.090: DDIMScheduler, 4 steps, 8 evaluations (0.090). Cheapest "
-        "within 5% of the paper's sampler, 0.100 for 16 evaluations: DDIMScheduler, 2 steps, 4 evaluations (0.104), "
-        "25.0% of them.\n"
-    )
+    assert table.splitlines()[-4:] == [
+        "| cheapest within 5% of | sampler | steps | interval | evaluations | w | Fréchet distance | class accuracy |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- |",
+        "| the best, 0.090 | DDIMScheduler | 4 |  | 8 | 0.3 | **0.090** ± 0.002 | 0.930 ± 0.020 |",
+        "| the paper's sampler, 0.100 for 16 evaluations | DDIMScheduler | 2 |  | 4 | 0.2 | 0.104 ± 0.002 | "
+        "0.920 ± 0.020 |",
+    ]
     rows = json.loads((tmp_path / "out" / "samplers.json").read_text())["rows"]
     assert [(row["model"], row["scheduler"], row["num_inference_steps"], row["guidance_scale"]) for row in rows] == [
         ("teacher", "LogSNRScheduler", 4, 0.2),
@@ -107,8 +110,8 @@ def test_with_and_without_an_interval(tmp_path, made_up):
     table = ablate(tmp_path, *samplers, "--guidance_interval", "0.2", "5")
     assert "| LogSNRScheduler | 8 | 0.2 … 5 | 12 | 0.2 | **0.010** ± 0.002 |" in table
     assert "| DDIMScheduler | 4 | 0.2 … 5 | 6 | 0.3 | 0.011 ± 0.002 |" in table
-    assert "best distance, 0.010: LogSNRScheduler, 8 steps, interval 0.2 … 5, 12 evaluations (0.010)." in table
-    assert "the paper's sampler, 0.100 for 16 evaluations: DDIMScheduler, 4 steps, interval 0.2 … 5, 6 eval" in table
+    assert "| the best, 0.010 | LogSNRScheduler | 8 | 0.2 … 5 | 12 | 0.2 | **0.010**" in table
+    assert "| the paper's sampler, 0.100 for 16 evaluations | DDIMScheduler | 4 | 0.2 … 5 | 6 | 0.3 | 0.011" in table
     assert "interval (" not in table
 
 
@@ -116,14 +119,14 @@ def test_a_student_beside_its_teacher(tmp_path, made_up):
     table = ablate(tmp_path, *SAMPLERS, models=("teacher", "student"))
     assert "| LogSNRScheduler of teacher | 8 |  | 16 | 0.3 | 0.100 ± 0.002 |" in table
     assert "| LogSNRScheduler of student | 8 |  | 16 | 0.3 | 0.010 ± 0.002 |" in table
-    assert "best distance, 0.009: DDIMScheduler of student, 4 steps, 8 evaluations (0.009)" in table
-    assert "paper's sampler, 0.100 for 16 evaluations: DDIMScheduler of student, 2 steps, 4 eval" in table
+    assert "| the best, 0.009 | DDIMScheduler of student | 4 |  | 8 | 0.3 | **0.009**" in table
+    assert "| the paper's sampler, 0.100 for 16 evaluations | DDIMScheduler of student | 2 |  | 4 | 0.2 |" in table
 
 
 def test_without_the_papers_sampler(tmp_path, made_up):
     table = ablate(tmp_path, "--samplers", "DDIMScheduler:2,4")
     assert "paper's" not in table
-    assert table.endswith("best distance, 0.090: DDIMScheduler, 4 steps, 8 evaluations (0.090).\n")
+    assert table.splitlines()[-1].startswith("| the best, 0.090 | DDIMScheduler | 4 |  | 8 |")
 
 
 @pytest.mark.parametrize(
@@ -147,7 +150,7 @@ def test_of_two_that_cost_the_same_the_nearer_is_taken():
 def test_the_papers_sampler_is_guided_at_all_steps():
     row = {"scheduler": "LogSNRScheduler", "num_inference_steps": 256}
     rows = [{**row, "guidance_interval": interval} for interval in ([0.2, 5.0], None)]
-    assert ablate_samplers.papers_row(rows) == rows[1]
+    assert ablate_samplers.paper_row(rows) == rows[1]
 
 
 def test_models_of_different_data_are_not_compared(tmp_path, made_up):
@@ -160,20 +163,20 @@ def test_models_of_different_data_are_not_compared(tmp_path, made_up):
     [
         (["--samplers", "DDIMScheduler:2", "Nonsense:4"], "Nonsense cannot sample this model.*LogSNRScheduler"),
         (["--samplers", "DDIMScheduler:2,3"], "DDIMScheduler cannot take 3 steps"),
-        (["--samplers", "DDIMScheduler:2,0"], "num_inference_steps must be a positive integer, but is 0"),
+        (["--samplers", "DDIMScheduler:2,0"], "num_inference_steps must be at least 1, but is 0"),
         (["--samplers", "DDIMScheduler"], "--samplers DDIMScheduler must be a class and its numbers of steps"),
         (["--samplers", "DDIMScheduler:2,many"], "--samplers DDIMScheduler:2,many must be"),
         (["--guidance_interval", "5", "0.2"], r"0 ≤ σ_lo < σ_hi, but is \(5.0, 0.2\)"),
         (["--samplers", "DDIMScheduler:2", "--guidance_interval", "0.3", "0.4"], "None of the 2 steps lies in"),
-        (["--scheduler", "DDIMScheduler"], "--scheduler is not a flag of this script"),
-        (["--num_inference_steps=5"], "--num_inference_steps=5 is not a flag of this script"),
+        (["--scheduler", "DDIMScheduler"], "--scheduler is not a flag of this command"),
+        (["--num_inference_steps=5"], "--num_inference_steps is not a flag of this command"),
     ],
 )
 def test_what_cannot_be_is_refused_before_anything_is_drawn(tmp_path, monkeypatch, argv, message):
-    def never(_):
+    def never(*_):
         raise AssertionError("evaluated")
 
-    monkeypatch.setattr(ablate_samplers, "evaluate_cfg", never)
+    monkeypatch.setattr(ablate_samplers, "run_sweep", never)
     with pytest.raises(UserError, match=message):
         ablate(tmp_path, *argv)
     assert not (tmp_path / "out").exists()
@@ -184,34 +187,36 @@ def test_two_models_of_one_name(tmp_path):
         ablate(tmp_path, models=("a/model", "b/model"))
 
 
-@pytest.mark.slow
-def test_a_small_comparison(tmp_path, monkeypatch):
-    monkeypatch.setattr(feature_extractors.train_classifier, "__defaults__", (30, 64))
-    monkeypatch.setattr(evaluation, "STATISTICS_DIR", tmp_path / "statistics")
-    model, out = tmp_path / "model", tmp_path / "out"
-    train(model, "--conditioning_dropout_prob", "0.2")
-    argv = ["--model", str(model), "--output_dir", str(out), "--samplers", "LogSNRScheduler:3", "DDIMScheduler:2"]
-    same = ["--num_samples", "20", "--statistics_dir", str(tmp_path / "statistics")]
-    argv += ["--guidance_interval", "0.001", "5", *same]
-    table = ablate_samplers.ablate_samplers(*ablate_samplers.parse_args(argv))
-    folders = {path.name for path in (out / "model").iterdir()}
-    samplers = ("LogSNRScheduler-3", "DDIMScheduler-2")
-    assert folders == {name + interval for name in samplers for interval in ("", "-interval=0.001,5")}
+def test_a_small_comparison(trained_model, tmp_path, monkeypatch):
+    monkeypatch.setattr(features.train_classifier, "__defaults__", (30, 64))
+    monkeypatch.setattr("diffusers_cfg.evaluation.reports.draw_curves", lambda *_: None)
+    out, name = tmp_path / "out", trained_model.name
+    same = ["--model", str(trained_model), "--num_samples", "20", "--statistics_dir", str(tmp_path / "statistics")]
+    samplers = ["--samplers", "LogSNRScheduler:3", "DDIMScheduler:2", "--guidance_interval", "0.001", "5"]
+    argv = [*same, *samplers, "--output_dir", str(out), "--guidance_scales", "0.1", "0.3"]
+    ablate_samplers.main(argv)
+    folders = {path.name for path in (out / name).iterdir()}
+    assert folders == {
+        sampler + interval
+        for sampler in ("LogSNRScheduler-3", "DDIMScheduler-2")
+        for interval in ("", "-interval=0.001,5")
+    }
     rows = json.loads((out / "samplers.json").read_text())["rows"]
     # σ/α is 22026, 1 and 0.00005 at the three steps, and one of them is guided
     assert [row["network_evaluations"] for row in rows[:3]] == [6, 4, 4]
-    assert table == (out / "table.md").read_text()
-    assert not (model / "evaluation").exists()
+    assert not (trained_model / "evaluation").exists()
 
-    # Another run of the paper's sampler alone measures the same
-    flags = ["--scheduler", "LogSNRScheduler", "--num_inference_steps", "3", "--guidance_scales", "0.1", "0.2", "0.3"]
-    flags += ["--output_dir", str(tmp_path / "own")]
-    own = evaluate_cfg(parse_evaluation_args([*argv[:2], *same, *flags]))
-    assert rows[0]["frechet_distance"] == min(row["frechet_distance"] for row in own)
+    # A sweep of the paper's sampler alone measures the same
+    flags = ["--scheduler", "LogSNRScheduler", "--num_inference_steps", "3", "--guidance_scales", "0.1", "0.3"]
+    own = run_sweep(
+        parse_config(EvaluationConfig, [*same, *flags, "--output_dir", str(tmp_path / "own")]), Accelerator(cpu=True)
+    )
+    assert rows[0]["frechet_distance"] == min(row["frechet_distance"] for row in own["results"])
 
-    # What is there is not drawn again
-    shards = sorted(out.rglob("shard-*.npz"))
+    # The shards that are there are not drawn again
+    shards, table = sorted(out.rglob("shard-*.npz")), (out / "table.md").read_text()
     times = [os.stat(shard).st_mtime_ns for shard in shards]
     shards[0].unlink()
-    assert ablate_samplers.ablate_samplers(*ablate_samplers.parse_args(argv)) == table
+    ablate_samplers.main(argv)
+    assert (out / "table.md").read_text() == table
     assert [os.stat(shard).st_mtime_ns for shard in shards][1:] == times[1:]

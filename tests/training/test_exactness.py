@@ -1,277 +1,19 @@
-"""Guidance and its samplers where the truth is known: a mixture of Gaussians."""
+"""The figures and tables of the exactness study, in small; the numbers have tests with the mixture."""
 
-import itertools
-import math
-
-import exactness
-import pytest
-import torch
-from conditioning import drop_class_labels
-from tests.support.models import make_unet
-from exactness import Plane, deterministic_limit, guided_diffusion, guided_flow, rms_distance, sliced_wasserstein
-from mixture import GaussianMixtureModel, three_gaussians
-from objectives import prediction_target, squared_error
-from randomness import Draws
-from test_train import train
-
-from diffusers_cfg import CFGPipeline, LogSNRScheduler
-
-F64 = torch.float64
+from diffusers_cfg.evaluation import features
+from training.studies import exactness
 
 
-@pytest.fixture(scope="module")
-def mixture() -> GaussianMixtureModel:
-    """Images of 1×2×2, three classes; one of them has two components, and they are not equally likely."""
-    generator = torch.Generator().manual_seed(0)
-    return GaussianMixtureModel(
-        LogSNRScheduler(),
-        means=torch.randn(4, 1, 2, 2, generator=generator, dtype=F64).mul(0.5),
-        stds=torch.tensor([0.1, 0.2, 0.3, 0.2], dtype=F64),
-        component_classes=torch.tensor([0, 1, 1, 2]),
-        probs=torch.tensor([1.0, 2.0, 3.0, 2.0], dtype=F64),
-    )
-
-
-@pytest.fixture(scope="module")
-def plane() -> Plane:
-    return Plane(num_samples=192)
-
-
-LEVELS = torch.tensor([-1.0, 0.0, 20.0, 300.0, 700.0, 990.0, 999.0], dtype=F64)
-
-
-# ----- the model -----
-
-
-@pytest.mark.parametrize("t", LEVELS)
-@pytest.mark.parametrize("label", [0, 1, 2, -1, 3])
-def test_eps_is_the_score_and_agrees_with_x(mixture, t, label):
-    alpha, sigma = mixture.scheduler.alpha_sigma(mixture.scheduler.u(t))
-    z = torch.randn(6, 1, 2, 2, generator=torch.Generator().manual_seed(0), dtype=F64, requires_grad=True)
-    labels = torch.full((6,), label)
-    eps, x = mixture.expected_noise_and_sample(z, alpha, sigma, labels)
-    (score,) = torch.autograd.grad(mixture.log_prob(z, alpha, sigma, labels).sum(), z)
-    torch.testing.assert_close(eps, -sigma * score, rtol=1e-9, atol=1e-12)
-    torch.testing.assert_close(alpha * x + sigma * eps, z, rtol=1e-9, atol=1e-9)
-    if label == -1:
-        torch.testing.assert_close(mixture(z, t).sample, eps)
-
-
-def test_the_density_is_that_of_the_samples_and_adds_up_to_one(mixture):
-    labels = torch.arange(3).repeat_interleave(40_000)
-    x = mixture.sample(labels, torch.Generator().manual_seed(0))
-    # E over x ~ p(· | c) of q(x) / p(x | c) is ∫ q = 1, here with q = p(· | another class) or the marginal
-    ratio = (mixture.log_prob(x, class_labels=torch.full_like(labels, -1)) - mixture.log_prob(x)).exp()
-    assert ratio.mean().item() == pytest.approx(1, abs=1e-9)
-    marginal = torch.stack([mixture.log_prob(x, class_labels=torch.full_like(labels, c)) for c in range(3)])
-    prior = torch.tensor([1 / 8, 5 / 8, 2 / 8], dtype=F64).log()[:, None]
-    torch.testing.assert_close((marginal + prior).logsumexp(0), mixture.log_prob(x))
-    of_one = x[labels == 1].flatten(1)
-    expected = 0.4 * mixture.means[1] + 0.6 * mixture.means[2]
-    torch.testing.assert_close(of_one.mean(0), expected, rtol=0, atol=0.02)
-    grid = torch.cartesian_prod(*[torch.linspace(-2, 2, 161, dtype=F64)] * 2).view(-1, 1, 1, 2)
-    model = three_gaussians(LogSNRScheduler()).double()
-    assert (model.log_prob(grid).exp().sum() * (4 / 160) ** 2).item() == pytest.approx(1, abs=1e-6)
-
-
-@pytest.mark.parametrize("w", [-0.5, 0.0, 1.0, 4.0])
-@pytest.mark.parametrize("t", LEVELS)
-def test_classifier_guidance_of_the_unconditional_model_with_one_more(mixture, t, w):
-    """ε(z) - (w + 1) σ ∇ log p(c | z), with the exact classifier, is the pipeline's (1 + w) ε(z, c) - w ε(z)."""
-    alpha, sigma = mixture.scheduler.alpha_sigma(mixture.scheduler.u(t))
-    z = torch.randn(6, 1, 2, 2, generator=torch.Generator().manual_seed(1), dtype=F64, requires_grad=True)
-    labels = torch.tensor([0, 1, 2] * 2)
-    log_classifier = mixture.log_prob(z, alpha, sigma, labels) - mixture.log_prob(z, alpha, sigma)  # + log p(c)
-    (gradient,) = torch.autograd.grad(log_classifier.sum(), z)
-    expected = mixture.eps(z, alpha, sigma) - (w + 1) * sigma * gradient
-    pipeline = CFGPipeline(mixture, mixture.scheduler)
-    w = torch.full((6, 1, 1, 1), w)
-    actual = pipeline.guide(*pipeline.predictions(z.detach(), t, labels, torch.full((6,), 3), w), w)
-    torch.testing.assert_close(actual.double(), expected, rtol=2e-6, atol=1e-6)
-
-
-# ----- samplers -----
-
-
-@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction", "sample"])
-@pytest.mark.parametrize(("w", "v"), [(0.0, 0.3), (1.0, 0.0), (1.0, 0.3), (4.0, 1.0)])
-def test_float32_is_enough(w, v, prediction_type):
-    """The pipeline in float32 against Algorithm 2 written out in float64, with the same noise, over all of λ."""
-    plane = Plane(64, variance_interpolation=v, prediction_type=prediction_type)
-    actual = plane.draw(w, 256)
-
-    generator, model = torch.Generator().manual_seed(1), three_gaussians(LogSNRScheduler()).double()
-    b = math.atan(math.exp(-10))
-    a = math.atan(math.exp(10)) - b
-    log_snrs = [-2 * math.log(math.tan(a * (1 - i / 255) + b)) for i in range(256)]
-    z = plane.noise.double()
-    for i, log_snr in enumerate(log_snrs):
-        alpha, sigma = math.sqrt(1 / (1 + math.exp(-log_snr))), math.sqrt(1 / (1 + math.exp(log_snr)))
-        guided = torch.lerp(model.eps(z, alpha, sigma), model.eps(z, alpha, sigma, plane.class_labels), 1 + w)
-        x = (z - sigma * guided) / alpha
-        if i == 255:
-            z = x
-            break
-        e = math.exp(log_snr - log_snrs[i + 1])  # e^(λ - λ')
-        next_alpha = math.sqrt(1 / (1 + math.exp(-log_snrs[i + 1])))
-        next_variance = 1 / (1 + math.exp(log_snrs[i + 1]))
-        variance = ((1 - e) * next_variance) ** (1 - v) * ((1 - e) * sigma**2) ** v
-        noise = torch.randn(z.shape, generator=generator).double()
-        z = e * next_alpha / alpha * z + (1 - e) * next_alpha * x + math.sqrt(variance) * noise
-    assert rms_distance(actual, z) < 1e-4 * z.flatten(1).square().sum(1).mean().sqrt()
-
-
-def test_the_flow_without_guidance_keeps_the_density(plane):
-    """A check of the truth itself: the flow takes N(0, I) to p(x | c), and is a function of its start."""
-    noise = torch.randn(3000, 1, 1, 2, generator=torch.Generator().manual_seed(5))
-    labels = torch.arange(3000) % 3
-    x = guided_flow(plane.model, noise, labels, 0.0, 80.0)
-    truth, another = (plane.model.sample(labels, torch.Generator().manual_seed(seed)) for seed in (6, 7))
-    assert sliced_wasserstein(x, truth) < 2 * sliced_wasserstein(another, truth) + 0.003
-    # For one Gaussian it is known in closed form: the deviation from the mean shrinks by std / std of the start.
-    single = GaussianMixtureModel(
-        plane.scheduler, torch.full((1, 1, 1, 2), 0.3, dtype=F64), torch.tensor([0.2], dtype=F64), torch.tensor([0])
-    )
-    start = noise[:10].double() * math.sqrt(1 + 80**2)  # y at σ/α = 80
-    expected = 0.3 + (start - 0.3) * 0.2 / math.sqrt(0.2**2 + 80**2)
-    torch.testing.assert_close(guided_flow(single, noise[:10], torch.zeros(10).long(), 0.0, 80.0), expected)
-
-
-@pytest.mark.parametrize("w", [0.0, 1.0, 3.0])
-@pytest.mark.parametrize(
-    ("name", "order"),
-    [
-        ("DDIMScheduler", 1),
-        ("EulerDiscreteScheduler", 1),
-        ("HeunDiscreteScheduler", 2),
-        ("DPMSolverMultistepScheduler", 2),
-        ("UniPCMultistepScheduler", 2),
-        ("DEISMultistepScheduler", 2),
-    ],
-)
-def test_solvers_converge_to_the_guided_flow(plane, name, order, w):
-    plane.swap(name)
-    errors = [plane.error(w, steps) for steps in (10, 20, 40)]
-    assert errors[0] > errors[1] > errors[2]
-    assert math.log2(errors[1] / errors[2]) > order - 0.4
-    assert errors[2] < {1: 0.03, 2: 0.008}[order]
-
-
-@pytest.mark.parametrize(
-    ("name", "w"),
-    [
-        *itertools.product(["HeunDiscreteScheduler", "DPMSolverMultistepScheduler"], [0.0]),
-        *itertools.product(["UniPCMultistepScheduler", "DEISMultistepScheduler"], [0.0, 1.0]),
-    ],
-)
-def test_20_steps_of_second_order_are_better_than_128_of_the_papers_without_noise(plane, name, w):
-    limit = deterministic_limit(plane.model, plane.noise, plane.class_labels, w, 128)
-    of_limit = rms_distance(limit, plane.flow(w, math.exp(10)))
-    plane.swap(name)
-    assert plane.error(w, 20) < of_limit < 0.01
-
-
-@pytest.mark.parametrize("w", [0.0, 1.0])
-@pytest.mark.parametrize(
-    ("name", "settings"),
-    [
-        ("LogSNRScheduler", {"variance_interpolation": 0.0}),
-        ("LogSNRScheduler", {"variance_interpolation": 0.3}),
-        ("LogSNRScheduler", {"variance_interpolation": 1.0}),
-        ("DDPMScheduler", {}),
-        ("DPMSolverMultistepScheduler", {"algorithm_type": "sde-dpmsolver++"}),
-    ],
-)
-def test_stochastic_samplers_converge_to_the_guided_diffusion(truths, name, settings, w):
-    plane, truth = truths
-    plane.swap(name, **settings)
-    far, near = (sliced_wasserstein(plane.draw(w, steps, latents=None), truth[w]) for steps in (6, 200))
-    assert near < 0.015  # two draws of the truth are 0.006 apart
-    assert far > 2 * near
-
-
-@pytest.fixture(scope="module")
-def truths():
-    plane = Plane(num_samples=6000)
-    generator = torch.Generator().manual_seed(2)
-    truth = {0.0: plane.model.sample(plane.class_labels, generator)}
-    truth[1.0] = guided_diffusion(plane.model, plane.class_labels, 1.0, 500, generator)
-    return plane, truth
-
-
-def test_the_guided_diffusion_without_guidance_keeps_the_density(truths):
-    plane, truth = truths
-    draws = guided_diffusion(plane.model, plane.class_labels, 0.0, 500, torch.Generator().manual_seed(3))
-    assert sliced_wasserstein(draws, truth[0.0]) < 0.012
-
-
-def test_clipping_moves_nothing_while_the_guided_samples_stay_in_the_range_of_the_data():
-    """The data lies within ±1, and so does the exact x̃ as long as guidance does not drive it out."""
-    clipped, free = Plane(192, clip_sample=True), Plane(192)
-    for plane in (clipped, free):
-        plane.swap("UniPCMultistepScheduler")
-    moved = {w: rms_distance(clipped.draw(w, 20), free.draw(w, 20)) for w in (0.0, 1.0, 2.0, 4.0)}
-    assert max(moved[0.0], moved[1.0]) < 1e-5
-    assert moved[2.0] < 0.005
-    assert 0.02 < moved[4.0] < 0.1
-
-
-# ----- training -----
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
-def test_training_approaches_the_exact_prediction(prediction_type):
-    """The project's objective, from data of the mixture, at every noise level, with and without labels."""
-    scheduler = LogSNRScheduler(prediction_type=prediction_type)
-    exact = three_gaussians(scheduler)
-    unet = make_unet(
-        sample_size=(1, 2), block_out_channels=(64,), down_block_types=("DownBlock2D",), up_block_types=("UpBlock2D",),
-        norm_num_groups=8,
-    ).train()  # fmt: skip
-    optimizer = torch.optim.AdamW(unet.parameters(), lr=2e-3, weight_decay=0.0)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, total_steps=800)
-
-    def batch_of(step: int):
-        draws = Draws.of_step(0, step, (256, 1, 1, 2), torch.device("cpu"))
-        c = torch.arange(256) % 3
-        x = exact.sample(c, torch.Generator().manual_seed(step))
-        t = scheduler.timestep(draws.u)
-        return draws, c, x, t, scheduler.add_noise(x, draws.noise, t)
-
-    for step in range(800):
-        draws, c, x, t, z = batch_of(step)
-        c = drop_class_labels(c, 0.5, unet.null_class_label, draws.dropout)
-        loss = squared_error(unet(z, t, class_labels=c).sample, prediction_target(scheduler, x, draws.noise, t)).mean()
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        schedule.step()
-
-    unet.eval()
-    _, c, _, _, _ = batch_of(10_000)
-    errors = {}
-    for u in (0.02, 0.2, 0.4, 0.6, 0.8, 0.98):
-        draws, c, x, _, _ = batch_of(10_000 + int(100 * u))
-        t = scheduler.timestep(torch.full((256,), u))
-        z = scheduler.add_noise(x, draws.noise, t)
-        for name, labels in (("conditional", c), ("null", torch.full_like(c, 3))):
-            with torch.no_grad():
-                difference = unet(z, t, class_labels=labels).sample - exact(z, t, labels).sample
-            errors[name, u] = difference.square().mean().sqrt().item()
-    # The outputs have an RMS of about 1 (ε) and 0.3 to 1 (v); 0.07 and 0.12 were measured, on one machine.
-    assert max(errors.values()) < 0.2, errors
-
-
-@pytest.mark.slow
-def test_the_figures_of_exactness(tmp_path):
-    """Each part of the page, in small; the numbers themselves have tests of their own."""
-    train(tmp_path / "model", "--max_train_steps", "1")
-    argv = ["--model", str(tmp_path / "model"), "--guide_model", str(tmp_path / "model"), "--output_dir", str(tmp_path)]
+def test_the_figures_of_exactness(trained_model, tmp_path, monkeypatch):
+    monkeypatch.setattr(features.train_classifier, "__defaults__", (30, 64))
+    monkeypatch.setattr(exactness, "CACHE_DIR", tmp_path / "statistics")
+    argv = ["--model", str(trained_model), "--guide_model", str(trained_model), "--output_dir", str(tmp_path)]
     arguments = exactness.parse_args([*argv, "--num_samples", "20", "--num_inference_steps", "4"])
+    monkeypatch.setattr(exactness, "STEPS", (10, 20, 40))
+    monkeypatch.setattr(exactness, "SOLVERS", {"UniPCMultistepScheduler": 2})
     pages = [
         exactness.mixture_figure(tmp_path, num_samples=300),
-        exactness.convergence(exactness.Plane(4), tmp_path),
+        exactness.convergence(tmp_path, num_samples=4),
         exactness.network_error(tmp_path),
         exactness.rules(arguments, tmp_path),
     ]
@@ -279,3 +21,14 @@ def test_the_figures_of_exactness(tmp_path):
     assert [page.count("| UniPCMultistepScheduler |") for page in pages] == [0, 3, 0, 0]
     assert "| w = 0 | " in pages[3]
     assert [line.split("|")[-2].strip() for line in pages[3].splitlines()[-10:]] == ["4", "8", "5", *["8"] * 7]
+
+
+def test_the_parts_are_put_together(tmp_path, monkeypatch, capsys):
+    for name in ("mixture_figure", "convergence", "stochastic", "network_error", "rules"):
+        monkeypatch.setattr(exactness, name, lambda *_, name=name: f"## {name}")
+    exactness.main(["--output_dir", str(tmp_path / "a")])
+    exactness.main(["--output_dir", str(tmp_path / "b"), "--model", "m"])
+    without = "## mixture_figure\n\n## convergence\n\n## stochastic\n\n## network_error\n"
+    assert (tmp_path / "a" / "tables.md").read_text() == without
+    assert (tmp_path / "b" / "tables.md").read_text() == f"{without}\n## rules\n"
+    assert "## stochastic" in capsys.readouterr().out

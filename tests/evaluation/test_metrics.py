@@ -2,13 +2,16 @@
 
 import warnings
 
-import metrics
 import numpy as np
 import pytest
 import scipy.linalg
 import torch
-from evaluation import kernel_distance
-from metrics import (
+from torchmetrics.image.fid import FrechetInceptionDistance
+from torchmetrics.image.inception import InceptionScore
+
+from diffusers_cfg.evaluation import metrics
+from diffusers_cfg.evaluation.measure import kernel_distance
+from diffusers_cfg.evaluation.metrics import (
     density_coverage,
     frechet_distance,
     inception_score,
@@ -17,8 +20,6 @@ from metrics import (
     mean_and_covariance,
     precision_recall,
 )
-from torchmetrics.image.fid import FrechetInceptionDistance
-from torchmetrics.image.inception import InceptionScore
 
 warnings.filterwarnings("ignore", module="torchmetrics")
 
@@ -34,9 +35,6 @@ def moments(features: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 def distance(real: torch.Tensor, fake: torch.Tensor) -> float:
     return frechet_distance(moments(real), moments(fake), matrix_sqrt(moments(real)[1]))
-
-
-# ----- Fréchet distance -----
 
 
 @pytest.mark.parametrize(("n", "features"), [(500, 16), (50, 64)])
@@ -70,9 +68,6 @@ def test_one_image_has_no_covariance():
         moments(normal(1, 4))
 
 
-# ----- how sure -----
-
-
 def test_the_jackknife_of_a_mean_is_its_standard_error():
     blocks = normal(10)
     error = jackknife(lambda kept: blocks[kept].mean().item(), 10)
@@ -87,9 +82,6 @@ def test_the_jackknife_of_the_frechet_distance_is_the_spread_of_independent_sets
         distances.append(distance(real, fake.flatten(0, 1)))
         errors.append(jackknife(lambda kept, fake=fake: distance(real, fake[kept].flatten(0, 1)), 10))
     assert np.mean(errors) == pytest.approx(np.std(distances, ddof=1), rel=0.3)
-
-
-# ----- inception score -----
 
 
 def score(logits: torch.Tensor) -> float:
@@ -112,11 +104,8 @@ def test_inception_score_is_that_of_torchmetrics():
     assert score(logits) == pytest.approx(theirs.compute()[0].item(), rel=1e-9)
 
 
-# ----- neighbours -----
-
-
 def modes(*centers: float, n: int = 100, seed: int = 0) -> torch.Tensor:
-    """So many points around each center, on a line in four dimensions."""
+    """n points around each center, on a line in four dimensions."""
     points = normal(len(centers), n, 4, seed=seed)
     points[..., 0] += 100 * torch.tensor(centers).view(-1, 1)
     return points.flatten(0, 1)
@@ -166,9 +155,6 @@ def test_distances_in_chunks(monkeypatch):
 def test_too_few_points():
     with pytest.raises(ValueError, match="k=3 nearest neighbours need more than 3 points, but real has 3"):
         precision_recall(normal(3, 2), normal(9, 2))
-
-
-# ----- kernel distance -----
 
 
 def test_kernel_distance_is_unbiased_and_sees_a_shift():

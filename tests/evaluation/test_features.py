@@ -1,44 +1,27 @@
 """Networks that turn images into features: trained on the spot, from the Hub, and the one of the FID."""
 
-import json
 import sys
 import types
 
-import feature_extractors
 import pytest
 import torch
-from config import UserError
-from data import CachedImages, Digits, LazyImages, fingerprint, stack_images
-from feature_extractors import SmallClassifier, pretrained_extractor, small_classifier
 from safetensors import safe_open
-from transformers import (
-    Dinov2Config,
-    Dinov2Model,
-    ResNetConfig,
-    ResNetForImageClassification,
-    ViTConfig,
-    ViTForImageClassification,
-)
+from transformers import Dinov2Model, ResNetConfig, ResNetForImageClassification, ViTForImageClassification
 
-NAMES = {0: "a", 1: "b", 2: "c"}
+from diffusers_cfg.config import UserError
+from diffusers_cfg.evaluation import features as feature_extractors
+from diffusers_cfg.evaluation.features import SmallClassifier, pretrained_extractor, small_classifier
+from tests.support.extractors import CLASSES, DINOV2, LABELS, VIT, save_extractor
 
-
-@pytest.fixture(scope="module")
-def digits() -> CachedImages:
-    from config import TrainConfig
-
-    return stack_images(Digits(), TrainConfig(resolution=8), 1, show_progress=False)
+RESNET = ResNetConfig(embedding_size=8, hidden_sizes=[8, 24], depths=[1, 1], layer_type="basic", **LABELS)
 
 
 def images(n: int = 4, size: int = 8) -> torch.Tensor:
     return torch.randint(0, 256, (n, 3, size, size), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
 
 
-# ----- the small classifier -----
-
-
-@pytest.mark.slow
-def test_the_small_classifier_learns_the_digits(digits, tmp_path):
+def test_the_small_classifier_learns_the_digits(digits, tmp_path, monkeypatch):
+    monkeypatch.setattr(feature_extractors.train_classifier, "__defaults__", (250, 64))  # a tenth of the work
     id2label = {i: str(i) for i in range(10)}
     classifier = small_classifier(digits, "digits", id2label, tmp_path)
     assert classifier.accuracy > 0.98
@@ -46,7 +29,7 @@ def test_the_small_classifier_learns_the_digits(digits, tmp_path):
     features, logits = classifier(digits.images[:50].expand(-1, 3, -1, -1))
     assert features.shape == (50, classifier.num_features)
     assert (logits.argmax(1) == digits.class_labels[:50]).double().mean() > 0.95
-    # The next time it is there
+    # It is there the next time
     with safe_open(tmp_path / "classifier-digits.safetensors", "pt") as file:
         assert float(file.metadata()["accuracy"]) == classifier.accuracy
     again = small_classifier(digits, "digits", id2label, tmp_path)
@@ -66,41 +49,9 @@ def test_training_the_classifier_is_determined_and_leaves_the_random_numbers_alo
 
 @pytest.mark.parametrize("resolution", [4, 8, 28, 64])
 def test_the_small_classifier_takes_any_resolution(resolution):
-    features, logits = SmallClassifier(resolution, NAMES).eval()(images(2, resolution))
+    features, logits = SmallClassifier(resolution, CLASSES).eval()(images(2, resolution))
     assert features.shape == (2, 64)
     assert logits.shape == (2, 3)
-
-
-def test_the_fingerprint_is_of_images_and_labels(digits):
-    name = fingerprint(digits)
-    assert fingerprint(CachedImages(digits.images.clone(), digits.class_labels.clone())) == name
-    assert fingerprint(LazyImages(Digits(), 8, 1, True)) == name
-    other = digits.images.clone()
-    other[0, 0, 3, 3] += 1
-    assert fingerprint(CachedImages(other, digits.class_labels)) != name
-    assert fingerprint(CachedImages(digits.images, digits.class_labels.flip(0))) != name
-    assert fingerprint(CachedImages(digits.images.expand(-1, 3, -1, -1), digits.class_labels)) != name
-
-
-# ----- those of transformers -----
-
-
-def save(model, folder, size: int = 32) -> str:
-    model.save_pretrained(folder)
-    settings = {
-        "image_processor_type": "ViTImageProcessor", "size": {"height": size, "width": size}, "image_mean": [0.5] * 3,
-        "image_std": [0.5] * 3,
-    }  # fmt: skip
-    (folder / "preprocessor_config.json").write_text(json.dumps(settings))
-    return str(folder)
-
-
-LABELS = {"id2label": NAMES, "label2id": {name: i for i, name in NAMES.items()}}
-VIT = ViTConfig(
-    hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16, image_size=32, patch_size=8,
-    **LABELS,
-)  # fmt: skip
-RESNET = ResNetConfig(embedding_size=8, hidden_sizes=[8, 24], depths=[1, 1], layer_type="basic", **LABELS)
 
 
 @pytest.mark.parametrize(
@@ -111,17 +62,16 @@ RESNET = ResNetConfig(embedding_size=8, hidden_sizes=[8, 24], depths=[1, 1], lay
     ],
 )
 def test_a_classifier_of_transformers(make, num_features, head, tmp_path):
-    extractor = pretrained_extractor(save(make(), tmp_path / "model"))
+    extractor = pretrained_extractor(save_extractor(make(), tmp_path / "model"))
     features, logits = extractor(images(5, 64))
-    assert (extractor.num_features, extractor.id2label) == (num_features, NAMES)
+    assert (extractor.num_features, extractor.id2label) == (num_features, CLASSES)
     assert features.shape == (5, num_features)
     torch.testing.assert_close(head(extractor.network)(features), logits)
     assert "ViTImageProcessor" in extractor.resize
 
 
 def test_dinov2_gives_its_class_token(tmp_path, monkeypatch):
-    config = Dinov2Config(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, image_size=28, patch_size=14)
-    monkeypatch.setattr(feature_extractors, "DINOV2_MODEL", save(Dinov2Model(config), tmp_path / "model"))
+    monkeypatch.setattr(feature_extractors, "DINOV2_MODEL", save_extractor(Dinov2Model(DINOV2), tmp_path / "model"))
     extractor = pretrained_extractor("dinov2")
     features, logits = extractor(images(2))
     assert features.shape == (2, 16)
@@ -134,9 +84,6 @@ def test_dinov2_gives_its_class_token(tmp_path, monkeypatch):
 def test_a_network_that_is_not_there(tmp_path):
     with pytest.raises(UserError, match="--feature_extractor /nowhere/at/all is none of small, inception and dinov2"):
         pretrained_extractor("/nowhere/at/all")
-
-
-# ----- Inception, which is torch-fidelity's -----
 
 
 def stand_in_for_torch_fidelity(monkeypatch, network) -> None:

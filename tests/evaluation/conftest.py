@@ -1,0 +1,29 @@
+"""Fixtures of the tests of the evaluation."""
+
+from pathlib import Path
+
+import pytest
+
+from diffusers_cfg.data.datasets import CachedImages, stack_images
+from diffusers_cfg.data.sources import Digits
+from diffusers_cfg.evaluation import features
+from diffusers_cfg.settings import DataConfig
+
+
+@pytest.fixture(scope="module", autouse=True)
+def quick_classifier():
+    """The classifier of the data is trained for a few steps."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(features.train_classifier, "__defaults__", (30, 64))
+        yield
+
+
+@pytest.fixture(scope="session")
+def digits() -> CachedImages:
+    return stack_images(Digits(), DataConfig(resolution=8), 1, show_progress=False)
+
+
+@pytest.fixture(scope="session")
+def statistics_dir(tmp_path_factory) -> Path:
+    """The statistics of the digits by the quick classifier are summed up once."""
+    return tmp_path_factory.mktemp("statistics")

@@ -1,0 +1,71 @@
+"""The ablation of p_uncond: it trains and measures what is missing, and gathers the tables."""
+
+import json
+import re
+import shutil
+from functools import partial
+
+import pytest
+
+from diffusers_cfg import CFGPipeline
+from diffusers_cfg.config import UserError, read_yaml
+from diffusers_cfg.evaluation import features
+from diffusers_cfg.evaluation.settings import EvaluationConfig
+from diffusers_cfg.settings import CFGConfig
+from tests.support.runs import TINY, reset_accelerate
+from training.studies import ablate_dropout
+
+
+@pytest.fixture
+def argv(tmp_path) -> list[str]:
+    flags = ["--output_dir", str(tmp_path / "out"), "--num_samples", "20", "--num_inference_steps", "2"]
+    return [*flags, "--conditioning_dropout_probs", "0.1", "0.5", "--guidance_scales", "0", "1", *TINY]
+
+
+def test_what_is_trained_and_measured(argv, tmp_path):
+    args, train_argv = ablate_dropout.parse_args(argv)
+    train_config, evaluation_config = ablate_dropout.configs_of(0.1, args, train_argv)
+    assert (train_config.conditioning_dropout_prob, train_config.max_train_steps) == (0.1, 4)
+    assert train_config.num_inference_steps == CFGConfig().num_inference_steps  # the flag is the evaluation's
+    assert train_config.resume_from_checkpoint is None
+    assert train_config.output_dir == evaluation_config.model == str(tmp_path / "out" / "p=0.1")
+    assert (evaluation_config.num_samples, evaluation_config.num_inference_steps) == (20, 2)
+    assert evaluation_config.scheduler == "UniPCMultistepScheduler"
+    (tmp_path / "out" / "p=0.1" / "checkpoint-2").mkdir(parents=True)
+    assert ablate_dropout.configs_of(0.1, args, train_argv)[0].resume_from_checkpoint == "latest"
+
+
+def test_settings_are_checked_before_anything_is_trained(argv, tmp_path, monkeypatch):
+    with pytest.raises(UserError, match=r"conditioning_dropout_prob must lie in \[0, 1\), but is 1.5"):
+        ablate_dropout.main([*argv, "--conditioning_dropout_probs", "0.1", "1.5"])
+    with pytest.raises(UserError, match="learning_rate must be a positive number"):
+        ablate_dropout.main([*argv, "--learning_rate", "0"])
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(UserError, match="runs in one process"):
+        ablate_dropout.main(argv)
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_ablation_of_dropout(argv, trained_model, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(features.train_classifier, "__defaults__", (30, 64))
+    # Not the user's cache: the quick classifier is not for real evaluations.
+    monkeypatch.setattr(ablate_dropout, "EvaluationConfig", partial(EvaluationConfig, statistics_dir=tmp_path / "cache"))
+    reset_accelerate()
+    first = tmp_path / "out" / "p=0.1"
+    shutil.copytree(trained_model, first)  # a model that is there is not trained again
+    before = (first / "run.json").stat().st_mtime_ns
+    ablate_dropout.main(argv)
+    table = (tmp_path / "out" / "table.md").read_text()
+    assert capsys.readouterr().out.endswith(f"{table}\n")
+    columns = [f"{name}, p = {p}" for name in ("Fréchet distance", "classifier score") for p in ("0.1", "0.5")]
+    assert table.startswith(f"| w | {' | '.join(columns)} |\n")
+    assert re.findall(r"^\| (\S+) \|", table, flags=re.MULTILINE) == ["w", "---", "0", "1", "real"]
+    assert (tmp_path / "out" / "curves.png").is_file()
+    assert (first / "run.json").stat().st_mtime_ns == before
+    trained = read_yaml(tmp_path / "out" / "p=0.5" / "train_config.yaml", CFGConfig)
+    assert (trained["conditioning_dropout_prob"], trained["max_train_steps"]) == (0.5, 4)
+    for p in ("0.1", "0.5"):
+        record = json.loads((tmp_path / "out" / f"p={p}" / "evaluation" / "metrics.json").read_text())
+        assert [row["network_evaluations"] for row in record["results"]] == [2, 4]
+    assert len(list((tmp_path / "cache").iterdir())) == 2
+    assert CFGPipeline.from_pretrained(tmp_path / "out" / "p=0.5").config.conditioning_dropout_prob == 0.5
