@@ -1,6 +1,7 @@
 """Runs on streamed data: exact resume, the length of the run, and workers that die."""
 
 import json
+import os
 import re
 import shutil
 import signal
@@ -166,7 +167,7 @@ def test_a_worker_that_dies_ends_all_processes(tmp_path):
     command = ROOT / "training" / "train_cfg.py"
     script = tmp_path / "script.py"
     script.write_text(
-        f"import runpy, signal, sys\nsys.path.insert(0, {str(ROOT)!r})\n"
+        "import runpy, signal, sys\n"
         "from diffusers_cfg.data import datasets\nfrom tests.support.workers import deadly\n"
         "datasets.to_array = deadly(13, signal.SIGSEGV)\n"
         f"sys.argv[0] = {str(command)!r}\n"
@@ -177,6 +178,7 @@ def test_a_worker_that_dies_ends_all_processes(tmp_path):
     result = subprocess.run(
         [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", script, *flags],
         cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
         capture_output=True,
         text=True,
         timeout=120,
