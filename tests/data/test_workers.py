@@ -7,10 +7,12 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from torch.utils.data import DataLoader, Dataset
+import torch
+from torch.utils.data import DataLoader
 
 from diffusers_cfg.data import datasets as data
 from diffusers_cfg.data.datasets import (
+    CachedImages,
     LazyImages,
     StreamedImages,
     identity_collate,
@@ -70,17 +72,9 @@ def test_a_dead_worker_is_reported_with_its_image(tmp_path, streaming, how):
 
 
 def test_other_errors_are_not_about_dead_workers():
-    class Failing(Dataset):
-        in_flight = InFlightItems(1)
-
-        def __len__(self):
-            return 1
-
-        def __getitem__(self, index):
-            raise RuntimeError("no memory")
-
-    dataset = Failing()
-    with pytest.raises(RuntimeError, match="in DataLoader worker process 0") as error:
-        list(DataLoader(dataset, num_workers=1))
-    raise_for_dead_worker(dataset, error.value)
-    raise_for_dead_worker(dataset, RuntimeError("CUDA out of memory"))
+    dataset = CachedImages(torch.zeros(1, 1, 8, 8, dtype=torch.uint8), torch.zeros(1, dtype=torch.int64))
+    for message in (
+        "CUDA out of memory",
+        "Caught RuntimeError in DataLoader worker process 0.\nOriginal Traceback (most recent call last): …",
+    ):
+        raise_for_dead_worker(dataset, RuntimeError(message))

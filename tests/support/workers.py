@@ -33,6 +33,8 @@ def error_in_process(function: Callable[..., None], *args, start_method: str) ->
     what it was closing just then is left half closed, and the next test would see that.
     """
     context = multiprocessing.get_context(start_method)
+    if start_method == "forkserver":
+        context.set_forkserver_preload(["tests.support.runs"])  # imported once for all processes
     receiver, sender = context.Pipe(duplex=False)
     process = context.Process(target=report_error, args=(sender, function, *args))
     process.start()
@@ -46,6 +48,7 @@ def error_in_process(function: Callable[..., None], *args, start_method: str) ->
 
 def report_error(sender: Connection, function: Callable[..., None], *args) -> None:
     """Run a function, and send the text of its UserError."""
+    multiprocessing.set_start_method("fork", force=True)  # so that its workers inherit what the function replaces
     try:
         function(*args)
     except UserError as error:
