@@ -49,7 +49,8 @@ def test_settings_are_checked_before_anything_is_trained(argv, tmp_path, monkeyp
 def test_the_ablation_of_dropout(argv, trained_model, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(features.train_classifier, "__defaults__", (30, 64))
     # Not the user's cache: the quick classifier is not for real evaluations.
-    monkeypatch.setattr(ablate_dropout, "EvaluationConfig", partial(EvaluationConfig, statistics_dir=tmp_path / "cache"))
+    config_class = partial(EvaluationConfig, statistics_dir=tmp_path / "cache")
+    monkeypatch.setattr(ablate_dropout, "EvaluationConfig", config_class)
     reset_accelerate()
     first = tmp_path / "out" / "p=0.1"
     shutil.copytree(trained_model, first)  # a model that is there is not trained again
