@@ -69,6 +69,7 @@ class CFGPipeline(pipeline_cfg.CFGPipeline):
                 f"use_safetensors={kwargs['use_safetensors']} is not supported: other formats than safetensors can run "
                 "code. Leave it out."
             )
+        kwargs.pop("trust_remote_code", None)  # no code is run, whoever is trusted
         folder = str(pretrained_model_name_or_path)
         if not os.path.isdir(folder):
             folder = cls.download(folder, **kwargs)

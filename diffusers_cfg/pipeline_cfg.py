@@ -227,10 +227,11 @@ class CFGPipeline(DiffusionPipeline):
         scales = scales.view(*scales.shape, 1, 1, 1).to(device)  # (steps, images, 1, 1, 1)
         latents = self._prepare_latents(latents, num_images, generator, device)
         step_kwargs = self._step_kwargs(generator)
+        dtype = self.unet.dtype  # read once: diffusers searches all modules for it
 
         # 3. Algorithm 2
         for i, t in enumerate(self.progress_bar(self.scheduler.timesteps)):
-            z = self.scheduler.scale_model_input(latents, t)
+            z = self.scheduler.scale_model_input(latents, t).to(dtype)
             if guider is None:
                 preds = self.predictions(z, t, class_labels, guide_labels, scales[i], needs_cond[i], needs_uncond[i])
                 pred = self.guide(*preds, scales[i], guidance_rescale)
@@ -272,7 +273,8 @@ class CFGPipeline(DiffusionPipeline):
         takes w as an input.
 
         Args:
-            z (`torch.Tensor` of shape `(batch, channels, height, width)`): Noisy samples, scaled by the scheduler.
+            z (`torch.Tensor` of shape `(batch, channels, height, width)`): Noisy samples, scaled by the scheduler, in
+                the dtype of `unet`.
             t (`torch.Tensor` of shape `()` or `(batch,)`): Network's time.
             class_labels (`torch.Tensor` of shape `(batch,)`): c. Or weights, `(batch, num_classes + 1)`.
             guide_labels (`torch.Tensor`, the same shape): Labels that replace ∅, for `guide_unet` or else `unet`.
@@ -282,7 +284,6 @@ class CFGPipeline(DiffusionPipeline):
         Returns:
             Two `torch.Tensor` of the shape of z, in float32; `None` for one that was skipped.
         """
-        z = z.to(self.unet.dtype)
         guide = self.unet if self.guide_unet is None else self.guide_unet
         if self.unet.max_guidance_scale is not None:
             return self.unet(z, t, class_labels=class_labels, guidance_scale=w.flatten()).sample.float(), None
@@ -346,7 +347,6 @@ class CFGPipeline(DiffusionPipeline):
         Returns:
             `torch.Tensor` of the shape of z, in float32.
         """
-        z = z.to(self.unet.dtype)
         guider.set_state(step=step, num_inference_steps=len(self.scheduler.timesteps), timestep=t)
         batches = guider.prepare_inputs({"class_labels": (class_labels, guide_labels)})
         for batch in batches:

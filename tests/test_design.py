@@ -1,4 +1,4 @@
-"""Holds the rules of who may import whom."""
+"""Hold the rules of who may import whom."""
 
 import ast
 import re
@@ -7,25 +7,26 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parent.parent
-REMOTE = ["unet_2d_cfg.py", "scheduling_log_snr.py", "pipeline_cfg.py"]
-PACKAGE = sorted((ROOT / "diffusers_cfg").glob("*.py"))
-TRAINING = sorted((ROOT / "training").glob("*.py"))
+from tests.support.imports import PACKAGE, REMOTE, ROOT, commands, edges, imported, layer, modules
 
-
-def imported(path: Path) -> set[str]:
-    """Top-level names that a file imports, anywhere in it; relative imports keep their dot."""
-    names = set()
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-        if isinstance(node, ast.Import):
-            names |= {alias.name.split(".")[0] for alias in node.names}
-        elif isinstance(node, ast.ImportFrom):
-            names.add("." + (node.module or "") if node.level else node.module.split(".")[0])
-    return names
+# What each layer may import of the package
+RULES = {
+    "diffusers_cfg": {"R"},
+    "config": set(),
+    "randomness": set(),
+    "files": set(),
+    "settings": {"config"},
+    "R": {"R"},
+    "data": {"config", "randomness", "files", "settings"},
+    "evaluation": {"data", "R", "config", "randomness", "files", "settings"},
+    "engine": {"data", "R", "config", "randomness", "files", "settings"},
+    "methods": {"engine", "evaluation", "data", "R", "config", "randomness", "settings"},
+    "training": {"R", "data", "engine", "evaluation", "methods", "config", "randomness", "files", "settings"},
+}
 
 
 def identifiers(path: Path) -> str:
-    """All names in the code of a file, docstrings and comments aside."""
+    """Return all names in the code of a file, docstrings and comments aside."""
     nodes = list(ast.walk(ast.parse(path.read_text(encoding="utf-8"))))
     names = [node.id for node in nodes if isinstance(node, ast.Name)]
     names += [node.attr for node in nodes if isinstance(node, ast.Attribute)]
@@ -33,58 +34,126 @@ def identifiers(path: Path) -> str:
     return " ".join(names)
 
 
+def top_level(names: set[str]) -> set[str]:
+    return {name.split(".")[0] for name in names}
+
+
+def users_of(library: str) -> set[str]:
+    return {name for name, path in {**modules(), **commands()}.items() if library in top_level(imported(path))}
+
+
 @pytest.mark.parametrize("name", REMOTE)
 def test_remote_code_runs_alone(name):
-    path = ROOT / "diffusers_cfg" / name
-    assert imported(path) - set(sys.stdlib_module_names) <= {"torch", "diffusers"}
+    path = PACKAGE / f"{name}.py"
+    assert top_level(imported(path)) - set(sys.stdlib_module_names) <= {"torch", "diffusers"}
     tree = ast.parse(path.read_text(encoding="utf-8"))
     # A helper at module level would be shared by two loaded versions of a repository.
     assert [node.name for node in tree.body if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef))] == []
     # diffusers finds imports by their look, in docstrings too.
     looks = re.findall(r"^\s*(?:import\s+(\S+)\s*$|from\s+(\S+)\s+import)", path.read_text(), flags=re.MULTILINE)
-    assert {(a or b).split(".")[0] for a, b in looks} <= imported(path)
+    assert {(a or b).split(".")[0] for a, b in looks} <= top_level(imported(path))
 
 
 @pytest.mark.parametrize(
-    ("name", "unknown"),
+    ("pattern", "unknown"),
     [
         ("scheduling_log_snr.py", r"class_label|num_class|null|guidance"),
         ("unet_2d_cfg.py", r"sched|alpha|sigma|snr"),
+        ("engine/*.py", r"log_snr|guidance_scale|null_class|conditioning_dropout|\bunet\b|prediction_type"),
+        ("data/*.py", r"log_snr|guidance|null_class|conditioning_dropout|unet|prediction_type"),
     ],
 )
-def test_only_the_pipeline_joins_them(name, unknown):
-    assert re.findall(unknown, identifiers(ROOT / "diffusers_cfg" / name)) == []
+def test_what_a_part_does_not_know(pattern, unknown):
+    """Only the pipeline joins the network and the noise process; the engine and the data know no method."""
+    found = {path.name: set(re.findall(unknown, identifiers(path))) for path in PACKAGE.glob(pattern)}
+    assert {name: words for name, words in found.items() if words} == {}
 
 
-def test_the_package_knows_nothing_of_training():
-    names = {path.stem for path in TRAINING} | {"training", "accelerate", "datasets", "sklearn"}
-    for path in PACKAGE:
-        assert imported(path) & names == set(), path
+@pytest.mark.parametrize("name", RULES)
+def test_the_layers_import_downwards(name):
+    assert edges().get(name, set()) <= RULES[name]
+
+
+def test_every_file_has_a_layer():
+    assert {layer(name) for name in modules()} <= RULES.keys()
+
+
+def test_there_is_no_circle():
+    graph = {name: imported(path) & modules().keys() for name, path in modules().items() if name != "diffusers_cfg"}
+    while free := [name for name, targets in graph.items() if not targets & graph.keys()]:
+        for name in free:
+            del graph[name]
+    assert graph.keys() == set()
+
+
+def test_a_method_imports_no_other():
+    methods = {path.stem for path in (PACKAGE / "methods").glob("*.py")}
+    shared = {"__init__", "objectives", "networks"}
+    for name in methods - shared:
+        own = {
+            module.split(".")[-1] for module in imported(PACKAGE / "methods" / f"{name}.py") if ".methods." in module
+        }
+        assert own <= shared, name
+
+
+def test_evaluation_comes_to_the_engine_as_a_callable():
+    assert "evaluation" not in edges()["engine"]
+    assert "engine" not in edges()["evaluation"]
+
+
+def test_nobody_imports_a_command():
+    stems = {path.stem for path in commands().values()} - {"publish", "sample"}  # which are words of other modules too
+    for path in [*modules().values(), *commands().values(), *(ROOT / "tests").rglob("*.py")]:
+        assert not top_level(imported(path)) & (stems | {"training"}), path
+
+
+def test_imports_stand_at_the_top():
+    """In the package too, but for what is optional or costs a start that does not need it."""
+    allowed = {"config": {"transformers.hf_argparser"}, "sources": {"sklearn.datasets"}}
+    allowed["features"] = {"torch_fidelity.feature_extractor_inceptionv3"}
+    for name, path in modules().items():
+        nested = imported(path) - imported(path, nested=False)
+        assert nested <= allowed.get(name.split(".")[-1], set()), name
+
+
+def test_no_file_is_long():
+    long = {name: len(path.read_text().splitlines()) for name, path in {**modules(), **commands()}.items()}
+    assert {name: n for name, n in long.items() if n > 400 and name.split(".")[-1] not in REMOTE} == {}
+
+
+def test_nobody_extends_the_path():
+    for path in [*modules().values(), *commands().values(), *(ROOT / "tests").rglob("*.py")]:
+        if path != Path(__file__):
+            assert "sys.path" not in path.read_text(encoding="utf-8"), path
+    assert "pythonpath" not in (ROOT / "pyproject.toml").read_text()
 
 
 @pytest.mark.parametrize(
     ("library", "homes"),
     [
-        ("accelerate", "checkpoint evaluation grid latents loop plan record train_cfg"),
-        ("datasets", "data"),
-        ("huggingface_hub", "hub model_card"),
-        ("torchvision", ""),
+        ("accelerate", r"diffusers_cfg\.(engine|evaluation|methods)\..*|diffusers_cfg\.data\.latents"),
+        ("datasets", r"diffusers_cfg\.data\..*"),
+        ("huggingface_hub", r"diffusers_cfg\.(hub|model_card)"),
+        ("torchvision", "-"),
     ],
 )
 def test_a_library_stays_in_its_place(library, homes):
-    assert {path.stem for path in [*PACKAGE, *TRAINING] if library in imported(path)} <= set(homes.split())
+    assert {name for name in users_of(library) if not re.fullmatch(homes, name)} - {
+        name for name in commands() if library == "accelerate"
+    } == set()
 
 
-@pytest.mark.parametrize("name", ["conditioning.py", "objectives.py", "metrics.py"])
+@pytest.mark.parametrize("name", ["methods/objectives.py", "evaluation/metrics.py"])
 def test_the_mathematics_are_functions_over_tensors(name):
-    assert imported(ROOT / "training" / name) - {"collections"} == {"torch"}
+    libraries = top_level(imported(PACKAGE / name)) - set(sys.stdlib_module_names)
+    assert libraries <= {"torch", "diffusers", "diffusers_cfg"}
+    assert [n for n in ast.parse((PACKAGE / name).read_text()).body if isinstance(n, ast.ClassDef)] == []
 
 
 def test_the_guidance_rule_stands_in_one_place():
     rule = re.compile(r"\(1 \+ \w+\) \* ")
-    assert [path.name for path in [*PACKAGE, *TRAINING] if rule.search(path.read_text(encoding="utf-8"))] == [
-        "pipeline_cfg.py"
-    ]
+    files = [*modules().values(), *commands().values()]
+    assert [path.name for path in files if rule.search(path.read_text(encoding="utf-8"))] == ["pipeline_cfg.py"]
 
 
 def test_ci_runs_the_command_of_the_readme():

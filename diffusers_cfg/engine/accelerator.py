@@ -1,5 +1,6 @@
 """Set up Accelerate: processes, device, precision and trackers."""
 
+import atexit
 import logging
 import os
 from collections.abc import Callable
@@ -7,7 +8,6 @@ from datetime import timedelta
 from pathlib import Path
 
 import torch
-import torch._inductor.config as inductor
 from accelerate import Accelerator, PartialState
 from accelerate.utils import DynamoBackend, ProjectConfiguration, parse_flag_from_env
 
@@ -32,6 +32,9 @@ def make_accelerator(config: TrainConfig | None = None) -> Accelerator:
     # Without `cpu=True`, accelerate treats several CPU processes as independent runs.
     cpu = not torch.accelerator.is_available()
     state = PartialState(cpu=cpu, timeout=timedelta(seconds=config.ddp_timeout))
+    # And not at the end of a run: the group cannot be built again in the same processes, which may have another run.
+    atexit.unregister(destroy_process_group)
+    atexit.register(destroy_process_group)
     configure_logging(state.is_main_process)
 
     mixed_precision = config.mixed_precision or os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
@@ -57,11 +60,17 @@ def make_accelerator(config: TrainConfig | None = None) -> Accelerator:
     )
     if accelerator.state.dynamo_plugin.backend != DynamoBackend.NO:
         # With it torch 2.13 silently loses, on a CPU at least, the gradient of all that lies before an upsampling:
-        # most of the network would not learn.
-        inductor.layout_optimization = False
+        # most of the network would not learn. (torch imports its compiler when this attribute is first read.)
+        torch._inductor.config.layout_optimization = False
     if config.report_to != "none" and not accelerator.log_with:
         raise UserError(f"--report_to {config.report_to}: that tracker is not installed. Install it, or say none.")
     return accelerator
+
+
+def destroy_process_group() -> None:
+    """Leave the group of processes, if there is one."""
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
 
 
 def refuse_sharding() -> None:

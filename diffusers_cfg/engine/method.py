@@ -54,6 +54,22 @@ class Objective(NamedTuple):
     loss: Callable[[Networks, Batch], Terms]
 
 
+def check_terms(objective: Objective, terms: Terms, batch: Batch) -> Terms:
+    """Return the terms of a loss. Raise ValueError unless they are a value for each sample, and the loss is float32."""
+    expected = batch.class_labels.shape
+    for name, value in {"loss": terms.loss, **terms.logs}.items():
+        if value.shape != expected:
+            raise ValueError(
+                f"The objective {objective.name} returned {name} of shape {tuple(value.shape)}, but must return one "
+                f"value for each sample, shape {tuple(expected)}: do not average over the batch."
+            )
+    if terms.loss.dtype != torch.float32:
+        raise ValueError(
+            f"The objective {objective.name} returned a loss in {terms.loss.dtype}: compute it in float32."
+        )
+    return terms
+
+
 class Method(ABC):
     """
     What a training run trains and saves. A method is one file, with one subclass that reads like its paper.

@@ -29,7 +29,7 @@ from diffusers_cfg.engine.checkpoint import (
 )
 from diffusers_cfg.engine.history import check_resumed, identity_of, settings_of
 from diffusers_cfg.engine.log import Log, is_due, save_picture
-from diffusers_cfg.engine.method import Batch, Method, Objective
+from diffusers_cfg.engine.method import Batch, Method, Objective, check_terms
 from diffusers_cfg.engine.plan import check_disk, describe_plan, make_plan
 from diffusers_cfg.engine.preemption import Preempted, Preemption
 from diffusers_cfg.engine.publishing import BackgroundPublisher, check_hub, publish_run
@@ -138,7 +138,7 @@ class Trainer:
                     seed_of(self.config.seed, "network", batch.step, turn, micro_step, accelerator.process_index)
                 )
                 with accelerator.accumulate(*trained.values()):
-                    terms = objective.loss({**modules, **trained}, batch)
+                    terms = check_terms(objective, objective.loss({**modules, **trained}, batch), batch)
                     accelerator.backward(terms.loss.mean())
                     if accelerator.sync_gradients:
                         finite = self._clip(objective)
@@ -177,6 +177,10 @@ class Trainer:
             accumulation = match_batch_size(self.checkpoint, self.record, config, accelerator.num_processes)
         self.plan = make_plan(config, accelerator.num_processes, accumulation, self.dataset)
         check_disk(config, method, self.plan.total_steps)
+        self.data = describe_data(images, self.dataset)
+        self.history = []
+        if self.record is not None:
+            self.history = check_resumed(self.checkpoint, self.record, config, method, self.data)
         return images
 
     def _print_plan(self, images: LabelledImages) -> None:
@@ -198,7 +202,6 @@ class Trainer:
     def _start(self, images: LabelledImages) -> None:
         """Put everything on the device as it was at the checkpoint, or as it is before the first step."""
         config, accelerator, method, plan = self.config, self.accelerator, self.method, self.plan
-        data = describe_data(images, self.dataset)
         self.evaluate = None
         if config.eval_steps and self.evaluation is not None:
             self.evaluate = self.evaluation(method, config, accelerator, self.dataset)
@@ -211,9 +214,7 @@ class Trainer:
             module.to(accelerator.device)
 
         self.state = state = make_state(config, method, plan.batch_size, accelerator.num_processes)
-        if self.record is not None:
-            state.step = self.record["step"]
-            state.history = check_resumed(self.checkpoint, self.record, config, method, data)
+        state.step, state.history = self.record["step"] if self.record is not None else 0, self.history
         set_learning_rates(config, state, plan.total_steps)
         self.prepared = {name: accelerator.prepare(module) for name, module in method.modules.items()}
         self.optimizers = {name: accelerator.prepare(optimizer) for name, optimizer in state.optimizers.items()}
@@ -226,7 +227,7 @@ class Trainer:
                 self.stream.load_state_dict(state.stream)
             logger.info("Resumed from %s", self.checkpoint)
         self._check_same_step()
-        self.facts = {"settings": settings_of(config), "identity": identity_of(method), "data": data}
+        self.facts = {"settings": settings_of(config), "identity": identity_of(method), "data": self.data}
 
         if accelerator.is_main_process:
             prepare_output_dir(config)
@@ -280,9 +281,10 @@ class Trainer:
     def _clip(self, objective: Objective) -> torch.Tensor:
         """Scale each module's gradient down to its largest norm. Return whether all of them are finite, bool `()`."""
         largest = self.method.max_grad_norm(objective)
+        # Once for all modules: accelerate's own clipping would unscale the gradients of fp16 again for each of them.
+        self.accelerator.unscale_gradients(self.optimizers[objective.name])
         norms = {
-            name: self.accelerator.clip_grad_norm_(self.prepared[name].parameters(), largest)
-            for name in objective.trains
+            name: torch.nn.utils.clip_grad_norm_(self.prepared[name].parameters(), largest) for name in objective.trains
         }
         finite = torch.stack([torch.isfinite(norm) for norm in norms.values()]).all()
         self.log.log_gradient(objective, norms, finite)
@@ -337,7 +339,8 @@ class Trainer:
                 f'  pipe = DiffusionPipeline.from_pretrained("{config.output_dir}", trust_remote_code=True)\n'
                 f"  {method.example()}"
             )
-        accelerator.end_training()  # no process waits for the upload
+        for tracker in accelerator.trackers:
+            tracker.finish()
         if self.publisher is not None:
             self.publisher.close()
         if self.repo_id is not None:

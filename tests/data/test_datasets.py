@@ -110,11 +110,14 @@ def test_data_without_a_readable_image_is_an_error(folder, lazy):
         path.write_bytes(b"broken")
     config = folder_config(folder, max_unreadable_fraction=1.0)
     images = load_labelled_images(config)
-    with pytest.raises(UserError, match=r"None of the 12 images can be read: row \d+ \(.*\.png\)"):
+
+    def read():
         if lazy:
-            LazyImages(images, 8, 3, True).__getitems__([5])
-        else:
-            stack_images(images, config, 3, show_progress=False)
+            return LazyImages(images, 8, 3, True).__getitems__([5])
+        return stack_images(images, config, 3, show_progress=False)
+
+    with pytest.raises(UserError, match=r"None of the 12 images can be read: row \d+ \(.*\.png\)"):
+        read()
 
 
 @pytest.mark.parametrize("lazy", [False, True])

@@ -10,7 +10,13 @@ import torch
 
 from diffusers_cfg.config import UserError
 from diffusers_cfg.data.datasets import stack_images
-from diffusers_cfg.data.sources import LabelledImages, class_ids, load_labelled_images, require_classes
+from diffusers_cfg.data.sources import (
+    DatasetImages,
+    LabelledImages,
+    class_ids,
+    load_labelled_images,
+    require_classes,
+)
 from diffusers_cfg.settings import DataConfig
 from tests.support.images import (
     SPLITS_CARD,
@@ -155,9 +161,8 @@ def test_a_data_set_without_images_is_refused(tmp_path):
     with pytest.raises(UserError, match=message):
         load(tmp_path, dataset_name=source, streaming=True)
     dataset = datasets.Dataset.from_dict({"image": [], "label": []}).cast_column("image", datasets.Image())
-    dataset.save_to_disk(tmp_path / "saved")
     with pytest.raises(UserError, match=message):
-        load(tmp_path, dataset_name=str(tmp_path / "saved"))
+        DatasetImages(dataset, "image", "label")
 
 
 def test_a_stream_of_plain_labels_is_refused(tmp_path):

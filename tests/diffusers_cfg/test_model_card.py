@@ -4,7 +4,7 @@ import re
 import diffusers
 import pytest
 import yaml
-from conftest import make_pipeline, make_unet
+from tests.support.models import make_pipeline, make_unet
 from diffusers.guiders import AdaptiveProjectedGuidance
 from PIL import Image
 

@@ -4,12 +4,12 @@ import diffusers
 import numpy as np
 import pytest
 import torch
-from conftest import generators, make_pipeline, make_unet
+from tests.support.models import generators, make_pipeline, make_unet
 from diffusers import guiders
 from diffusers.guiders import ClassifierFreeGuidance
 from diffusers.hooks import LayerSkipConfig
 from diffusers.models.unets.unet_2d import UNet2DOutput
-from support.draws import assert_same_draws
+from tests.support.draws import assert_same_draws
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from diffusers_cfg import CFGPipeline, LogSNRScheduler, UNet2DCFGModel
@@ -21,7 +21,7 @@ def draw(pipeline: CFGPipeline, class_labels, guidance_scale=1.0, seeds=(0,), **
 
 
 def guided(pipeline: CFGPipeline, z, t, class_labels, guide_labels, w, guidance_rescale=0.0) -> torch.Tensor:
-    preds = pipeline.predictions(z, t, class_labels, guide_labels, w)
+    preds = pipeline.predictions(z.to(pipeline.unet.dtype), t, class_labels, guide_labels, w)
     return pipeline.guide(*preds, w, guidance_rescale)
 
 
@@ -267,7 +267,7 @@ def test_soft_labels_mix_classes(pipeline):
     [3, [0, 3], np.array([0, 3]), torch.tensor([0, 3]), torch.tensor(3), {3: 1.0}, [{0: 1.0}, {-1: 0.5, 3: 0.5}]],
 )
 def test_a_label_counted_from_one_is_not_the_null_class(pipeline, argument, labels):
-    """The network would take the number of classes for the null class, and draw without a class in silence."""
+    """The network would take the number of classes for the null class, and silently draw without a class."""
     message = (
         rf"^{argument} has the unknown id 3, counted from 1\? The classes are 'zero' \(0\).*; -1 is the null class"
     )
@@ -519,7 +519,7 @@ def test_the_number_of_steps_is_the_pipelines_own(pipeline):
 
 @pytest.mark.slow
 def test_a_compiled_network_is_compiled_once_for_each_number_of_passes(pipeline, tmp_path):
-    """Whatever w, the labels and the step; with aot_eager, which traces as inductor does and generates no code."""
+    """Whatever w, the labels and the step; with aot_eager, which traces as inductor does but generates no code."""
     torch._dynamo.reset()
     images = draw(pipeline, [0, 1], seeds=(0, 1))
     pipeline.unet = torch.compile(pipeline.unet, fullgraph=True, backend="aot_eager")

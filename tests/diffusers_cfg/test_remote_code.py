@@ -1,7 +1,7 @@
 """The files saved with every model cannot share code: what they repeat is marked, and stays the same."""
 
 import re
-from itertools import combinations, pairwise
+from itertools import combinations
 from pathlib import Path
 
 import pytest
@@ -24,7 +24,7 @@ def test_copies_are_the_text_that_they_were_copied_from(name):
 
 @pytest.mark.parametrize("pair", list(combinations(NAMES, 2)))
 def test_what_two_files_repeat_is_marked(pair):
-    """Lines that follow each other in both files, but for imports and what is only punctuation."""
+    """Three lines that follow each other in both files, but for imports and what is only punctuation."""
     copies = [text for name in NAMES for *_, text in MARK.findall(read(name))]
     found = []
     for name in pair:
@@ -32,7 +32,7 @@ def test_what_two_files_repeat_is_marked(pair):
         for copy in copies:
             text = text.replace(copy, "")
         lines = [line for line in text.splitlines() if not re.match(r"(from|import) |\W*$", line)]
-        found.append(set(pairwise(lines)))
+        found.append(set(zip(lines, lines[1:], lines[2:], strict=False)))
     assert found[0] & found[1] == set()
 
 

@@ -8,10 +8,10 @@ import sys
 import diffusers
 import pytest
 import torch
-from conftest import generators, make_pipeline, make_unet
+from tests.support.models import generators, make_pipeline, make_unet
 from diffusers import DiffusionPipeline
 from diffusers.guiders import AdaptiveProjectedGuidance
-from support.draws import assert_same_draws
+from tests.support.draws import assert_same_draws
 
 from diffusers_cfg import CFGPipeline, LogSNRScheduler, UNet2DCFGModel
 from diffusers_cfg.hub import allowed_files
@@ -125,6 +125,16 @@ def test_the_package_runs_no_code_of_the_folder(pipeline, folder, monkeypatch):
         path.write_text("raise SystemExit('the code of the folder was run')")
     monkeypatch.setattr(diffusers.utils.dynamic_modules_utils, "DIFFUSERS_DISABLE_REMOTE_CODE", True)
     assert_same_model(draw(CFGPipeline.from_pretrained(folder)), draw(pipeline), pipeline)
+
+
+def test_the_package_runs_no_code_even_if_told_to_trust_it(pipeline, folder):
+    for path in folder.rglob("*.py"):
+        path.write_text("raise SystemExit('the code of the folder was run')")
+    assert_same_model(draw(CFGPipeline.from_pretrained(folder, trust_remote_code=True)), draw(pipeline), pipeline)
+    # diffusers looks for a component's module in its folder first, under the name that the index gives
+    (folder / "unet" / "diffusers_cfg.unet_2d_cfg.py").write_text("raise SystemExit('the code of the folder was run')")
+    with pytest.raises(ValueError, match="trust_remote_code"):
+        CFGPipeline.from_pretrained(folder, trust_remote_code=True)
 
 
 def test_the_package_finds_its_modules_before_they_are_imported(folder, monkeypatch):

@@ -2,7 +2,7 @@ import inspect
 
 import pytest
 import torch
-from conftest import make_unet
+from tests.support.models import make_unet
 from diffusers import UNet2DModel
 from diffusers.utils import logging as diffusers_logging
 
@@ -184,6 +184,8 @@ def test_compiles_without_a_graph_break_and_not_again_for_other_values(unet):
     torch.testing.assert_close(compiled(Z, T, class_labels=labels).sample, unet(Z, T, class_labels=labels).sample)
     with torch._dynamo.config.patch(error_on_recompile=True):
         compiled(Z, torch.tensor(3.5), class_labels=torch.tensor([2, 1]))
+    mixed = torch.tensor([[0.5, 0.5, 0, 0], [0, 0, 0, 1.0]])
+    torch.testing.assert_close(compiled(Z, T, class_labels=mixed).sample, unet(Z, T, class_labels=mixed).sample)
 
     compiled = torch.compile(with_guidance_input(unet), fullgraph=True, backend="aot_eager")
     compiled(Z, T, class_labels=labels, guidance_scale=torch.zeros(2))

@@ -4,12 +4,19 @@ import shutil
 from pathlib import Path
 
 import pytest
+import torch
 
 from tests.support.runs import ROOT, WEIGHTS, assert_same_tensors, launch
 from tests.support.trajectories import METHODS, expected, follow, trajectory_of
 
-COMPILED = pytest.param("compile", marks=pytest.mark.slow)
-TWO_PROCESSES = pytest.param("two processes", marks=pytest.mark.slow)
+WAYS = ["plain", "resume", "accumulation", pytest.param("two processes", marks=pytest.mark.slow)]
+EACH_WAY = [
+    pytest.param(method, *way.values, marks=way.marks) if hasattr(way, "values") else (method, way)
+    for method in METHODS
+    for way in WAYS
+]
+# A minute of compiling each. torch.compile knows no second derivative, which the adversarial toy's penalty needs.
+COMPILED = [pytest.param(method, "compile", marks=pytest.mark.slow) for method in ("cfg", "distillation")]
 
 
 @pytest.fixture(scope="module")
@@ -21,12 +28,11 @@ def runs(tmp_path_factory) -> Path:
 def two_processes(tmp_path_factory) -> Path:
     """All methods on two processes."""
     folder = tmp_path_factory.mktemp("two")
-    launch(str(folder), cwd=ROOT, processes=2, script=ROOT / "tests" / "support" / "two_processes.py")
+    launch(str(folder), cwd=ROOT, processes=2, script="tests.support.two_processes")
     return folder
 
 
-@pytest.mark.parametrize("how", ["plain", "resume", "accumulation", COMPILED, TWO_PROCESSES])
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize(("method", "how"), [*EACH_WAY, *COMPILED])
 def test_the_trajectory_is_the_recorded_one(request, runs, tmp_path, method, how):
     whole, out, first = runs / method, tmp_path / "out", 1
     if not whole.exists():
@@ -43,11 +49,15 @@ def test_the_trajectory_is_the_recorded_one(request, runs, tmp_path, method, how
     elif how == "accumulation":
         follow(method, out, "--train_batch_size", "4", "--gradient_accumulation_steps", "2")
     elif how == "compile":
+        torch.compiler.reset()
+        graphs = torch._dynamo.utils.counters["stats"]
+        before = graphs["unique_graphs"]
         follow(method, out, "--compile")
+        assert graphs["unique_graphs"] > before
     else:
         out = request.getfixturevalue("two_processes") / method
     logged = trajectory_of(out)
     for tag, values in expected(method).items():
         assert logged[tag] == pytest.approx({s: v for s, v in values.items() if s >= first}, rel=1e-4), tag
-    # 20 steps of a rate of at most 1e-2; gradients that are all rounding, such as the keys' bias, make steps of Adam too
+    # Gradients that are all rounding, such as that of the keys' bias, make steps of Adam too, of at most the rate.
     assert_same_tensors(whole / "unet" / WEIGHTS, out / "unet" / WEIGHTS, rtol=1e-3, atol=2e-3)

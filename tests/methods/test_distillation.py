@@ -4,37 +4,23 @@ import json
 from itertools import pairwise
 
 import diffusers
-from diffusers_cfg.methods import cfg
 import pytest
 import torch
-from diffusers_cfg.config import UserError
-from diffusers_cfg.settings import CFGConfig
-from distill_guidance import distill_guidance, parse_args
-from distillation import ddim_step, few_step_target
-from evaluate_cfg import evaluate_cfg
-from evaluate_cfg import parse_args as evaluate_args
-from randomness import Draws
 from safetensors.torch import load_file
-from test_train import SETTINGS, WEIGHTS, assert_same_tensors, train
 
 from diffusers_cfg import CFGPipeline, LogSNRScheduler, UNet2DCFGModel
+from diffusers_cfg.config import UserError, parse_config
+from diffusers_cfg.methods import distillation
+from diffusers_cfg.methods.distillation import ddim_step, few_step_target
+from diffusers_cfg.settings import CFGConfig, DistillationConfig
+from tests.support.runs import WEIGHTS, assert_same_tensors, distill, train
 
 PREDICTION_TYPES = ["epsilon", "v_prediction", "sample"]
 
 
 @pytest.fixture(scope="module")
-def teacher(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("teacher") / "out"
-    train(folder)
-    return folder
-
-
-def distill(teacher, output_dir, *argv: str) -> CFGConfig:
-    AcceleratorState._reset_state(reset_partial_state=True)
-    GradientState._reset_state()
-    args, config = parse_args(["--teacher", str(teacher), *SETTINGS, "--output_dir", str(output_dir), *argv])
-    distill_guidance(args, config)
-    return config
+def teacher(trained_model):
+    return trained_model
 
 
 @pytest.fixture(scope="module")
@@ -42,9 +28,6 @@ def student(teacher, tmp_path_factory):
     folder = tmp_path_factory.mktemp("student") / "out"
     distill(teacher, folder, "--max_guidance_scale", "3")
     return folder
-
-
-# ----- targets -----
 
 
 @pytest.mark.parametrize("prediction_type", PREDICTION_TYPES)
@@ -84,7 +67,7 @@ def test_one_step_to_the_target_arrives_where_the_teacher_does(prediction_type, 
 
 def test_the_student_is_compared_with_the_guided_teacher(teacher, tmp_path, monkeypatch):
     shown, compared = [], []
-    forward, error = UNet2DCFGModel.forward, cfg.squared_error
+    forward, error = UNet2DCFGModel.forward, distillation.squared_error
 
     def spy_on_forward(self, z, t, class_labels, **kwargs):
         if "guidance_scale" in kwargs and self.training:
@@ -96,7 +79,7 @@ def test_the_student_is_compared_with_the_guided_teacher(teacher, tmp_path, monk
         return error(pred, target)
 
     monkeypatch.setattr(UNet2DCFGModel, "forward", spy_on_forward)
-    monkeypatch.setattr(cfg, "squared_error", spy_on_error)
+    monkeypatch.setattr(distillation, "squared_error", spy_on_error)
     distill(teacher, tmp_path, "--max_guidance_scale", "2.5", "--conditioning_dropout_prob", "0.5")
     monkeypatch.undo()
 
@@ -111,17 +94,6 @@ def test_the_student_is_compared_with_the_guided_teacher(teacher, tmp_path, monk
     assert 0 <= scales.min() < 0.6
     assert 1.9 < scales.max() <= 2.5
     assert {*torch.cat([c for _, _, c, _ in shown]).tolist()} > {10}
-
-
-def test_what_else_is_random_is_a_function_of_the_row():
-    draws = Draws.of_step(3, 7, (16, 1, 2, 2), torch.device("cpu"))
-    scales = draws.uniform("guidance scale")
-    assert torch.equal(draws[4:8].uniform("guidance scale"), scales[4:8])
-    assert not torch.equal(draws.uniform("another"), scales)
-    assert len(set(scales.tolist())) == 16
-
-
-# ----- the script -----
 
 
 def test_a_student_loads_and_guides_in_one_pass(teacher, student):
@@ -141,7 +113,7 @@ def test_a_student_loads_and_guides_in_one_pass(teacher, student):
 
 
 def test_data_and_optimization_are_the_teachers_unless_told_otherwise(teacher):
-    _, config = parse_args(["--teacher", str(teacher), "--learning_rate", "0.5"])
+    config = parse_config(DistillationConfig, ["--teacher", str(teacher), "--learning_rate", "0.5"])
     of_teacher = CFGConfig.load(teacher / "train_config.yaml")
     assert (config.train_batch_size, config.max_train_steps) == (8, 4)
     assert (config.resolution, config.learning_rate, of_teacher.learning_rate) == (8, 0.5, 1e-3)
@@ -180,8 +152,7 @@ def test_the_times_of_a_step_student_are_those_it_samples_at(student, tmp_path, 
 
 def test_a_resumed_distillation_is_the_one_that_never_stopped(teacher, student, tmp_path):
     flags = ["--max_guidance_scale", "3", "--resume_from_checkpoint", "checkpoint-2", "--output_dir", str(tmp_path)]
-    for name in ("checkpoint-2",):
-        (tmp_path / name).symlink_to(student / name)
+    (tmp_path / "checkpoint-2").symlink_to(student / "checkpoint-2")
     distill(teacher, tmp_path, *flags)
     assert_same_tensors(tmp_path / "unet" / WEIGHTS, student / "unet" / WEIGHTS)
 
@@ -192,14 +163,16 @@ def test_a_resumed_distillation_is_the_one_that_never_stopped(teacher, student, 
         (["--student_steps", "3"], "--student_steps must divide 1000.* but is 3"),
         (["--student_steps", "8", "--teacher_steps", "12"], "--teacher_steps 12"),
         (["--student_steps", "0"], "but is 0"),
-        (["--max_guidance_scale", "0"], "--max_guidance_scale must be a positive number, but is 0"),
+        (["--max_guidance_scale", "0"], "max_guidance_scale must be a positive number, but is 0"),
         (["--block_out_channels", "8"], "block_out_channels: the network is that of --pretrained_model_name_or_path"),
+        (["--prediction_type", "epsilon"], "prediction_type: that is the teacher's"),
+        (["--log_snr_max", "5"], "log_snr_max: that is the teacher's"),
         (["--learning_rat", "1"], None),
     ],
 )
 def test_wrong_flags_are_named(teacher, argv, message):
     with pytest.raises(UserError if message else SystemExit, match=message):
-        parse_args(["--teacher", str(teacher), *argv])
+        parse_config(DistillationConfig, ["--teacher", str(teacher), *argv])
 
 
 def test_wrong_teachers_are_named(student, tmp_path):
@@ -213,15 +186,10 @@ def test_wrong_teachers_are_named(student, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-def test_a_student_is_measured_within_its_range(student, tmp_path):
-    flags = ["--model", str(student), "--output_dir", str(tmp_path / "out"), "--num_samples", "20"]
-    with pytest.raises(UserError, match=r"--guidance_scales has \[4.0\], but .* was distilled for 0 … 3"):
-        evaluate_cfg(evaluate_args([*flags, "--guidance_scales", "0", "4"]))
-    assert not (tmp_path / "out").exists()
-
-
 def test_training_does_not_go_on_from_a_student(student, tmp_path):
-    with pytest.raises(UserError, match="was distilled to guide in one pass, and would forget that"):
+    with pytest.raises(
+        UserError, match="was distilled to guide in one pass, and would forget that: start from its teacher"
+    ):
         train(tmp_path / "out", "--pretrained_model_name_or_path", str(student))
 
 

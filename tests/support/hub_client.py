@@ -2,8 +2,9 @@
 
 import huggingface_hub
 import pytest
-from hub_server import Hub
 from huggingface_hub import constants
+
+from tests.support.hub_server import Hub
 
 
 class HubClient:

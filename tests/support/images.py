@@ -130,11 +130,16 @@ def stream_config(source: str | None, **settings) -> TrainConfig:
 
 
 def open_stream(
-    source: str | None, rank: int = 0, world_size: int = 1, num_workers: int = 0, **settings
+    source: str | None,
+    rank: int = 0,
+    world_size: int = 1,
+    num_workers: int = 0,
+    needs_labels: bool = True,
+    **settings,
 ) -> StreamedImages:
     """Return the streamed images of one of several processes."""
     config = stream_config(source, dataloader_num_workers=num_workers, **settings)
-    images = training_dataset(load_labelled_images(config), config, 1, show_progress=False)
+    images = training_dataset(load_labelled_images(config, needs_labels), config, 1, show_progress=False)
     images.divide(rank, world_size)
     return images
 

@@ -69,14 +69,14 @@ def start(output_dir: Path, preemption: Preemption, *argv: str) -> None:
 
 
 def launch(
-    *argv: str, cwd: Path, processes: int = 1, fails: bool = False, script: Path = TRAINING / "train_cfg.py"
+    *argv: str, cwd: Path, processes: int = 1, fails: bool = False, script: Path | str = TRAINING / "train_cfg.py"
 ) -> subprocess.CompletedProcess:
-    """Run a script by `accelerate launch`, or on several processes by torchrun, which a CPU needs for them."""
+    """Run a file or a module by `accelerate launch`, or on several processes by torchrun, which a CPU needs for them."""
     launcher = ["accelerate.commands.launch", "--num_processes", "1"]
     if processes > 1:
         launcher = ["torch.distributed.run", "--nproc_per_node", str(processes)]
     result = subprocess.run(
-        [sys.executable, "-m", *launcher, str(script), *argv],
+        [sys.executable, "-m", *launcher, *(["-m", script] if isinstance(script, str) else [str(script)]), *argv],
         cwd=cwd, env={**os.environ, "HF_HUB_OFFLINE": "1"}, capture_output=True, text=True, timeout=600,
     )  # fmt: skip
     assert result.returncode == 0 or fails, result.stderr

@@ -37,7 +37,9 @@ def trajectory_of(output_dir: Path) -> dict[str, dict[int, float]]:
     """Return the losses and the norms of the gradients of a run, by name and step."""
     logged = scalars(output_dir)
     return {
-        tag: dict(points) for tag, points in sorted(logged.items()) if tag.split("/")[-1] == "loss" or "grad_norm" in tag
+        tag: dict(points)
+        for tag, points in sorted(logged.items())
+        if tag.split("/")[-1] == "loss" or "grad_norm" in tag
     }
 
 

@@ -1,109 +1,15 @@
-"""Conditioning, objectives, randomness, networks: the parts of a step."""
+"""Networks from settings, from files, and those of the recipes."""
 
 import json
-import math
-from itertools import chain
 
 import pytest
 import torch
+
 from diffusers_cfg.config import UserError, parse_config
-from diffusers_cfg.settings import CFGConfig
 from diffusers_cfg.data.sources import Digits
 from diffusers_cfg.methods.networks import build_pipeline, build_unet, noise_process
-from diffusers_cfg.methods.objectives import drop_class_labels, prediction_target, squared_error
-from randomness import Draws, GlobalBatchSampler, seeded_generator
-
-from diffusers_cfg import LogSNRScheduler
-
-# ----- conditioning -----
-
-
-@pytest.mark.parametrize("p", [0.0, 0.1, 0.5])
-def test_labels_are_dropped_at_the_rate_asked_for(p):
-    n = 100_000
-    labels = torch.arange(n) % 10
-    before = labels.clone()
-    dropped = drop_class_labels(labels, p, 10, torch.rand(n, generator=torch.Generator().manual_seed(0)))
-    rate = (dropped == 10).float().mean().item()
-    assert rate == pytest.approx(p, abs=5 * math.sqrt(p * (1 - p) / n))
-    assert torch.equal(labels, before)
-    assert torch.equal(dropped[dropped != 10], labels[dropped != 10])
-
-
-def test_labels_are_dropped_one_by_one():
-    dropped = drop_class_labels(torch.tensor([1, 2, 3]), 0.5, 9, torch.tensor([0.49, 0.51, 0.5]))
-    assert dropped.tolist() == [9, 2, 3]
-
-
-# ----- objectives -----
-
-
-@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction", "sample"])
-def test_the_target_is_what_the_sampler_inverts(prediction_type):
-    scheduler = LogSNRScheduler(prediction_type=prediction_type, clip_sample=False)
-    x, noise = torch.randn(2, 1, 1, 4, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    t = scheduler.timestep(torch.tensor([0.6], dtype=torch.float64))
-    z, target = scheduler.add_noise(x, noise, t), prediction_target(scheduler, x, noise, t)
-    log_snr = scheduler.log_snr(scheduler.u(t)).item()
-    torch.testing.assert_close(scheduler.predict_original_sample(target, z, log_snr), x)
-
-
-def test_the_error_is_the_mean_square_of_each_sample():
-    error = squared_error(torch.tensor([[1.0, 3.0], [0.0, 0.0]]).half(), torch.zeros(2, 2))
-    assert error.tolist() == [5.0, 0.0]
-    assert error.dtype == torch.float32
-
-
-# ----- randomness -----
-
-
-def indices(**settings) -> list[list[int]]:
-    return list(GlobalBatchSampler(**{"num_examples": 10, "batch_size": 4, "seed": 0, "steps": range(6), **settings}))
-
-
-def test_every_epoch_has_every_example_in_another_order():
-    flat = list(chain.from_iterable(indices(batch_size=5)))
-    epochs = [flat[start : start + 10] for start in (0, 10, 20)]
-    assert [sorted(epoch) for epoch in epochs] == [list(range(10))] * 3
-    assert epochs[0] != epochs[1] != epochs[2]
-
-
-def test_the_order_goes_on_where_it_stopped():
-    assert indices(steps=range(3, 6)) == indices()[3:]
-
-
-def test_the_order_does_not_depend_on_how_a_step_is_cut_up():
-    whole = indices()
-    accumulated = indices(batch_size=2, accumulation=2)
-    assert [a + b for a, b in zip(accumulated[::2], accumulated[1::2], strict=True)] == whole
-    ranks = [indices(batch_size=2, rank=rank, world_size=2) for rank in (0, 1)]
-    assert [a + b for a, b in zip(*ranks, strict=True)] == whole
-
-
-def test_draws_are_a_function_of_seed_and_step():
-    def draws(seed, step):
-        return Draws.of_step(seed, step, (1000, 1, 2, 2), torch.device("cpu"))
-
-    assert torch.equal(draws(0, 3).noise, draws(0, 3).noise)
-    assert not torch.equal(draws(0, 3).noise, draws(0, 4).noise)
-    assert not torch.equal(draws(0, 3).u, draws(1, 3).u)
-    assert torch.equal(draws(0, 3)[10:20].u, draws(0, 3).u[10:20])
-    sample = draws(0, 0)
-    for uniform in (sample.u, sample.dropout):
-        assert uniform.min() >= 0
-        assert uniform.max() <= 1
-        assert uniform.mean().item() == pytest.approx(0.5, abs=0.05)
-    assert sample.flip.float().mean().item() == pytest.approx(0.5, abs=0.08)
-    assert sample.noise.std().item() == pytest.approx(1, abs=0.05)
-    assert abs(torch.corrcoef(torch.stack([sample.u, sample.dropout]))[0, 1].item()) < 0.15
-
-
-def test_generators_of_different_purposes_differ():
-    first = [torch.rand(1, generator=seeded_generator("cpu", *key)).item() for key in ((0, "a"), (0, "b"), (1, "a"))]
-    assert len(set(first)) == 3
-
-
-# ----- networks -----
+from diffusers_cfg.settings import CFGConfig
+from tests.support.runs import TRAINING
 
 
 def test_the_network_is_the_one_the_settings_describe():
@@ -158,7 +64,7 @@ def test_a_config_file_that_describes_no_network(tmp_path, text, message):
 
 
 def recipe(name: str) -> CFGConfig:
-    return parse_config(CFGConfig, ["--config", str(CONFIGS / f"{name}.yaml")])
+    return parse_config(CFGConfig, ["--config", str(TRAINING / "configs" / f"{name}.yaml")])
 
 
 # Those of ADM's code (github.com/openai/guided-diffusion) with the flags that its README gives for each of the two and

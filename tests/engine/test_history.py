@@ -1,0 +1,241 @@
+"""A resumed run: which settings it may change, and what becomes of those that it does."""
+
+import json
+import shutil
+from dataclasses import fields
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file, save_file
+
+from diffusers_cfg.config import UserError
+from diffusers_cfg.engine.checkpoint import CHECKSUMS, STATE_FILE, write_checksums
+from diffusers_cfg.settings import CFGConfig, DistillationConfig
+from tests.support import runs
+from tests.support.models import make_pipeline, make_unet
+from tests.support.runs import WEIGHTS, assert_same_tensors, distill, train
+from tests.support.toys import Adversarial
+
+RESUME = ["--resume_from_checkpoint", "checkpoint-2"]
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("run") / "out"
+    train(folder)
+    return folder
+
+
+@pytest.fixture
+def copy(run, tmp_path) -> Path:
+    return Path(shutil.copytree(run, tmp_path / "out"))
+
+
+def run_record(folder: Path) -> dict:
+    return json.loads((folder / "run.json").read_text())
+
+
+@pytest.mark.parametrize("config", [CFGConfig, DistillationConfig])
+def test_every_setting_says_what_a_resumed_run_may_do_with_it(config):
+    assert {s.name for s in fields(config) if s.metadata.get("on_resume") not in ("fixed", "recorded", "free")} == set()
+
+
+# A value for every setting that is fixed, other than that of the run
+CHANGED = {
+    "streaming": None,  # needs other data
+    "shuffle_buffer_size": "7",
+    "resolution": "16",
+    "block_out_channels": "8",
+    "layers_per_block": "2",
+    "attention_resolutions": "4",
+    "dropout": "0.1",
+    "use_ema": None,  # a flag without a value, below
+    "ema_max_decay": "0.5",
+    "seed": "5",
+    "prediction_type": "epsilon",
+    "log_snr_min": "-5",
+    "log_snr_max": "5",
+}
+
+
+def test_the_settings_that_are_fixed_are_all_tried():
+    assert CHANGED.keys() == {s.name for s in fields(CFGConfig) if s.metadata["on_resume"] == "fixed"}
+
+
+@pytest.mark.parametrize(("name", "value"), [(name, value) for name, value in CHANGED.items() if value is not None])
+def test_a_fixed_setting_cannot_change(copy, name, value):
+    before = {path: path.read_bytes() for path in copy.rglob("*") if path.is_file()}
+    with pytest.raises(UserError, match=rf"--{name} was .* and is \[?'?{value}.*another --output_dir"):
+        train(copy, *RESUME, f"--{name}", value)
+    with pytest.raises(UserError, match=f"--{name} was"):
+        train(copy, *RESUME, f"--{name}", value, "--dry_run")
+    assert {path: path.read_bytes() for path in copy.rglob("*") if path.is_file()} == before
+
+
+def test_averages_cannot_come_and_go(copy):
+    with pytest.raises(UserError, match="--use_ema was True and is False"):
+        train(copy, *RESUME, "--no_use_ema")
+
+
+@pytest.mark.parametrize(
+    ("flags", "name", "values"),
+    [
+        (["--learning_rate", "1e-2"], "learning_rate", [1e-3, 1e-2]),
+        (["--lr_scheduler", "constant"], "lr_scheduler", ["cosine", "constant"]),
+        (["--max_train_steps", "6"], "max_train_steps", [4, 6]),
+        (["--lr_warmup_steps", "0"], "lr_warmup_steps", [1, 0]),
+        (["--adam_beta1", "0.5"], "adam_beta1", [0.9, 0.5]),
+        (["--adam_weight_decay", "0.5"], "adam_weight_decay", [0.0, 0.5]),
+        (["--max_grad_norm", "1e-3"], "max_grad_norm", [1.0, 1e-3]),
+        (["--ema_power", "0.1"], "ema_power", [0.75, 0.1]),
+        (["--random_flip"], "random_flip", [False, True]),
+        (["--conditioning_dropout_prob", "0.5"], "conditioning_dropout_prob", [0.1, 0.5]),
+    ],
+)
+def test_a_recorded_setting_takes_effect_and_is_remembered(run, copy, caplog, flags, name, values):
+    train(copy, *RESUME, *flags)
+    assert f"{name} was {values[0]!r} and is {values[1]!r}" in caplog.text
+    assert run_record(copy)["history"] == [{"from_step": 2, name: values}]
+    changed = [
+        not torch.equal(a, b)
+        for a, b in zip(*(load_file(folder / "unet" / WEIGHTS).values() for folder in (run, copy)), strict=True)
+    ]
+    assert any(changed)
+    # And the next one to resume has both
+    caplog.clear()
+    latest = ["--resume_from_checkpoint", "latest", "--max_train_steps", "7"]
+    train(copy, *flags, *latest)
+    steps = {
+        "from_step": 6 if name == "max_train_steps" else 4,
+        "max_train_steps": [values[1] if name == "max_train_steps" else 4, 7],
+    }
+    assert run_record(copy)["history"] == [{"from_step": 2, name: values}, steps]
+
+
+def test_the_documented_learning_rate_is_the_one_that_is_taken(tmp_path):
+    """As a run that had it from the start would take it from there: a step of a constant rate, ten times as large."""
+    flags = ["--lr_scheduler", "constant", "--no_use_ema", "--max_train_steps", "3", "--checkpointing_steps", "2"]
+    train(tmp_path / "slow", *flags)
+    steps = {}
+    for name, rate in (("same", "1e-3"), ("tenfold", "1e-2")):
+        shutil.copytree(tmp_path / "slow" / "checkpoint-2", tmp_path / name / "checkpoint-2")
+        train(tmp_path / name, *flags, *RESUME, "--learning_rate", rate)
+        before, after = (load_file(tmp_path / name / part / WEIGHTS) for part in ("checkpoint-2/unet", "unet"))
+        steps[name] = after["conv_in.weight"] - before["conv_in.weight"]
+    torch.testing.assert_close(steps["tenfold"], 10 * steps["same"], rtol=1e-3, atol=1e-6)
+    assert_same_tensors(tmp_path / "slow" / "unet" / WEIGHTS, tmp_path / "same" / "unet" / WEIGHTS)
+
+
+def test_nothing_is_said_of_settings_that_are_free(copy, caplog):
+    train(copy, *RESUME, "--logging_steps", "3", "--checkpoints_total_limit", "8", "--validation_guidance_scales", "2")
+    assert "differs from the one" not in caplog.text
+    assert "history" not in run_record(copy)
+
+
+def save_photos(folder: Path, names: list[str], number: int) -> str:
+    for label, name in enumerate(names):
+        (folder / name).mkdir(parents=True, exist_ok=True)
+        for i in range(number):
+            pixels = np.random.default_rng([label, i]).integers(0, 256, (8, 8), np.uint8)
+            Image.fromarray(pixels).save(folder / name / f"{i}.png")
+    return str(folder)
+
+
+def test_other_classes_are_refused_and_more_images_are_said(tmp_path, caplog):
+    photos, flags = tmp_path / "photos", ["--resolution", "8", "--cache_dir", str(tmp_path / "cache")]
+    data = ["--train_data_dir", save_photos(photos, ["cat", "dog"], 8), *flags]
+    train(tmp_path / "out", *data)
+    save_photos(photos, ["cat", "dog"], 10)
+    train(tmp_path / "out", *data, *RESUME)
+    assert "data.num_images was 16 and is 20" in caplog.text
+    assert "data.fingerprint was" in caplog.text
+    history = run_record(tmp_path / "out")["history"]
+    assert history[0]["data.num_images"] == [16, 20]
+    # The folder may move
+    photos.rename(tmp_path / "moved")
+    train(tmp_path / "out", "--train_data_dir", str(tmp_path / "moved"), *flags, *RESUME)
+    history = run_record(tmp_path / "out")["history"]
+    assert history[-1]["train_data_dir"] == ["photos", "moved"]  # without the paths of this machine
+    (tmp_path / "moved" / "cat").rename(tmp_path / "moved" / "zebra")
+    with pytest.raises(UserError, match=r"classes of the data was \['cat', 'dog'\] and is \['dog', 'zebra'\]"):
+        train(tmp_path / "out", "--train_data_dir", str(tmp_path / "moved"), *flags, *RESUME)
+
+
+def test_another_noise_process_of_a_pretrained_model_is_refused(tmp_path):
+    for name, end in (("base", -20.0), ("other", -10.0)):
+        pipeline = make_pipeline(make_unet(), type(make_pipeline().scheduler)(log_snr_min=end))
+        pipeline.save_pretrained(tmp_path / name)
+    train(tmp_path / "out", "--pretrained_model_name_or_path", str(tmp_path / "base"))
+    with pytest.raises(UserError, match="log_snr_min of the method was -20.0 and is -10.0"):
+        train(tmp_path / "out", "--pretrained_model_name_or_path", str(tmp_path / "other"), *RESUME)
+
+
+def test_a_network_of_another_file_is_refused(tmp_path):
+    settings = {
+        "block_out_channels": [8, 8], "norm_num_groups": 4, "layers_per_block": 1,
+        "down_block_types": ["DownBlock2D"] * 2, "up_block_types": ["UpBlock2D"] * 2,
+    }  # fmt: skip
+    flags = ["--model_config_name_or_path", str(tmp_path / "network.json")]
+    (tmp_path / "network.json").write_text(json.dumps(settings))
+
+    def train_from_file(*argv: str) -> None:
+        runs.reset_accelerate()
+        config = runs.parse_config(CFGConfig, [*runs.SETTINGS, *flags, "--output_dir", str(tmp_path / "out"), *argv])
+        runs.Trainer(config, runs.ClassifierFreeGuidance).run()
+
+    train_from_file()
+    (tmp_path / "network.json").write_text(json.dumps({**settings, "layers_per_block": 2}))
+    with pytest.raises(UserError, match="layers_per_block of the unet was 1 and is 2"):
+        train_from_file(*RESUME)
+
+
+def test_another_method_is_refused(copy):
+    with pytest.raises(UserError, match="name of the method was 'ClassifierFreeGuidance' and is 'Adversarial'"):
+        train(copy, *RESUME, method=Adversarial)
+
+
+def test_a_student_has_the_steps_that_it_began_with(trained_model, tmp_path):
+    distill(trained_model, tmp_path / "out", "--max_guidance_scale", "3")
+    with pytest.raises(UserError, match=r"--max_guidance_scale was 3.0 and is 2.0"):
+        distill(trained_model, tmp_path / "out", "--max_guidance_scale", "2", *RESUME)
+
+
+def change_state(folder: Path, **values) -> None:
+    record = json.loads((folder / STATE_FILE).read_text())
+    record.update(values)
+    (folder / STATE_FILE).write_text(json.dumps({k: v for k, v in record.items() if v is not ...}))
+    seal(folder)
+
+
+def seal(folder: Path) -> None:
+    """Make the checksums those of the files as they are now."""
+    (folder / CHECKSUMS).unlink()
+    write_checksums(folder)
+
+
+@pytest.mark.parametrize(("format", "age"), [(..., "an older"), (3, "a newer")])
+def test_a_checkpoint_of_another_layout_is_refused(copy, format, age):
+    change_state(copy / "checkpoint-2", format=format)
+    with pytest.raises(UserError, match=f"checkpoint-2 was written by {age} version.*--pretrained_model_name_or_path"):
+        train(copy, *RESUME)
+
+
+def test_settings_of_other_versions_are_not_compared(copy, caplog):
+    record = json.loads((copy / "checkpoint-2" / STATE_FILE).read_text())
+    settings = {**record["settings"], "a_setting_of_tomorrow": 3}
+    del settings["adam_beta1"]
+    change_state(copy / "checkpoint-2", settings=settings)
+    train(copy, *RESUME)
+    assert "history" not in run_record(copy)
+
+
+def test_moments_that_are_missing_are_not_begun_again(copy):
+    path = copy / "checkpoint-2" / "optimizer-unet.safetensors"
+    moments = load_file(path)
+    save_file({name: value for i, (name, value) in enumerate(sorted(moments.items())) if i < 30}, path)
+    seal(copy / "checkpoint-2")
+    with pytest.raises(UserError, match=r"has the moments of 10 parameters, but \d+ were saved"):
+        train(copy, *RESUME)

@@ -1,0 +1,136 @@
+"""Runs as a user starts them, in processes of their own."""
+
+import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from PIL import Image
+from safetensors.torch import load_file
+
+from diffusers_cfg.data import datasets
+from diffusers_cfg.data.sources import Digits
+from tests.support.runs import TINY, TRAINING, WEIGHTS, assert_same_tensors, launch, scalars, train
+
+pytestmark = pytest.mark.slow
+
+
+def test_the_command_line_from_end_to_end(tmp_path):
+    result = launch(*TINY, "--output_dir", "out", cwd=tmp_path)
+    assert 'DiffusionPipeline.from_pretrained("out", trust_remote_code=True)' in result.stdout
+    script = (
+        "from diffusers import DiffusionPipeline\n"
+        'pipe = DiffusionPipeline.from_pretrained("out", trust_remote_code=True)\n'
+        'pipe(class_labels=["three"], guidance_scale=1.0, num_inference_steps=2).images[0].save("three.png")'
+    )
+    loaded = subprocess.run([sys.executable, "-c", script], cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    assert loaded.returncode == 0, loaded.stderr
+    assert Image.open(tmp_path / "three.png").size == (8, 8)
+
+    evaluated = subprocess.run(
+        [sys.executable, str(TRAINING / "evaluate_cfg.py"), "--model", "out", "--num_samples", "20",
+         "--num_inference_steps", "2", "--guidance_scales", "0", "1", "--statistics_dir", "statistics"],
+        cwd=tmp_path, capture_output=True, text=True, timeout=300,
+    )  # fmt: skip
+    assert evaluated.returncode == 0, evaluated.stderr
+    record = json.loads((tmp_path / "out" / "evaluation" / "metrics.json").read_text())
+    assert [row["guidance_scale"] for row in record["results"]] == [0, 1]
+    assert record["feature_extractor"]["accuracy"] > 0.95
+
+    again = launch(*TINY, "--output_dir", "out", cwd=tmp_path, fails=True)
+    assert again.returncode != 0
+    assert "train_cfg.py: error: --output_dir out is not empty" in again.stderr
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory) -> Path:
+    """Class folders of 60 images, an epoch of seven steps and a half."""
+    folder = tmp_path_factory.mktemp("photos")
+    for index in range(60):
+        path = folder / "abc"[index % 3] / f"{index}.png"
+        path.parent.mkdir(exist_ok=True)
+        Image.fromarray(Digits().images[index]).save(path)
+    return folder
+
+
+def test_two_processes_with_workers_resume_in_the_middle_of_an_epoch(tmp_path, photos, monkeypatch, caplog):
+    """Bit for bit, what is logged too; and on one process up to rounding."""
+    (tmp_path / "lazily.py").write_text(  # small data is kept in memory, without workers
+        "import runpy\nfrom diffusers_cfg.data import datasets\ndatasets.MAX_CACHED_BYTES = 0\n"
+        f"runpy.run_path({str(TRAINING / 'train_cfg.py')!r}, run_name='__main__')\n"
+    )
+    flags = [
+        "--train_data_dir", str(photos), "--resolution", "8", "--train_batch_size", "2",
+        "--gradient_accumulation_steps", "2", "--dataloader_num_workers", "2", "--checkpointing_steps", "10",
+        "--max_train_steps", "30", "--random_flip", "--report_to", "tensorboard",
+        "--resume_from_checkpoint", "latest",
+    ]  # fmt: skip
+
+    def run(name: str) -> str:
+        argv = [*TINY, *flags, "--output_dir", name]
+        return launch(*argv, cwd=tmp_path, processes=2, script=tmp_path / "lazily.py").stderr
+
+    run("whole")
+    for name in ("resumed", "alone"):
+        shutil.copytree(tmp_path / "whole" / "checkpoint-10", tmp_path / name / "checkpoint-10")
+    assert "Resumed from resumed/checkpoint-10" in run("resumed")
+    for file in [path.relative_to(tmp_path / "whole") for path in (tmp_path / "whole").rglob("*.safetensors")]:
+        if "checkpoint-10" not in file.parts:
+            assert_same_tensors(tmp_path / "whole" / file, tmp_path / "resumed" / file)
+    losses = [dict(scalars(tmp_path / name)["loss"]) for name in ("whole", "resumed")]
+    assert losses[1] == {step: loss for step, loss in losses[0].items() if step > 10}
+
+    monkeypatch.setattr(datasets, "MAX_CACHED_BYTES", 0)
+    train(tmp_path / "alone", *flags)
+    assert "--gradient_accumulation_steps is 4 and not 2, so that a step stays one of 8 images" in caplog.text
+    assert "Resuming with 1 processes instead of 2. Data and noise are the same" in caplog.text
+    first, second = (load_file(tmp_path / name / "unet" / WEIGHTS) for name in ("whole", "alone"))
+    # The softmax does not see a bias of the keys: its gradient is all rounding, of which Adam makes steps.
+    seen = [name for name in first if not name.endswith("to_k.bias")]
+    assert max((first[name] - second[name]).abs().max().item() for name in seen) < 1e-5
+    alone = dict(scalars(tmp_path / "alone")["loss"])
+    assert all(abs(alone[step] - loss) < 1e-5 for step, loss in losses[1].items())
+
+
+def launch_machines(name: str, *scripts: list[str], cwd: Path) -> list[tuple[int, str]]:
+    """
+    Two processes by a shipped launch configuration, on as many machines as there are scripts, all played by this one.
+    Exit code and stderr of each machine.
+    """
+    flags = ["--config_file", str(TRAINING / "configs" / "accelerate" / name), "--num_processes", "2"]
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        flags += ["--main_process_port", str(free.getsockname()[1]), "--main_process_ip", "127.0.0.1"]
+    runs = [
+        subprocess.Popen(
+            [sys.executable, "-m", "accelerate.commands.launch", *flags, "--machine_rank", str(rank),
+             str(TRAINING / "train_cfg.py"), *TINY, "--train_batch_size", "4", *script],
+            cwd=cwd, env={**os.environ, "HF_HUB_OFFLINE": "1"}, stderr=subprocess.PIPE, text=True,
+        )
+        for rank, script in enumerate(scripts)
+    ]  # fmt: skip
+    said = [run.communicate(timeout=600)[1] for run in runs]
+    return [(run.returncode, text) for run, text in zip(runs, said, strict=True)]
+
+
+@pytest.mark.parametrize(("name", "machines"), [("ddp.yaml", 1), ("ddp_two_machines.yaml", 2)])
+def test_the_shipped_launch_configurations(tmp_path, name, machines):
+    ends = launch_machines(name, *[["--output_dir", "two"]] * machines, cwd=tmp_path)
+    assert [code for code, _ in ends] == [0] * machines, ends
+    assert "4 steps of 8 images (0.0 epochs) on 2 × cpu" in ends[0][1]
+    train(tmp_path / "one")
+    assert_same_tensors(tmp_path / "one" / "unet" / WEIGHTS, tmp_path / "two" / "unet" / WEIGHTS, rtol=1e-4, atol=1e-6)
+
+
+def test_machines_that_do_not_share_their_checkpoints(tmp_path):
+    train(tmp_path / "here")
+    flags = ["--max_train_steps", "6", "--resume_from_checkpoint", "latest", "--output_dir"]
+    ends = launch_machines("ddp_two_machines.yaml", [*flags, "here"], [*flags, "there"], cwd=tmp_path)
+    for code, said in ends:
+        assert code != 0
+        assert "would resume from different steps, [4, 0]: --output_dir" in said
+    assert not (tmp_path / "there").exists()

@@ -1,0 +1,38 @@
+"""Models that answer in milliseconds."""
+
+import torch
+
+from diffusers_cfg import CFGPipeline, LogSNRScheduler, UNet2DCFGModel
+
+NAMES = {0: "zero", 1: "one", 2: "two"}
+
+
+def make_unet(**settings) -> UNet2DCFGModel:
+    """Return a network of 8×8 grayscale images and three classes."""
+    torch.manual_seed(0)
+    settings = {
+        "sample_size": 8,
+        "in_channels": 1,
+        "out_channels": 1,
+        "block_out_channels": (8, 16),
+        "layers_per_block": 1,
+        "down_block_types": ("DownBlock2D", "AttnDownBlock2D"),
+        "up_block_types": ("AttnUpBlock2D", "UpBlock2D"),
+        "norm_num_groups": 4,
+        "num_class_embeds": len(NAMES) + 1,
+        **settings,
+    }
+    return UNet2DCFGModel(**settings).eval()
+
+
+def make_pipeline(unet=None, scheduler=None, **settings) -> CFGPipeline:
+    """Return a pipeline of that network, by default with the paper's sampler."""
+    settings = {"id2label": NAMES, **settings}
+    pipeline = CFGPipeline(unet or make_unet(), scheduler or LogSNRScheduler(), **settings)
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def generators(*seeds: int) -> list[torch.Generator]:
+    """Return a generator with each of the seeds."""
+    return [torch.Generator().manual_seed(seed) for seed in seeds]

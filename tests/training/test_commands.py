@@ -1,0 +1,92 @@
+"""The commands: their flags, their length, what they import and when."""
+
+import ast
+import json
+import re
+import runpy
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+
+from tests.support.runs import ROOT, TRAINING
+
+COMMANDS = {path.stem: path for path in sorted([*TRAINING.glob("*.py"), *TRAINING.glob("studies/*.py")])}
+# The flags of each command at 573b54d, which people have in their scripts
+FROZEN = json.loads((ROOT / "tests" / "support" / "cli-573b54d.json").read_text(encoding="utf-8"))
+FROZEN["distill_guidance"] += FROZEN["train_cfg"]
+REMOVED = {
+    "sample": {"guidance_tolerance"},
+    "evaluate_cfg": {"guidance_tolerance"},
+    "benchmark": {"model", "guidance_interval"},
+}
+HEAVY = {"torch", "diffusers", "accelerate", "datasets", "torchmetrics", "matplotlib", "sklearn", "scipy"}
+
+
+def help_of(name: str, capsys) -> str:
+    main = runpy.run_path(str(COMMANDS[name]))["main"]
+    with pytest.raises(SystemExit, match="0"):
+        main(["--help"])
+    return capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", FROZEN)
+def test_the_flags_are_frozen(name, capsys):
+    """One may be added; renaming or removing one breaks a user."""
+    shown = set(re.findall(r"--([a-z][a-z0-9_]*)", help_of(name, capsys)))
+    assert set(FROZEN[name]) - shown == REMOVED.get(name, set())
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_a_wrong_flag_ends_with_the_usage(name, capsys):
+    main = runpy.run_path(str(COMMANDS[name]))["main"]
+    with pytest.raises(SystemExit, match="2"):
+        main(["--no_such_flag", "1"])
+    error = capsys.readouterr().err
+    assert "usage: " in error
+    assert "required" in error or "--no_such_flag" in error
+
+
+def test_help_and_wrong_flags_come_before_torch():
+    """What takes seconds to import is not imported. (A bound on the seconds would measure the machine.)"""
+    script = (
+        "import runpy, sys\n"
+        "for path in sys.argv[1:]:\n"
+        "    main = runpy.run_path(path)['main']\n"
+        "    for flag in ('--help', '--no_such_flag'):\n"
+        "        try:\n"
+        "            main([flag])\n"
+        "        except SystemExit:\n"
+        "            pass\n"
+        f"print(sorted({HEAVY!r} & set(sys.modules)))\n"
+    )
+    # Optimised, which drops the docstrings: no command may need its own.
+    command = [sys.executable, "-OO", "-c", script, *map(str, COMMANDS.values())]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.endswith("\n[]\n"), result.stdout[-300:]
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_a_command_is_thin(name):
+    """A short file, one delayed block of imports, and metadata for `uv run`."""
+    path = COMMANDS[name]
+    source = path.read_text(encoding="utf-8")
+    if path.parent == TRAINING:
+        assert len(source.splitlines()) <= 65
+    blocks = [
+        node
+        for function in ast.walk(ast.parse(source))
+        if isinstance(function, ast.FunctionDef)
+        for node, before in zip(function.body, [None, *function.body], strict=False)
+        if isinstance(node, (ast.Import, ast.ImportFrom)) and not isinstance(before, (ast.Import, ast.ImportFrom))
+    ]
+    assert len(blocks) <= 1
+    (block,) = re.findall(r"^# /// script\n((?:#.*\n)+?)# ///$", source, flags=re.MULTILINE)
+    metadata = tomllib.loads("".join(f"{line[2:]}\n" for line in block.splitlines()))
+    assert metadata["dependencies"] == ["diffusers-cfg[train]"]
+    assert metadata["requires-python"] == ">=3.11"
+    source_of_package = Path(path.parent, metadata["tool"]["uv"]["sources"]["diffusers-cfg"]["path"]).resolve()
+    assert source_of_package == ROOT
