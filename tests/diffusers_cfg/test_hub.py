@@ -10,18 +10,18 @@ import huggingface_hub
 import pytest
 import torch
 import yaml
-from tests.support.models import generators, make_pipeline, make_unet
 from diffusers import DiffusionPipeline, UNet2DModel
-from tests.support.hub_server import Fault
 from huggingface_hub import HfApi
 from PIL import Image
-from tests.support.draws import assert_same_draws
-from tests.support.hub_client import HubClient
-from tests.diffusers_cfg.test_save_and_load import WITHOUT_THE_PACKAGE
 
 import diffusers_cfg.hub
 from diffusers_cfg import CFGPipeline, LogSNRScheduler
 from diffusers_cfg.hub import PublishError, allowed_files, publish, rounding_tolerance, verify_published
+from tests.diffusers_cfg.test_save_and_load import WITHOUT_THE_PACKAGE
+from tests.support.draws import assert_same_draws
+from tests.support.hub_client import HubClient
+from tests.support.hub_server import Fault
+from tests.support.models import generators, make_pipeline, make_unet
 
 
 @pytest.fixture

@@ -4,12 +4,12 @@ import re
 import diffusers
 import pytest
 import yaml
-from tests.support.models import make_pipeline, make_unet
 from diffusers.guiders import AdaptiveProjectedGuidance
 from PIL import Image
 
 from diffusers_cfg import LogSNRScheduler
 from diffusers_cfg.model_card import BEGIN, END, model_card
+from tests.support.models import make_pipeline, make_unet
 
 RUN = {
     "dataset": "someone/scribbles",

@@ -4,15 +4,15 @@ import diffusers
 import numpy as np
 import pytest
 import torch
-from tests.support.models import generators, make_pipeline, make_unet
 from diffusers import guiders
 from diffusers.guiders import ClassifierFreeGuidance
 from diffusers.hooks import LayerSkipConfig
 from diffusers.models.unets.unet_2d import UNet2DOutput
-from tests.support.draws import assert_same_draws
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from diffusers_cfg import CFGPipeline, LogSNRScheduler, UNet2DCFGModel
+from tests.support.draws import assert_same_draws
+from tests.support.models import generators, make_pipeline, make_unet
 
 
 def draw(pipeline: CFGPipeline, class_labels, guidance_scale=1.0, seeds=(0,), **settings) -> torch.Tensor:

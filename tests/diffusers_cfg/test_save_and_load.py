@@ -8,13 +8,13 @@ import sys
 import diffusers
 import pytest
 import torch
-from tests.support.models import generators, make_pipeline, make_unet
 from diffusers import DiffusionPipeline
 from diffusers.guiders import AdaptiveProjectedGuidance
-from tests.support.draws import assert_same_draws
 
 from diffusers_cfg import CFGPipeline, LogSNRScheduler, UNet2DCFGModel
 from diffusers_cfg.hub import allowed_files
+from tests.support.draws import assert_same_draws
+from tests.support.models import generators, make_pipeline, make_unet
 
 # Run in a process that cannot import the package: editable installs are found through hooks that no directory can hide,
 # so the import itself is made to fail. Arguments: for each model its source, the file for its images, and the folder to

@@ -2,11 +2,11 @@ import inspect
 
 import pytest
 import torch
-from tests.support.models import make_unet
 from diffusers import UNet2DModel
 from diffusers.utils import logging as diffusers_logging
 
 from diffusers_cfg import UNet2DCFGModel
+from tests.support.models import make_unet
 
 Z = torch.randn(2, 1, 8, 8, generator=torch.Generator().manual_seed(1))
 T = torch.tensor(500.0)
