@@ -77,11 +77,11 @@ def configs_of(p: float, args: Namespace, train_argv: list[str]) -> tuple[CFGCon
     train_config = replace(
         parse_config(CFGConfig, train_argv),
         conditioning_dropout_prob=p,
-        output_dir=model,
+        output_dir=str(model),
         resume_from_checkpoint="latest" if begun else None,
     )
     evaluation_config = EvaluationConfig(
-        model=model,
+        model=str(model),
         guidance_scales=args.guidance_scales,
         num_samples=args.num_samples,
         num_inference_steps=args.num_inference_steps,
