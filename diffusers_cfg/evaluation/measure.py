@@ -53,10 +53,11 @@ def measure(summary: Summary, reference: Reference, id2label: dict[int, str] | N
         row["inception_score"], row["inception_score_error"] = scores.mean().item(), scores.std().item()
     right, asked = summary.sums["right"], summary.sums["asked"]
     if asked.sum() > 0:
+        names = id2label or {}
         row["class_accuracy"] = (right.sum() / asked.sum()).item()
         row["class_accuracy_error"] = jackknife(lambda kept: (right[kept].sum() / asked[kept].sum()).item(), BLOCKS)
         row["accuracy_by_class"] = {
-            id2label[class_id]: (right[:, class_id].sum() / asked[:, class_id].sum()).item()
+            names.get(class_id, str(class_id)): (right[:, class_id].sum() / asked[:, class_id].sum()).item()
             for class_id in asked.sum(0).nonzero().flatten().tolist()
         }
     return row

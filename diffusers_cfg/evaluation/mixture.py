@@ -38,6 +38,10 @@ class GaussianMixtureModel(torch.nn.Module):
     """
 
     max_guidance_scale = None  # it takes no w, like a network that was not distilled
+    means: torch.Tensor  # (components, channels · height · width)
+    stds: torch.Tensor  # (components,)
+    log_probs: torch.Tensor  # (components,)
+    allowed: torch.Tensor  # (num_classes + 1, components), bool
 
     def __init__(
         self,

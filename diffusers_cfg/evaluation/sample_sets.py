@@ -53,9 +53,9 @@ class SampleSet:
 
     def save(self, shard: range, content: Shard) -> None:
         """Write a shard, atomically."""
-        arrays = {"arr_0": content.images, "arr_1": content.class_labels}
+        images, class_labels, evaluations = content
         with atomic_write(self.path(shard)) as unfinished, unfinished.open("wb") as file:
-            np.savez_compressed(file, **arrays, network_evaluations=content.network_evaluations)
+            np.savez_compressed(file, arr_0=images, arr_1=class_labels, network_evaluations=evaluations)
 
     def load(self, shard: range) -> Shard:
         """Read a shard. Raises OSError, ValueError, KeyError or BadZipFile if it is missing or damaged."""

@@ -183,13 +183,18 @@ def draw_images(
         UserError: the pipeline refuses the arguments, or images are not finite; the message counts and names them.
     """
     last: dict[str, torch.Tensor] = {}
+
+    def keep(_pipeline: CFGPipeline, _step: int, _timestep: torch.Tensor, tensors: dict) -> dict:
+        last.update(tensors)
+        return {}
+
     try:
         with counted_evaluations(*networks_of(pipeline)) as evaluations:
             images = pipeline(
                 class_labels=class_labels,
                 generator=[seeded_generator("cpu", seed, "sample", index) for index in indices],
                 output_type="pt",
-                callback_on_step_end=lambda _pipeline, _step, _timestep, tensors: last.update(tensors),
+                callback_on_step_end=keep,
                 **call,
             ).images
     except FloatingPointError as error:

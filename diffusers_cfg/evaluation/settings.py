@@ -1,6 +1,7 @@
 """The settings of sampling and of evaluation."""
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import ClassVar, Literal
 
 from diffusers_cfg.config import CACHE_DIR, Config, UserError, flag
@@ -26,6 +27,11 @@ class SamplingConfig(Config):
     guider: str | None = flag(None, "One of diffusers' guiders, made with w, instead of the pipeline's own rule.")
     batch_size: int = flag(250, "Images drawn at a time on each process.", at_least=1)
     seed: int = flag(0, "An image is determined by this and its index.", at_least=0)
+
+    @property
+    def model_name(self) -> str:
+        """The last part of the model's path or repository, by which its results are called."""
+        return Path(self.model).resolve().name
 
     def check(self) -> None:
         own = {

@@ -155,7 +155,7 @@ class Summarizer:
 
 
 class Reference(NamedTuple):
-    """What a set of images is measured against."""
+    """Statistics of real images that a set of images is measured against."""
 
     moments: tuple[torch.Tensor, torch.Tensor]  # mean (features,) and covariance (features, features)
     sqrt_covariance: torch.Tensor  # (features, features)

@@ -34,7 +34,8 @@ def time_interleaved(ours: Callable[[], float], peer: Callable[[], float], repea
     Call two functions that return seconds in turn, the other one first each time. The first call of each does not
     count.
     """
-    ours(), peer()
+    ours()
+    peer()
     timings = PairedTimings()
     for i in range(repeats):
         sides = [(timings.ours, ours), (timings.peer, peer)]

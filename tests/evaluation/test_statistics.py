@@ -1,4 +1,4 @@
-"""What is summed up of images, kept for the next time and refused; and what is measured by it."""
+"""Sums over images: how they are added up, kept and refused, and what is measured by them."""
 
 from pathlib import Path
 

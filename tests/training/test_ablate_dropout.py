@@ -12,8 +12,10 @@ from diffusers_cfg.config import UserError, read_yaml
 from diffusers_cfg.evaluation import features
 from diffusers_cfg.evaluation.settings import EvaluationConfig
 from diffusers_cfg.settings import CFGConfig
+from tests.support.commands import load_command
 from tests.support.runs import TINY, reset_accelerate
-from training.studies import ablate_dropout
+
+ablate_dropout = load_command("studies/ablate_dropout")
 
 
 @pytest.fixture
@@ -49,9 +51,8 @@ def test_settings_are_checked_before_anything_is_trained(argv, tmp_path, monkeyp
 def test_the_ablation_of_dropout(argv, trained_model, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(features.train_classifier, "__defaults__", (30, 64))
     # Not the user's cache: the quick classifier is not for real evaluations.
-    monkeypatch.setattr(
-        ablate_dropout, "EvaluationConfig", partial(EvaluationConfig, statistics_dir=tmp_path / "cache")
-    )
+    config_class = partial(EvaluationConfig, statistics_dir=tmp_path / "cache")
+    monkeypatch.setitem(ablate_dropout.main.__globals__, "EvaluationConfig", config_class)
     reset_accelerate()
     first = tmp_path / "out" / "p=0.1"
     shutil.copytree(trained_model, first)  # a model that is there is not trained again

@@ -9,11 +9,14 @@ from accelerate import Accelerator
 
 from diffusers_cfg.config import UserError, parse_config
 from diffusers_cfg.evaluation import features
+from diffusers_cfg.evaluation.ablations import cheapest, paper_row
 from diffusers_cfg.evaluation.reports import write_report
 from diffusers_cfg.evaluation.settings import EvaluationConfig
 from diffusers_cfg.evaluation.sweep import run_sweep
+from tests.support.commands import load_command
 from tests.support.models import make_pipeline
-from training.studies import ablate_samplers
+
+ablate_samplers = load_command("studies/ablate_samplers")
 
 EXTRACTOR = {"name": "small-1", "resize": "none", "num_features": 64, "accuracy": 0.99}
 FLOOR = {"frechet_distance": 0.02, "class_accuracy": 0.99}
@@ -67,7 +70,7 @@ def ablate(tmp_path: Path, *argv: str, models: tuple[str, ...] = ("teacher",)) -
 @pytest.fixture
 def made_up(monkeypatch):
     """Sweeps are pretended, and their figures not drawn."""
-    monkeypatch.setattr(ablate_samplers, "run_sweep", pretend_to_evaluate)
+    monkeypatch.setattr("diffusers_cfg.evaluation.sweep.run_sweep", pretend_to_evaluate)
     monkeypatch.setattr("diffusers_cfg.evaluation.reports.draw_curves", lambda *_: None)
 
 
@@ -139,18 +142,18 @@ def test_without_the_papers_sampler(tmp_path, made_up):
 )
 def test_the_cheapest(rows, expected):
     rows = [{"network_evaluations": evaluations, "frechet_distance": distance} for evaluations, distance in rows]
-    assert ablate_samplers.cheapest(rows, 1.0)["network_evaluations"] == expected
+    assert cheapest(rows, 1.0)["network_evaluations"] == expected
 
 
 def test_of_two_that_cost_the_same_the_nearer_is_taken():
     rows = [{"network_evaluations": 4, "frechet_distance": distance} for distance in (1.04, 1.02, 1.03)]
-    assert ablate_samplers.cheapest(rows, 1.0)["frechet_distance"] == 1.02
+    assert cheapest(rows, 1.0)["frechet_distance"] == 1.02
 
 
 def test_the_papers_sampler_is_guided_at_all_steps():
     row = {"scheduler": "LogSNRScheduler", "num_inference_steps": 256}
     rows = [{**row, "guidance_interval": interval} for interval in ([0.2, 5.0], None)]
-    assert ablate_samplers.paper_row(rows) == rows[1]
+    assert paper_row(rows) == rows[1]
 
 
 def test_models_of_different_data_are_not_compared(tmp_path, made_up):
@@ -176,7 +179,7 @@ def test_what_cannot_be_is_refused_before_anything_is_drawn(tmp_path, monkeypatc
     def never(*_):
         raise AssertionError("evaluated")
 
-    monkeypatch.setattr(ablate_samplers, "run_sweep", never)
+    monkeypatch.setattr("diffusers_cfg.evaluation.sweep.run_sweep", never)
     with pytest.raises(UserError, match=message):
         ablate(tmp_path, *argv)
     assert not (tmp_path / "out").exists()

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 
 from diffusers_cfg.evaluation import features
+from tests.support.commands import load_command
 from tests.support.runs import TRAINING, launch
-from training.evaluate_cfg import main
 
 SCRIPT = TRAINING / "evaluate_cfg.py"
 
@@ -24,7 +24,7 @@ def test_the_command_shows_the_table(trained_model, tmp_path, capsys, monkeypatc
     monkeypatch.setattr(features.train_classifier, "__defaults__", (30, 64))
     flags = ["--num_samples", "20", "--num_inference_steps", "1", "--guidance_scales", "1"]
     folders = ["--output_dir", str(tmp_path / "out"), "--statistics_dir", str(tmp_path)]
-    main(["--model", str(trained_model), *flags, *folders])
+    load_command("evaluate_cfg").main(["--model", str(trained_model), *flags, *folders])
     said = capsys.readouterr().out
     assert f"{trained_model}, evaluated on scikit-learn's digits" in said
     assert (tmp_path / "out" / "metrics.md").read_text() in said

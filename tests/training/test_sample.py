@@ -3,11 +3,12 @@
 import pytest
 
 from diffusers_cfg.config import UserError
+from tests.support.commands import load_command
 from tests.support.models import make_pipeline
-from training.sample import main
 
 
 def test_the_command_draws(tmp_path, capsys):
+    main = load_command("sample").main
     make_pipeline().save_pretrained(tmp_path / "model")
     folders = ["--model", str(tmp_path / "model"), "--output_dir", str(tmp_path / "images")]
     main([*folders, "--num_samples", "2", "--num_inference_steps", "2", "--class_labels", "two", "-1"])

@@ -18,16 +18,9 @@ import os
 from argparse import ArgumentDefaultsHelpFormatter, ArgumentParser, Namespace
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 from diffusers_cfg.config import UserError, parse_config, run_command
-from diffusers_cfg.engine.accelerator import make_accelerator
-from diffusers_cfg.engine.trainer import Trainer
-from diffusers_cfg.evaluation.in_training import training_evaluation
-from diffusers_cfg.evaluation.reports import caption, cell, new_figure, save_figure, table, write_text
 from diffusers_cfg.evaluation.settings import PAPER_SCALES, EvaluationConfig
-from diffusers_cfg.evaluation.sweep import run_sweep
-from diffusers_cfg.methods.cfg import ClassifierFreeGuidance
 from diffusers_cfg.settings import CFGConfig
 
 
@@ -55,6 +48,15 @@ def main(argv: list[str] | None = None) -> None:
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         raise UserError("This runs in one process: start it with `python`, and train on several by train_cfg.py.")
     runs = {p: configs_of(p, args, train_argv) for p in args.conditioning_dropout_probs}
+    # Here and not above: torch takes seconds, which --help and a wrong flag need not wait for.
+    from diffusers_cfg.engine.accelerator import make_accelerator
+    from diffusers_cfg.engine.trainer import Trainer
+    from diffusers_cfg.evaluation.ablations import draw_tradeoff, dropout_table
+    from diffusers_cfg.evaluation.in_training import training_evaluation
+    from diffusers_cfg.evaluation.reports import write_text
+    from diffusers_cfg.evaluation.sweep import run_sweep
+    from diffusers_cfg.methods.cfg import ClassifierFreeGuidance
+
     records = {}
     for p, (train_config, evaluation_config) in runs.items():
         if not (Path(train_config.output_dir) / "run.json").is_file():
@@ -75,45 +77,17 @@ def configs_of(p: float, args: Namespace, train_argv: list[str]) -> tuple[CFGCon
     train_config = replace(
         parse_config(CFGConfig, train_argv),
         conditioning_dropout_prob=p,
-        output_dir=model,
+        output_dir=str(model),
         resume_from_checkpoint="latest" if begun else None,
     )
     evaluation_config = EvaluationConfig(
-        model=model,
+        model=str(model),
         guidance_scales=args.guidance_scales,
         num_samples=args.num_samples,
         num_inference_steps=args.num_inference_steps,
         scheduler=args.scheduler,
     )
     return train_config, evaluation_config
-
-
-def dropout_table(records: dict[float, dict[str, Any]]) -> str:
-    """Return the table of Fréchet distance and inception score, by w (rows) and p_uncond (columns), in Markdown."""
-    first = next(iter(records.values()))
-    metrics = [metric for metric in ("frechet_distance", "inception_score") if metric in first["results"][0]]
-    names = [f"{first['metric_names'][metric]}, p = {p:g}" for metric in metrics for p in records]
-    rows = []
-    for i, row in enumerate(first["results"]):
-        cells = [
-            cell(record["results"][i], metric, record["best"]) for metric in metrics for record in records.values()
-        ]
-        rows.append([f"{row['guidance_scale']:g}", *cells])
-    rows.append(["real", *(cell(record["floor"], metric) for metric in metrics for record in records.values())])
-    return f"{table(['w', *names], rows)}\n\n{caption(first)}\n"
-
-
-def draw_tradeoff(records: dict[float, dict[str, Any]], path: Path) -> None:
-    """Draw figure 1 of the paper: Fréchet distance over inception score, a curve for each p_uncond."""
-    figure = new_figure()
-    (axis,) = figure.axes
-    for p, record in records.items():
-        distances = [row["frechet_distance"] for row in record["results"]]
-        axis.plot([row["inception_score"] for row in record["results"]], distances, "o-", label=f"p = {p:g}")
-    names = next(iter(records.values()))["metric_names"]
-    axis.set(xlabel=names["inception_score"], ylabel=names["frechet_distance"])
-    axis.legend()
-    save_figure(figure, path)
 
 
 if __name__ == "__main__":

@@ -15,39 +15,17 @@ Flags that are not listed below are evaluate_cfg.py's. Run again, it resumes wit
 
 from argparse import ArgumentDefaultsHelpFormatter, ArgumentParser, Namespace
 from dataclasses import replace
-from itertools import groupby
 from pathlib import Path
-from typing import Any
-
-from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
 
 from diffusers_cfg.config import UserError, parse_config, run_command
-from diffusers_cfg.engine.accelerator import make_accelerator
-from diffusers_cfg.evaluation.reports import (
-    INTERVAL,
-    caption,
-    cell,
-    new_figure,
-    save_figure,
-    table,
-    write_json,
-    write_text,
-)
-from diffusers_cfg.evaluation.sampling import call_arguments, check_call, choose_scheduler, load_pipeline
 from diffusers_cfg.evaluation.settings import EvaluationConfig
-from diffusers_cfg.evaluation.sweep import run_sweep
 
-PAPER_SAMPLER = "LogSNRScheduler"
 SAMPLERS = [
-    f"{PAPER_SAMPLER}:256",
+    "LogSNRScheduler:256",
     "DDIMScheduler:10,20,50",
     "DPMSolverMultistepScheduler:5,8,12,16,20,25",
     "UniPCMultistepScheduler:5,8,12,16,20,25",
 ]
-# A distance counts as equal to a smaller one if it exceeds it by no more than this share.
-TOLERANCE = 0.05
-# What identifies a row: the way in which a model's images are drawn.
-HOW = ("model", "scheduler", "num_inference_steps", "guidance_interval")
 
 
 def parse_args(argv: list[str] | None = None) -> tuple[Namespace, list[str]]:
@@ -76,6 +54,12 @@ def parse_args(argv: list[str] | None = None) -> tuple[Namespace, list[str]]:
 def main(argv: list[str] | None = None) -> None:
     args, evaluation_argv = parse_args(argv)
     configs = configs_of(args, evaluation_argv)
+    # Here and not above: torch takes seconds, which --help and a wrong flag need not wait for.
+    from diffusers_cfg.engine.accelerator import make_accelerator
+    from diffusers_cfg.evaluation.ablations import check_settings, combine, draw_quality, samplers_table
+    from diffusers_cfg.evaluation.reports import write_json, write_text
+    from diffusers_cfg.evaluation.sweep import run_sweep
+
     check_settings(configs)
     accelerator = make_accelerator()
     records = [run_sweep(config, accelerator) for config in configs]
@@ -95,32 +79,27 @@ def configs_of(args: Namespace, evaluation_argv: list[str]) -> list[EvaluationCo
     for name in ("scheduler", "num_inference_steps"):
         if getattr(base, name) is not None:
             raise UserError(f"--{name} is not a flag of this command: give the samplers and their steps by --samplers.")
-    if len({model_name(model) for model in args.model}) < len(args.model):
+    models = [replace(base, model=model) for model in args.model]
+    if len({of_model.model_name for of_model in models}) < len(models):
         raise UserError(
             f"--model {' '.join(args.model)}: two have the same name, which identifies their results. Rename a folder."
         )
     intervals = [None] if args.guidance_interval is None else [None, args.guidance_interval]
     configs = [
         replace(
-            base,
-            model=model,
+            of_model,
             scheduler=scheduler,
             num_inference_steps=steps,
             guidance_interval=interval,
             guidance_scales=args.guidance_scales,
-            output_dir=Path(args.output_dir) / model_name(model) / folder_name(scheduler, steps, interval),
+            output_dir=Path(args.output_dir) / of_model.model_name / folder_name(scheduler, steps, interval),
         )
-        for model in args.model
+        for of_model in models
         for scheduler, numbers in map(parse_sampler, args.samplers)
         for interval in intervals
         for steps in numbers
     ]
     return list({config.output_dir: config for config in configs}.values())
-
-
-def model_name(model: str) -> str:
-    """Return the name by which a model's results are called."""
-    return Path(model).resolve().name
 
 
 def folder_name(scheduler: str, steps: int, interval: list[float] | None) -> str:
@@ -135,121 +114,6 @@ def parse_sampler(text: str) -> tuple[str, list[int]]:
         return scheduler, [int(number) for number in numbers.split(",")]
     except ValueError:
         raise UserError(f"--samplers {text} must be a class and its numbers of steps, as {SAMPLERS[1]}.") from None
-
-
-def check_settings(configs: list[EvaluationConfig]) -> None:
-    """Raise UserError for settings that a pipeline refuses, before anything is drawn."""
-    for _, of_one_model in groupby(configs, key=lambda config: config.model):
-        of_one_model = list(of_one_model)
-        pipeline = load_pipeline(replace(of_one_model[0], scheduler=None), "cpu")
-        own = pipeline.scheduler
-        for config in of_one_model:
-            pipeline.scheduler = own
-            pipeline.scheduler = choose_scheduler(config.scheduler, pipeline)
-            for w in config.guidance_scales:
-                check_call(pipeline, **call_arguments(config, w))
-
-
-def combine(configs: list[EvaluationConfig], records: list[dict[str, Any]]) -> dict[str, Any]:
-    """
-    Return what all sweeps were measured with, and a row for each, at the w where its Fréchet distance is smallest.
-
-    Raises:
-        UserError: models were measured against different data, so that their distances cannot be compared.
-    """
-    first, rows = records[0], []
-    for config, record in zip(configs, records, strict=True):
-        if any(record[name] != first[name] for name in ("dataset", "feature_extractor", "num_real")):
-            raise UserError(
-                f"{configs[0].model} was measured against {first['dataset']} and {config.model} against "
-                f"{record['dataset']}, or by other features: their distances cannot be compared."
-            )
-        best = min(record["results"], key=lambda row: row["frechet_distance"])
-        how = {name: getattr(config, name) for name in HOW}
-        rows.append({**how, "model": model_name(config.model), **best})
-    own = ("num_inference_steps", "scheduler", "results", "best")
-    shared = {name: value for name, value in first.items() if name not in own}
-    return {**shared, "guidance_scales": [row["guidance_scale"] for row in first["results"]], "rows": rows}
-
-
-def paper_row(rows: list[dict[str, Any]]) -> dict[str, Any] | None:
-    """Return the row of the paper's sampler as in the paper: the first model's, most steps, guided at all of them."""
-    own = [row for row in rows if row["scheduler"] == PAPER_SAMPLER and row["guidance_interval"] is None]
-    return max(own, key=lambda row: row["num_inference_steps"], default=None)
-
-
-def cheapest(rows: list[dict[str, Any]], distance: float) -> dict[str, Any]:
-    """Return the row with the fewest evaluations among those that come as close to the data as `distance`."""
-    good = [row for row in rows if row["frechet_distance"] <= distance * (1 + TOLERANCE)]
-    return min(good, key=lambda row: (row["network_evaluations"], row["frechet_distance"]))
-
-
-def label_of(row: dict[str, Any], rows: list[dict[str, Any]]) -> str:
-    """Return the sampler of a row, and its model if there are several."""
-    return row["scheduler"] if len({row["model"] for row in rows}) == 1 else f"{row['scheduler']} of {row['model']}"
-
-
-def interval_of(row: dict[str, Any]) -> str:
-    """Return the guidance interval of a row, for a table."""
-    return "{:g} … {:g}".format(*row["guidance_interval"]) if row["guidance_interval"] else ""
-
-
-def samplers_table(record: dict[str, Any]) -> str:
-    """Return the table of all rows, and that of the cheapest good ones, in Markdown."""
-    rows, names = record["rows"], record["metric_names"]
-    metrics = [metric for metric in ("frechet_distance", "class_accuracy") if metric in rows[0]]
-    smallest = min(row["frechet_distance"] for row in rows)
-
-    def cells(row: dict[str, Any]) -> list[str]:
-        best = {"frechet_distance": row["guidance_scale"]} if row["frechet_distance"] == smallest else {}
-        how = [label_of(row, rows), str(row["num_inference_steps"]), interval_of(row)]
-        cost = [f"{row['network_evaluations']:g}", f"{row['guidance_scale']:g}"]
-        return [*how, *cost, *(cell(row, metric, best) for metric in metrics)]
-
-    goals = {f"the best, {smallest:.3f}": smallest}
-    if (paper := paper_row(rows)) is not None:
-        distance, evaluations = paper["frechet_distance"], paper["network_evaluations"]
-        goals[f"the paper's sampler, {distance:.3f} for {evaluations:g} evaluations"] = distance
-    header = ["sampler", "steps", "interval", "evaluations", "w", *(names[metric] for metric in metrics)]
-    real = ["real", "", "", "", "", *(cell(record["floor"], metric) for metric in metrics)]
-    chosen = [[goal, *cells(cheapest(rows, distance))] for goal, distance in goals.items()]
-    scales = ", ".join(f"{w:g}" for w in record["guidance_scales"])
-    return (
-        f"{table(header, [*map(cells, rows), real])}\n\n"
-        f"{caption(record, f'each sampler at its best w of {scales}')}\n\n"
-        f"{table([f'cheapest within {TOLERANCE:.0%} of', *header], chosen)}\n"
-    )
-
-
-def draw_quality(record: dict[str, Any], path: Path) -> None:
-    """Draw the Fréchet distance over evaluations: a line for each sampler, dashed if guidance has an interval."""
-    lines: dict[tuple[str, str], list[dict[str, Any]]] = {}
-    for row in sorted(record["rows"], key=lambda row: row["network_evaluations"]):
-        lines.setdefault((label_of(row, record["rows"]), interval_of(row)), []).append(row)
-    samplers = sorted({sampler for sampler, _ in lines})
-    figure = new_figure(size=(9, 4))
-    (axis,) = figure.axes
-    for (sampler, guided), line in sorted(lines.items()):
-        color = f"C{samplers.index(sampler)}"
-        axis.errorbar(
-            [row["network_evaluations"] for row in line],
-            [row["frechet_distance"] for row in line],
-            [INTERVAL * row.get("frechet_distance_error", 0.0) for row in line],
-            fmt="s--" if guided else "o-",
-            color=color,
-            markerfacecolor="white" if guided else color,
-            ecolor=(color, 0.35),
-            label=f"{sampler},\nguided in {guided} only" if guided else sampler,
-        )
-    axis.axhline(record["floor"]["frechet_distance"], color="grey", linestyle=":", label="real images")
-    axis.set(xscale="log", yscale="log", xlabel="network evaluations for one image")
-    axis.set_ylabel(record["metric_names"]["frechet_distance"])
-    for ticks, digits in ((axis.xaxis, (1, 2, 5)), (axis.yaxis, range(1, 10))):
-        ticks.set_major_locator(LogLocator(subs=digits))
-        ticks.set_major_formatter(StrMethodFormatter("{x:g}"))
-        ticks.set_minor_formatter(NullFormatter())
-    figure.legend(loc="outside right upper", fontsize=8)
-    save_figure(figure, path)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,268 @@
+"""Compare guidance and its samplers with the truth, where it is known; and rules of guidance on a trained model."""
+
+import math
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import numpy as np
+import torch
+from accelerate import Accelerator
+from diffusers import DDIMScheduler, UniPCMultistepScheduler
+
+from diffusers_cfg import CFGPipeline, UNet2DCFGModel
+from diffusers_cfg.evaluation.grids import draw_grid
+from diffusers_cfg.evaluation.measure import measure
+from diffusers_cfg.evaluation.mixture import (
+    GaussianMixtureModel,
+    ToyProblem,
+    deterministic_limit,
+    guided_diffusion,
+    rms_distance,
+    sliced_wasserstein,
+)
+from diffusers_cfg.evaluation.reports import new_figure, save_figure, table
+from diffusers_cfg.evaluation.sampling import draw_images
+from diffusers_cfg.evaluation.statistics import BATCH_SIZE, RealStatistics
+from diffusers_cfg.evaluation.sweep import load_data
+
+# Solvers of the probability flow, and the order of convergence that each claims.
+SOLVERS = {
+    "DDIMScheduler": 1,
+    "EulerDiscreteScheduler": 1,
+    "HeunDiscreteScheduler": 2,
+    "DPMSolverMultistepScheduler": 2,
+    "UniPCMultistepScheduler": 2,
+    "DEISMultistepScheduler": 2,
+}
+STEPS = (10, 20, 40, 100, 200)  # all divide 1000, as DDIM needs
+
+
+def mixture_figure(output_dir: Path, num_samples: int = 60_000) -> str:
+    """Draw the mixture and its guided conditionals as w rises; below, what they are often taken for."""
+    toy, scales, limit, bins = ToyProblem(num_samples), (0.0, 0.5, 1.0, 2.0, 4.0), 1.1, 160
+    toy.use_scheduler("UniPCMultistepScheduler")
+    edges = np.linspace(-limit, limit, bins + 1)
+    centers = torch.from_numpy((edges[1:] + edges[:-1]) / 2)
+    grid = torch.cartesian_prod(centers, centers).view(-1, 1, 1, 2)
+    log_conditionals = torch.stack(
+        [toy.model.log_prob(grid, class_labels=torch.full((len(grid),), c)) for c in range(3)]
+    )
+    log_marginal = toy.model.log_prob(grid)
+
+    panels, spread = [[log_marginal.exp()], [log_marginal.exp()]], []
+    for w in scales:
+        samples = toy.draw(w, 50).flatten(1).double()
+        histogram, *_ = np.histogram2d(*samples.T.numpy(), bins=[edges, edges])
+        panels[0].append(torch.from_numpy(histogram).flatten())
+        panels[1].append(torch.lerp(log_marginal, log_conditionals, 1 + w).softmax(1).sum(0))
+        spread.append(f"{w:g}: {samples[toy.class_labels == 0].std(0).mean():.3f}")
+
+    columns = 1 + len(scales)
+    figure = new_figure(2, columns, size=(2.1 * columns, 4.2), title="Three classes under guidance", sharey=True)
+    axes = np.array(figure.axes).reshape(2, -1)
+    for row, label in enumerate(("the guided flow's samples", "∝ p(x|c)¹⁺ʷ p(x)⁻ʷ")):
+        axes[row, 0].set_ylabel(label)
+        for column, density in enumerate(panels[row]):
+            axes[row, column].imshow(
+                density.view(bins, bins).T,
+                origin="lower",
+                extent=[-limit, limit] * 2,
+                cmap="magma",
+                interpolation="nearest",
+            )
+            axes[row, column].set(xticks=[], yticks=[])
+            axes[0, column].set_title("p(x)" if column == 0 else f"w = {scales[column - 1]:g}", fontsize=10)
+    save_figure(figure, output_dir / "mixture.png")
+    return (
+        f"## The mixture\n\nStandard deviation of the samples of one class ({toy.model.stds[0]:g} without guidance), "
+        f"by w: {', '.join(spread)}"
+    )
+
+
+def convergence(output_dir: Path, num_samples: int = 256) -> str:
+    """Compare the errors of solvers of the probability flow over the number of steps, for w = 0, 1 and 3."""
+    toy, tables = ToyProblem(num_samples), []
+    figure = new_figure(1, 3, size=(10.8, 3.6), title="RMS distance to the exact guided flow", sharey=True)
+    for axis, w in zip(figure.axes, (0.0, 1.0, 3.0), strict=True):
+        exact = toy.flow(w, math.exp(-toy.scheduler.config.log_snr_min / 2))
+        limit = {
+            steps: rms_distance(deterministic_limit(toy.model, toy.noise, toy.class_labels, w, steps), exact)
+            for steps in (*STEPS, 128)
+        }
+        rows = [["paper's λ, noise left out", *(f"{limit[steps]:.1e}" for steps in STEPS), order_of(limit), "1"]]
+        axis.loglog(STEPS, [limit[steps] for steps in STEPS], "k--", label="paper's λ, noise left out")
+        for name, order in SOLVERS.items():
+            toy.use_scheduler(name)
+            errors = {steps: toy.error(w, steps) for steps in STEPS}
+            rows.append([name, *(f"{errors[steps]:.1e}" for steps in STEPS), order_of(errors), str(order)])
+            axis.loglog(STEPS, list(errors.values()), ".-", label=name.replace("Scheduler", ""))
+        axis.set(title=f"w = {w:g}", xlabel="steps", xticks=STEPS, xticklabels=STEPS)
+        header = ["solver", *(f"T = {steps}" for steps in STEPS), "order seen", "order claimed"]
+        tables.append(
+            f"w = {w:g}; the paper's λ without its noise at T = 128: {limit[128]:.1e}\n\n{table(header, rows)}"
+        )
+    figure.axes[0].legend(fontsize=7)
+    save_figure(figure, output_dir / "convergence.png")
+    return "## Solvers of the probability flow\n\n" + "\n\n".join(tables)
+
+
+def order_of(errors: dict[int, float]) -> str:
+    """Return the order of convergence from 20 to 40 steps, for a table."""
+    return f"{math.log2(errors[20] / errors[40]):.1f}"
+
+
+def stochastic(output_dir: Path, num_samples: int = 30_000) -> str:
+    """Compare the distribution of stochastic samplers with the reverse diffusion of the same guided field."""
+    toy, steps, rows = ToyProblem(num_samples), (10, 20, 50, 256), []
+    samplers: dict[str, tuple[str, dict[str, Any]]] = {
+        **{f"paper, v = {v:g}": ("LogSNRScheduler", {"variance_interpolation": v}) for v in (0.0, 0.3, 1.0)},
+        "DDPM": ("DDPMScheduler", {}),
+        "DPM-Solver++ (SDE)": ("DPMSolverMultistepScheduler", {"algorithm_type": "sde-dpmsolver++"}),
+    }
+    for w in (0.0, 1.0):
+        truth, also_truth = (
+            guided_diffusion(toy.model, toy.class_labels, w, 2000, torch.Generator().manual_seed(seed))
+            for seed in (2, 3)
+        )
+        for name, (scheduler, settings) in samplers.items():
+            toy.use_scheduler(scheduler, **settings)
+            distances = [sliced_wasserstein(toy.draw(w, T, latents=None), truth) for T in steps]
+            rows.append([f"{w:g}", name, *(f"{distance:.4f}" for distance in distances)])
+        rows.append([f"{w:g}", "another draw of the truth", *[f"{sliced_wasserstein(also_truth, truth):.4f}"] * 4])
+        toy.use_scheduler("UniPCMultistepScheduler")
+        distance = sliced_wasserstein(toy.draw(w, 50), truth)
+        rows.append([f"{w:g}", "the probability flow", *[f"{distance:.4f}"] * 4])
+    return (
+        f"## Stochastic samplers\n\nSliced Wasserstein-1 distance of {num_samples:,} samples to as many of the reverse "
+        "diffusion.\n\n" + table(["w", "sampler", *(f"T = {T}" for T in steps)], rows)
+    )
+
+
+class PlainDDIM(DDIMScheduler):
+    """DDIM as it is by default: where x̃ is clipped, it keeps the ε that contradicts it. The pipeline asks otherwise."""
+
+    def step(
+        self, model_output: torch.Tensor, timestep: int, sample: torch.Tensor, generator: torch.Generator | None = None
+    ) -> Any:
+        return super().step(model_output, timestep, sample, generator=generator)
+
+
+def network_error(output_dir: Path, size: float = 0.01) -> str:
+    """Measure the effect of a small error in the network's output: why strong guidance fails, and what mends it."""
+    # A fixed vector of RMS `size` for each label, as a trained network has an error of its own for each.
+    offsets = torch.randn(4, 1, 1, 2, generator=torch.Generator().manual_seed(0))
+    offsets = size * offsets / offsets.square().mean((1, 2, 3), keepdim=True).sqrt()
+
+    def add_error(model: GaussianMixtureModel, args: tuple, kwargs: dict[str, Any], out: Any) -> None:
+        out.sample = out.sample + offsets[kwargs["class_labels"]]
+
+    variants = {
+        "ε predicted, x̃ as it comes": ("epsilon", False, DDIMScheduler),
+        "ε predicted, x̃ clipped, its ε kept": ("epsilon", True, PlainDDIM),
+        "ε predicted, x̃ clipped, its ε recomputed": ("epsilon", True, DDIMScheduler),
+        "v predicted, x̃ as it comes": ("v_prediction", False, DDIMScheduler),
+        "v predicted, x̃ clipped, its ε recomputed": ("v_prediction", True, DDIMScheduler),
+    }
+    rows, scales = [], (0.0, 1.0, 2.0, 4.0)
+    free = ToyProblem()
+    free.use_scheduler("DDIMScheduler")
+    for name, (prediction_type, clip_sample, scheduler) in variants.items():
+        exact, wrong = (ToyProblem(prediction_type=prediction_type, clip_sample=clip_sample) for _ in range(2))
+        wrong.pipeline.unet.register_forward_hook(add_error, with_kwargs=True)
+        for toy in (exact, wrong):
+            toy.pipeline.scheduler = scheduler.from_config(toy.scheduler.config)
+        cells = []
+        for w in scales:
+            truth, right = free.draw(w, 50), exact.draw(w, 50)
+            cells.append(f"{rms_distance(wrong.draw(w, 50), truth):.3f} ({rms_distance(right, truth):.3f})")
+        rows.append([name, *cells])
+    return (
+        f"## A network that is wrong by {size:g}\n\nRMS distance to the samples of the exact model with nothing "
+        "clipped, of a model whose output is off by a constant (in brackets: of the exact one); 50 steps of DDIM.\n\n"
+        + table(["", *(f"w = {w:g}" for w in scales)], rows)
+    )
+
+
+def rules(
+    output_dir: Path,
+    accelerator: Accelerator,
+    statistics_dir: Path,
+    model: str,
+    guide_model: str | None = None,
+    guidance_scale: float = 2.0,
+    num_samples: int = 1000,
+    num_inference_steps: int = 20,
+    seed: int = 0,
+) -> str:
+    """
+    Compare the rules of guidance at equal w on a trained model.
+
+    Args:
+        output_dir (`Path`): where `rules.png` is written.
+        accelerator (`Accelerator`): of one process.
+        statistics_dir (`Path`): where the statistics of the real images are kept.
+        model (`str`): the output folder of a training run.
+        guide_model (`str`, *optional*): that of a weaker one for the same data, for autoguidance.
+        guidance_scale (`float`): w.
+        num_samples (`int`), num_inference_steps (`int`), seed (`int`): of each rule.
+
+    Returns:
+        The table, in Markdown.
+    """
+    pipeline = CFGPipeline.from_pretrained(model)
+    pipeline.set_progress_bar_config(disable=True)
+    pipeline.scheduler = UniPCMultistepScheduler.from_config(pipeline.scheduler.config)
+    dataset, id2label, _ = load_data(model, {}, pipeline, show_progress=True)
+    real = RealStatistics(accelerator, dataset, id2label, "small", num_samples, statistics_dir)
+    class_labels = torch.arange(num_samples) % len(id2label)
+    metrics, rows, pictures = ["frechet_distance", "class_accuracy", "precision", "recall"], [], []
+    chosen = calls_of(guidance_scale, guide_model)
+    for name, call in chosen.items():
+        pipeline.guide_unet = call.pop("guide_unet", None)
+        call["num_inference_steps"] = num_inference_steps
+        drawn = [
+            draw_images(pipeline, class_labels[places], places.tolist(), seed, **call)
+            for places in torch.arange(num_samples).split(BATCH_SIZE)
+        ]
+        fake = torch.cat([images for images, _ in drawn])
+        summary = real.summarizer.new_summary(num_samples)
+        real.summarizer.add(summary, torch.arange(num_samples), fake, class_labels)
+        row = measure(summary, real.reference, real.extractor.id2label)
+        cells = [*(f"{row[metric]:.3f}" for metric in metrics), f"{saturated(fake):.3f}", f"{drawn[0][1]:.0f}"]
+        rows.append([name, *cells])
+        pictures.append(fake[: len(id2label)] / 255)
+    draw_grid(torch.stack(pictures), list(chosen), list(id2label.values())).save(output_dir / "rules.png")
+    header = ["rule", "Fréchet distance", *metrics[1:], "saturated", "evaluations an image"]
+    return (
+        f"## Rules at w = {guidance_scale:g} on {Path(model).name}\n\n{num_samples} samples, {num_inference_steps} "
+        "steps of UniPC. Saturated: the share of pixels that are 0 or 255; "
+        f"{saturated(dataset.images):.3f} of the real ones.\n\n" + table(header, rows)
+    )
+
+
+def calls_of(w: float, guide_model: str | None) -> dict[str, dict[str, Any]]:
+    """Return the arguments of the pipeline's call for each rule of guidance; `guide_unet` is set on the pipeline."""
+    guiders, original = diffusers.guiders, {"guidance_scale": w, "use_original_formulation": True}
+    chosen = {
+        "w = 0": {"guidance_scale": 0.0},
+        "classifier-free guidance": {"guidance_scale": w},
+        "interval (0.2, 5]": {"guidance_scale": w, "guidance_interval": (0.2, 5.0)},
+        "w sigmoid(-log SNR)": {"guidance_scale": lambda log_snr: w / (1 + math.exp(log_snr))},
+        "rescale 0.7": {"guidance_scale": w, "guidance_rescale": 0.7},
+        "away from class 0": {"guidance_scale": w, "negative_class_labels": 0},
+        "AdaptiveProjectedGuidance": {"guider": guiders.AdaptiveProjectedGuidance(**original, eta=0.0)},
+        "ClassifierFreeZeroStarGuidance": {
+            "guider": guiders.ClassifierFreeZeroStarGuidance(**original, zero_init_steps=0)
+        },
+        "TangentialClassifierFreeGuidance": {"guider": guiders.TangentialClassifierFreeGuidance(**original)},
+    }
+    if guide_model is not None:
+        guide_unet = UNet2DCFGModel.from_pretrained(guide_model, subfolder="unet")
+        chosen["autoguidance by --guide_model"] = {"guidance_scale": w, "guide_unet": guide_unet}
+    return chosen
+
+
+def saturated(images: torch.Tensor) -> float:
+    """Return the share of values of uint8 images that are 0 or 255."""
+    return ((images == 0) | (images == 255)).float().mean().item()
