@@ -71,7 +71,7 @@ def start(output_dir: Path, preemption: Preemption, *argv: str) -> None:
 def launch(
     *argv: str, cwd: Path, processes: int = 1, fails: bool = False, script: Path | str = TRAINING / "train_cfg.py"
 ) -> subprocess.CompletedProcess:
-    """Run a file or a module by `accelerate launch`, or on several processes by torchrun, which a CPU needs for them."""
+    """Run a file or a module by `accelerate launch`; on several processes by torchrun, as a CPU needs it."""
     launcher = ["accelerate.commands.launch", "--num_processes", "1"]
     if processes > 1:
         launcher = ["torch.distributed.run", "--nproc_per_node", str(processes)]
