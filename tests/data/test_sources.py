@@ -12,6 +12,7 @@ from diffusers_cfg.config import UserError
 from diffusers_cfg.data.datasets import stack_images
 from diffusers_cfg.data.sources import (
     DatasetImages,
+    ImageStream,
     LabelledImages,
     class_ids,
     load_labelled_images,
