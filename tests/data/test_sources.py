@@ -161,7 +161,7 @@ def test_a_data_set_without_images_is_refused(tmp_path):
     features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=["ant", "bee"])})
     dataset = datasets.Dataset.from_dict({"image": [], "label": []}, features=features)
     with pytest.raises(UserError, match=message):
-        ImageStream(dataset.to_iterable_dataset(), DataConfig(), "label")
+        ImageStream(datasets.IterableDataset.from_generator(list, features=features), DataConfig(), "label")
     with pytest.raises(UserError, match=message):
         DatasetImages(dataset, "image", "label")
 
