@@ -1,6 +1,7 @@
 """Fixtures that several folders of tests share."""
 
 import os
+import signal
 from pathlib import Path
 
 import pytest
@@ -14,9 +15,19 @@ if (worker := os.environ.get("PYTEST_XDIST_WORKER")) and hasattr(os, "sched_seta
     os.sched_setaffinity(0, {cores[int(worker.removeprefix("gw")) % len(cores)]})
 
 from diffusers_cfg import CFGPipeline, UNet2DCFGModel
+from diffusers_cfg.engine.preemption import SIGNALS
 from tests.support.hub_server import Hub
 from tests.support.models import make_pipeline, make_unet
 from tests.support.runs import train
+
+
+@pytest.fixture(autouse=True)
+def signal_handlers():
+    """Take back the handlers that a command installs: its process ends with it."""
+    before = {number: signal.getsignal(number) for number in SIGNALS}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
 
 
 @pytest.fixture

@@ -30,7 +30,6 @@ def main(argv: list[str] | None = None) -> None:
     if accelerator.is_main_process:
         print(f"\n{config.model}, evaluated on {record['dataset']}\n\n{sweep_table(record)}")
         print(f"The table, the figures behind it and pictures are in {output_folder(config)}.")
-    accelerator.end_training()
 
 
 if __name__ == "__main__":

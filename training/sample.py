@@ -25,7 +25,6 @@ def main(argv: list[str] | None = None) -> None:
     draw_to_folder(config, accelerator)
     if accelerator.is_main_process:
         print(f"{config.num_samples} images are in {config.output_dir}.")
-    accelerator.end_training()
 
 
 if __name__ == "__main__":

@@ -1,12 +1,15 @@
 """Read the data of each step: this process's batches, as training input on the device, with their random numbers."""
 
+import multiprocessing
 import time
 from collections.abc import Iterator
+from functools import partial
 
 import torch
 from accelerate import Accelerator
 from torch.utils.data import DataLoader, Dataset
 
+from diffusers_cfg.config import UserError
 from diffusers_cfg.data.datasets import (
     MIN_SEEN,
     CachedImages,
@@ -53,14 +56,23 @@ class StepBatches:
         self.config, self.accelerator, self.dataset, self.method = config, accelerator, dataset, method
         self.steps, self.accumulation, self.wait = steps, accumulation, 0.0
         self.streamed = isinstance(dataset, StreamedImages)
-        self.unreadable, self.seen = set(), 0
+        self.unreadable, self.seen, self._ending = set(), 0, multiprocessing.Event()
 
     def __iter__(self) -> Iterator[list[Batch]]:
         """Yield for each step the list of its batches. Raises UserError if too many images cannot be read."""
-        batches = iter(self._loader())
+        self._loaded = iter(self._loader())
         for step in self.steps:
-            yield [self._batch(self._next(batches), step, micro_step) for micro_step in range(self.accumulation)]
+            yield [self._batch(self._next(), step, micro_step) for micro_step in range(self.accumulation)]
+        self.close()
         warn_of_unreadable(self.unreadable)
+
+    def close(self) -> None:
+        """
+        End the workers. Before it they ignore the SIGTERM by which the process, at its exit, would ask them to go, and
+        it would wait for them.
+        """
+        self._ending.set()
+        self._loaded = None
 
     def _loader(self) -> DataLoader:
         config, rank, world_size = self.config, self.accelerator.process_index, self.accelerator.num_processes
@@ -82,7 +94,7 @@ class StepBatches:
             **order,
             collate_fn=identity_collate,
             num_workers=0 if isinstance(self.dataset, CachedImages) else config.dataloader_num_workers,
-            worker_init_fn=ignore_signals,
+            worker_init_fn=partial(ignore_signals, self._ending),
             pin_memory=self.accelerator.device.type == "cuda",
         )
 
@@ -95,9 +107,12 @@ class StepBatches:
         flip = draws.uniform("flip") < 0.5 if config.random_flip else None
         return make_batch(self.method, images, draws, flip)
 
-    def _next(self, batches: Iterator[ImageBatch | LatentBatch]) -> ImageBatch | LatentBatch:
+    def _next(self) -> ImageBatch | LatentBatch:
         asked = time.perf_counter()
-        images = next(batches)
+        try:
+            images = next(self._loaded)
+        except UserError as error:  # of a worker: torch has made its traceback a part of the text
+            raise UserError(str(error).strip().rpartition("UserError: ")[2]) from None
         self.wait += time.perf_counter() - asked
         if self.streamed:
             self.dataset.used(images)

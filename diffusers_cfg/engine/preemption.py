@@ -8,6 +8,7 @@ import signal
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from multiprocessing.synchronize import Event
 from types import FrameType
 from typing import Self
 
@@ -69,10 +70,15 @@ class Preemption:
             self._interruptible = False
 
 
-def ignore_signals(_worker: int) -> None:
+def ignore_signals(ending: Event, _worker: int) -> None:
     """
-    Ignore SIGTERM and SIGUSR1 in DataLoader workers. Clusters signal every process of a job, and the current step still
-    needs its data.
+    Ignore SIGTERM and SIGUSR1 in a DataLoader worker until the event is set. Clusters signal every process of a job,
+    and the current step still needs its data; but in the end torch, too, asks workers to go by SIGTERM.
     """
+
+    def handle(_number: int, _frame: FrameType | None) -> None:
+        if ending.is_set():
+            os._exit(0)
+
     for number in SIGNALS:
-        signal.signal(number, signal.SIG_IGN)
+        signal.signal(number, handle)

@@ -5,11 +5,11 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
-from diffusers import DiffusionPipeline
 from torch.utils.data import Dataset
 
 from diffusers_cfg.config import UserError
@@ -41,7 +41,7 @@ from diffusers_cfg.settings import TrainConfig
 logger = logging.getLogger(__name__)
 
 # (method, settings, processes, images) -> a function of the pipeline that returns figures by name
-Evaluation = Callable[[Method, TrainConfig, Accelerator, Dataset], Callable[[DiffusionPipeline], dict[str, float]]]
+Evaluation = Callable[[Any, TrainConfig, Accelerator, Dataset], Callable[[Any], dict[str, float]]]
 
 
 class Trainer:
@@ -101,6 +101,8 @@ class Trainer:
         except RuntimeError as error:  # torch raises it wherever the main process happens to be
             raise_for_dead_worker(self.dataset, error)
             raise
+        finally:
+            self.batches.close()
         for name, averages in self.state.averages.items():
             if averages:
                 averages[0].copy_to(self.state.modules[name].parameters())
@@ -335,10 +337,11 @@ class Trainer:
                         save_variants(self.state, name, Path(config.output_dir) / component)
             write_run_record(config, accelerator, method, self.state, self.plan.num_images)
             print(
-                f"\nSaved to {config.output_dir}; samples are in {config.output_dir}/samples. Load it and draw:\n"
+                f"\nSaved to {config.output_dir}. Its samples are in {config.output_dir}/samples. Load it and draw:\n"
                 f'  pipe = DiffusionPipeline.from_pretrained("{config.output_dir}", trust_remote_code=True)\n'
                 f"  {method.example()}"
             )
+        accelerator.wait_for_everyone()  # for the model, not for its upload
         for tracker in accelerator.trackers:
             tracker.finish()
         if self.publisher is not None:

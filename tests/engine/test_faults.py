@@ -152,13 +152,8 @@ def test_files_that_cannot_grow(tmp_path, caplog, monkeypatch):
 
 
 @pytest.fixture
-def preemption():
-    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1)}
-    preemption = Preemption()
-    preemption.install()
-    yield preemption
-    for number, handler in before.items():
-        signal.signal(number, handler)
+def preemption() -> Preemption:
+    return Preemption().install()
 
 
 def signalled(works, when, number=signal.SIGTERM):

@@ -186,3 +186,13 @@ def test_a_worker_that_dies_ends_all_processes(tmp_path):
     assert result.returncode not in (0, None)
     assert "train_cfg.py: error: DataLoader worker" in result.stderr
     assert "13.png" in result.stderr
+
+
+def test_an_error_in_a_worker_is_told_without_its_traceback(tmp_path, monkeypatch):
+    monkeypatch.setattr(sources, "PROBE_SIZE", 1)
+    monkeypatch.setattr(datasets, "MIN_SEEN", 10)
+    source = save_shards(tmp_path / "data", 40, broken=range(5, 40))
+    flags = [*STREAM, "--dataset_name", source, "--max_train_steps", "20", "--dataloader_num_workers", "1"]
+    # The workers know nothing of the engine's share of unreadable images; the stream itself gives up first.
+    with pytest.raises(UserError, match=r"^None of 10 images in a row could be read: row \d+ of shard 0"):
+        train(tmp_path / "out", *flags, "--max_unreadable_fraction", "1")

@@ -8,18 +8,17 @@
 """Train the same model at several p_uncond, and measure each over w: the paper's table 1.
 
 python training/studies/ablate_dropout.py --output_dir ablation
-python training/studies/ablate_dropout.py --output_dir ablation --num_samples 5000 --config training/configs/mnist.yaml
+accelerate launch training/studies/ablate_dropout.py --output_dir ablation --config training/configs/mnist.yaml
 
-Flags that are not listed below are train_cfg.py's. Run again, it resumes with what is missing. It runs in one process;
-to train on several, run train_cfg.py with `--output_dir ablation/p=0.1` and so on first: it measures these models then.
+Flags that are not listed below are train_cfg.py's. Run again, it resumes with what is missing.
 """
 
-import os
 from argparse import ArgumentDefaultsHelpFormatter, ArgumentParser, Namespace
 from dataclasses import replace
 from pathlib import Path
 
-from diffusers_cfg.config import UserError, parse_config, run_command
+from diffusers_cfg.config import parse_config, run_command
+from diffusers_cfg.engine.preemption import Preemption
 from diffusers_cfg.evaluation.settings import PAPER_SCALES, EvaluationConfig
 from diffusers_cfg.settings import CFGConfig
 
@@ -44,9 +43,8 @@ def parse_args(argv: list[str] | None = None) -> tuple[Namespace, list[str]]:
 
 
 def main(argv: list[str] | None = None) -> None:
+    preemption = Preemption().install()
     args, train_argv = parse_args(argv)
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-        raise UserError("This runs in one process: start it with `python`, and train on several by train_cfg.py.")
     runs = {p: configs_of(p, args, train_argv) for p in args.conditioning_dropout_probs}
     # Here and not above: torch takes seconds, which --help and a wrong flag need not wait for.
     from diffusers_cfg.engine.accelerator import make_accelerator
@@ -60,14 +58,15 @@ def main(argv: list[str] | None = None) -> None:
     records = {}
     for p, (train_config, evaluation_config) in runs.items():
         if not (Path(train_config.output_dir) / "run.json").is_file():
-            Trainer(train_config, ClassifierFreeGuidance, evaluation=training_evaluation).run()
+            Trainer(train_config, ClassifierFreeGuidance, preemption, training_evaluation).run()
         accelerator = make_accelerator(replace(train_config, report_to="none"))
         records[p] = run_sweep(evaluation_config, accelerator)
 
-    output_dir, text = Path(args.output_dir), dropout_table(records)
-    write_text(text, output_dir / "table.md")
-    draw_tradeoff(records, output_dir / "curves.png")
-    print(text)
+    if accelerator.is_main_process:
+        output_dir, text = Path(args.output_dir), dropout_table(records)
+        write_text(text, output_dir / "table.md")
+        draw_tradeoff(records, output_dir / "curves.png")
+        print(text)
 
 
 def configs_of(p: float, args: Namespace, train_argv: list[str]) -> tuple[CFGConfig, EvaluationConfig]:

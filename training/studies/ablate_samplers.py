@@ -70,7 +70,6 @@ def main(argv: list[str] | None = None) -> None:
         write_text(text, output_dir / "table.md")
         draw_quality(record, output_dir / "curves.png")
         print(text)
-    accelerator.end_training()
 
 
 def configs_of(args: Namespace, evaluation_argv: list[str]) -> list[EvaluationConfig]:
