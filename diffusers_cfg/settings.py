@@ -166,7 +166,7 @@ class HubConfig(Config):
 
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig(HubConfig, RunConfig, OptimizationConfig, ModelConfig, DataConfig):
-    """What all trainings share: data, network, optimization, run and Hub."""
+    """The settings that all methods share: data, network, optimization, run and Hub."""
 
     group = "training"
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 # Before torch is imported: OpenMP's threads spin less while they wait, which costs 1 % on an idle machine and doubles
-# the rate beside other processes. Processes that tests start inherit it.
+# the rate when other processes are running. Processes that tests start inherit it.
 os.environ.setdefault("GOMP_SPINCOUNT", "3000")
 # The workers of `pytest -n` have a core each, and so have the processes that their tests start.
 if (worker := os.environ.get("PYTEST_XDIST_WORKER")) and hasattr(os, "sched_setaffinity"):

@@ -27,7 +27,7 @@ class Terms(NamedTuple):
 
 
 class Batch(NamedTuple):
-    """What a loss is given: this process's rows of one batch of a step."""
+    """The rows of a step's global batch that a loss is given at a time."""
 
     x: torch.Tensor  # (batch, channels, height, width) in [-1, 1], or latents
     class_labels: torch.Tensor  # (batch,) int64; -1 is unlabelled

@@ -53,7 +53,7 @@ def test_training_is_the_same_with_and_without_the_cache(tmp_path, encoded, flip
 
 @pytest.mark.parametrize("cache", [[], ["--cache_latents"]])
 def test_accumulated_batches_are_one_batch(tmp_path, cache):
-    """What is drawn from the posterior belongs to the image, however the step is divided."""
+    """Draws from the posterior belong to the image, however the step is divided."""
     flags = [*vae_flags(tmp_path / "vae"), *cache]
     train(tmp_path / "whole", *flags)
     train(tmp_path / "parts", *flags, "--train_batch_size", "4", "--gradient_accumulation_steps", "2")

@@ -50,7 +50,7 @@ def test_a_wrong_flag_ends_with_the_usage(name, capsys):
 
 
 def test_help_and_wrong_flags_come_before_torch():
-    """What takes seconds to import is not imported. (A bound on the seconds would measure the machine.)"""
+    """Nothing that takes seconds is imported. (A bound on the seconds would measure the machine.)"""
     script = (
         "import runpy, sys\n"
         "for path in sys.argv[1:]:\n"
