@@ -131,6 +131,8 @@ def convert(name: str, value: Any, annotation: Any, metadata: Mapping[str, Any])
         (kind,) = (argument for argument in arguments if argument is not types.NoneType)
         return None if value is None else convert(name, value, kind, metadata)
     if origin is Literal:
+        if value is False and "no" in arguments:  # which YAML makes of it
+            value = "no"
         if value not in arguments:
             raise UserError(f"{name} must be one of {', '.join(map(repr, arguments))}, but is {value!r}.")
         return value
@@ -289,10 +291,10 @@ def parse_config(cls: type[C], argv: list[str] | None = None) -> C:
 
 
 def run_command(main: Callable[[], None]) -> None:
-    """Run the main function of a command. An error that the user can mend becomes one line, with an exit code."""
+    """Run the main function of a command. A `CommandError` becomes one line on stderr, with its exit code."""
     try:
         main()
     except CommandError as error:
-        prefix = f"{Path(sys.argv[0]).name}: error: " if isinstance(error, UserError) else ""
+        prefix = f"{Path(sys.argv[0]).name}: error: " if error.exit_code == 1 else ""
         print(f"{prefix}{error}", file=sys.stderr)
         sys.exit(error.exit_code)

@@ -1,5 +1,6 @@
 """The settings of a training: what all methods share, and a dataclass for each method."""
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -8,7 +9,7 @@ from typing import Any, ClassVar, Literal
 from diffusers_cfg.config import Config, UserError, fixed, free, read_yaml, recorded
 
 CONFIG_FILE = "train_config.yaml"
-# What a pretrained network, or a file that describes one, says instead.
+# Settings that a pretrained network, or a file that describes one, replaces.
 NETWORK_SETTINGS = {"block_out_channels", "layers_per_block", "attention_resolutions", "dropout"}
 # Where no data set is named: scikit-learn's 1,797 handwritten digits at 8×8, a few minutes on two CPU cores.
 DIGITS = {
@@ -44,7 +45,9 @@ class DataConfig(Config):
     )
     center_crop: bool = recorded(True, "Crop at the center; with --no_center_crop at the top left.")
     random_flip: bool = recorded(False, "Flip half of the images horizontally, drawn again at every use.")
-    max_unreadable_fraction: float = free(0.01, "Stop if more than this share of the images cannot be read.")
+    max_unreadable_fraction: float = free(
+        0.01, "Stop if more than this share of the images cannot be read.", at_least=0, at_most=1
+    )
     dataloader_num_workers: int = free(0, "Workers that decode images, for data too large for memory.", at_least=0)
 
 
@@ -58,7 +61,7 @@ class ModelConfig(Config):
         relative=True,
     )
     block_out_channels: list[int] = fixed(
-        [128, 256, 256, 256], "Channels of each level; a level halves the resolution."
+        [128, 256, 256, 256], "Channels of each level; a level halves the resolution.", at_least=1
     )
     layers_per_block: int = fixed(2, "Residual blocks in each level.", at_least=1)
     attention_resolutions: list[int] = fixed([16, 8], "Resolutions with self-attention; 0 for none.")
@@ -127,7 +130,10 @@ class RunConfig(Config):
     dry_run: bool = free(False, "Check everything, print what the run would do and need, and do not run it.")
     overwrite_output_dir: bool = free(False, "Delete the run in --output_dir, and start from the beginning.")
     seed: int = fixed(
-        0, "Determines everything: weights, order of the data, noise, dropped labels, samples.", at_least=0
+        0,
+        "Determines everything: weights, order of the data, noise, dropped labels, samples.",
+        at_least=0,
+        at_most=2**63 - 1,
     )
     checkpointing_steps: int = free(500, "Write a checkpoint every this many steps; 0 for none.", at_least=0)
     checkpoints_total_limit: int | None = free(None, "How many checkpoints to keep, the newest.", at_least=1)
@@ -139,7 +145,7 @@ class RunConfig(Config):
     eval_steps: int = free(
         0, "Measure samples every this many steps, at each w of --validation_guidance_scales; 0 for never.", at_least=0
     )
-    num_eval_samples: int = free(500, "Samples that are measured, for each w.")
+    num_eval_samples: int = free(500, "Samples that are measured, for each w.", at_least=1)
     feature_extractor: str = free("small", "What they are measured with, see evaluate_cfg.py.")
     logging_steps: int = free(10, "Log every this many steps.", at_least=1)
     report_to: str = free("tensorboard", "Trackers of accelerate: tensorboard, wandb, …, all, or none.")
@@ -171,6 +177,8 @@ class TrainConfig(HubConfig, RunConfig, OptimizationConfig, ModelConfig, DataCon
     group = "training"
 
     def check(self) -> None:
+        if not re.fullmatch(r"\w[\w.-]*", self.logging_dir):
+            raise UserError(f"logging_dir must be the name of a folder in --output_dir, but is {self.logging_dir!r}.")
         if len(set(self.ema_max_decay)) < len(self.ema_max_decay):
             raise UserError(f"ema_max_decay must be different numbers in [0, 1), but is {self.ema_max_decay}.")
         if self.pretrained_model_name_or_path and (
@@ -275,20 +283,19 @@ class DistillationConfig(CFGConfig):
     student_steps: int | None = fixed(
         None, "Sample in this many steps of DDIM, a divisor of 1000; by default with any sampler."
     )
-    teacher_steps: int = fixed(32, "How many steps the teacher takes meanwhile, a multiple of --student_steps.")
+    teacher_steps: int = fixed(32, "DDIM steps of the teacher over the whole range, a multiple of --student_steps.")
 
     def check(self) -> None:
         super().check()
         steps = self.student_steps
         if steps is not None and (steps < 1 or self.teacher_steps < 1 or 1000 % steps or self.teacher_steps % steps):
             raise UserError(
-                f"--student_steps must divide 1000, as DDIM wants, and --teacher_steps, but is {steps}, and "
-                f"--teacher_steps {self.teacher_steps}."
+                f"--student_steps must divide 1000 (for DDIM) and --teacher_steps {self.teacher_steps}, but is {steps}."
             )
 
     @classmethod
     def underlying(cls, values: Mapping[str, Any]) -> dict[str, Any]:
-        """Return the teacher's data and optimization, where its folder says what they were."""
+        """Return the teacher's data and optimization, if its folder has a train_config.yaml."""
         path, settings = Path(values["teacher"]) / CONFIG_FILE, {}
         if path.is_file():
             of_teacher = read_yaml(path, DistillationConfig)

@@ -1,5 +1,6 @@
 """Fixtures that several folders of tests share."""
 
+import logging
 import os
 import signal
 from pathlib import Path
@@ -22,12 +23,13 @@ from tests.support.runs import train
 
 
 @pytest.fixture(autouse=True)
-def signal_handlers():
-    """Take back the handlers that a command installs: its process ends with it."""
+def settings_of_the_process():
+    """Take back the signal handlers and the logging of a command, whose process would end with it."""
     before = {number: signal.getsignal(number) for number in SIGNALS}
     yield
     for number, handler in before.items():
         signal.signal(number, handler)
+    logging.disable(logging.NOTSET)
 
 
 @pytest.fixture

@@ -99,6 +99,15 @@ def test_shipped_settings_are_valid(path):
         ({"streaming": True}, "--streaming needs a data set.*--train_data_dir"),
         ({"streaming": True, "dataset_name": "a", "eval_steps": 5}, r"--eval_steps.*evaluate_cfg\.py"),
         ({"shuffle_buffer_size": 0}, "shuffle_buffer_size must be at least 1"),
+        ({"logging_dir": ".."}, r"logging_dir must be the name of a folder in --output_dir, but is '\.\.'"),
+        ({"logging_dir": "*"}, "logging_dir must be the name of a folder"),
+        ({"logging_dir": "/tmp/logs"}, "logging_dir must be the name of a folder"),
+        ({"logging_dir": "a/b"}, "logging_dir must be the name of a folder"),
+        ({"logging_dir": ""}, "logging_dir must be the name of a folder"),
+        ({"seed": 2**70}, "seed must lie in"),
+        ({"block_out_channels": [0]}, "block_out_channels must be at least 1"),
+        ({"max_unreadable_fraction": 7}, r"max_unreadable_fraction must lie in \[0, 1\]"),
+        ({"mixed_precision": "fp8"}, "mixed_precision must be one of 'no', 'fp16', 'bf16', but is 'fp8'"),
         ({"cache_latents": True}, "--cache_latents needs an autoencoder.*--pretrained_vae_model_name_or_path"),
         (
             {"cache_latents": True, "streaming": True, "dataset_name": "a", "pretrained_vae_model_name_or_path": "b"},
@@ -197,6 +206,11 @@ def test_values_of_a_file_become_those_of_the_flags(values, expected):
 def test_values_of_another_type_are_named(values, message):
     with pytest.raises(UserError, match=message):
         Toy(**{"must": "x", **values})
+
+
+def test_a_no_that_yaml_takes_for_false(tmp_path):
+    (tmp_path / "run.yaml").write_text("mixed_precision: no\n")
+    assert parse_config(CFGConfig, ["--config", str(tmp_path / "run.yaml")]).mixed_precision == "no"
 
 
 def test_settings_do_not_change_after_parsing():

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator, PartialState
-from accelerate.utils import DynamoBackend, ProjectConfiguration, parse_flag_from_env
+from accelerate.utils import DynamoBackend, LoggerType, ProjectConfiguration, parse_flag_from_env
 
 from diffusers_cfg.config import UserError
 from diffusers_cfg.settings import TrainConfig
@@ -47,13 +47,18 @@ def make_accelerator(config: TrainConfig | None = None) -> Accelerator:
     if config.allow_tf32:
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
 
+    try:
+        log_with = None if config.report_to == "none" else LoggerType(config.report_to)
+    except ValueError as error:
+        trackers = ", ".join(LoggerType.list())
+        raise UserError(f"--report_to {config.report_to!r} is no tracker: it can be {trackers}, or none.") from error
     accelerator = Accelerator(
         cpu=cpu,
         mixed_precision=mixed_precision,
         gradient_accumulation_steps=config.gradient_accumulation_steps,
         # It compiles a wrapper: the network that is sampled and saved stays as it is.
         dynamo_backend="inductor" if config.compile else None,
-        log_with=None if config.report_to == "none" else config.report_to,
+        log_with=log_with,
         project_config=ProjectConfiguration(
             project_dir=config.output_dir, logging_dir=str(Path(config.output_dir) / config.logging_dir)
         ),
@@ -63,7 +68,9 @@ def make_accelerator(config: TrainConfig | None = None) -> Accelerator:
         # most of the network would not learn. (torch imports its compiler when this attribute is first read.)
         torch._inductor.config.layout_optimization = False
     if config.report_to != "none" and not accelerator.log_with:
-        raise UserError(f"--report_to {config.report_to}: that tracker is not installed. Install it, or say none.")
+        raise UserError(
+            f"--report_to {config.report_to}: that tracker is not installed. Install it, or set it to none."
+        )
     return accelerator
 
 
@@ -87,8 +94,8 @@ def refuse_sharding() -> None:
 def configure_logging(is_main_process: bool) -> None:
     """Log warnings and progress on the main process, errors on the others."""
     logging.basicConfig(format="%(levelname)s %(message)s", level=logging.INFO if is_main_process else logging.ERROR)
-    for chatty in ("httpx", "datasets", "fsspec"):
-        logging.getLogger(chatty).setLevel(logging.WARNING)
+    for noisy in ("httpx", "datasets", "fsspec"):
+        logging.getLogger(noisy).setLevel(logging.WARNING)
 
 
 def available_cpus() -> int:

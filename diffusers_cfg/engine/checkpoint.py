@@ -31,12 +31,12 @@ from diffusers_cfg.settings import CONFIG_FILE, RunConfig, TrainConfig
 logger = logging.getLogger(__name__)
 
 STATE_FILE, CHECKSUMS = "state.json", "checksums.json"
-# The layout described above. Checkpoints without a format are of the time before methods.
+# The layout described above. Checkpoints without a format were written before there were several methods.
 FORMAT = 2
 # All that a run writes into its folder, and all that --overwrite_output_dir deletes.
 RUN_FILES = [
     CONFIG_FILE, "run.json", "evaluation", "model_index.json", "pipeline_cfg.py", "unet", "scheduler", "vae",
-    "samples", "checkpoint-*", "tmp-*",
+    "samples", "checkpoint-*", "old-checkpoint-*", "tmp-*",
 ]  # fmt: skip
 
 
@@ -94,21 +94,33 @@ def check_output_dir(config: RunConfig) -> None:
         )
 
 
-def prepare_output_dir(config: TrainConfig) -> None:
-    """Create the folder, delete the run in it if that is wanted, and write down the settings of this one."""
+def prepare_output_dir(config: TrainConfig, checkpoint: Path | None) -> None:
+    """
+    Create the folder, and write down the settings of this run. Delete the run in the folder if that is wanted and none
+    is resumed. Rename the checkpoints that are newer than the one that is resumed: they belong to the steps that this
+    run takes again, and `latest` must not mean them.
+    """
     output_dir = Path(config.output_dir)
-    if config.overwrite_output_dir and config.resume_from_checkpoint is None:
-        for path in [match for name in [*RUN_FILES, config.logging_dir] for match in output_dir.glob(name)]:
+    if config.overwrite_output_dir and checkpoint is None:
+        found = [path for name in RUN_FILES for path in output_dir.glob(name)]
+        for path in [*found, *output_dir.glob(config.logging_dir)]:
             shutil.rmtree(path) if path.is_dir() else path.unlink()
+    if checkpoint is not None and checkpoint.resolve().parent == output_dir.resolve():
+        existing = checkpoints(output_dir)
+        for newer in existing[existing.index(output_dir / checkpoint.name) + 1 :]:
+            old = output_dir / f"old-{newer.name}"
+            shutil.rmtree(old, ignore_errors=True)
+            newer.rename(old)
+            logger.warning("%s is newer than the checkpoint that is resumed: it is %s now.", newer, old.name)
     output_dir.mkdir(parents=True, exist_ok=True)
     config.save(output_dir / CONFIG_FILE)
 
 
 def save_checkpoint(config: RunConfig, state: TrainState, facts: dict[str, Any]) -> bool:
     """
-    Write `checkpoint-STEP` aside, make sure that it is on the disk and reads back as written, and only then give it its
-    name and delete the oldest. A failure before that leaves the last valid checkpoint untouched; a full disk costs the
-    checkpoint and not the run.
+    Write `checkpoint-STEP` under a temporary name, make sure that it is on the disk and reads back as written, and only
+    then give it its name and delete the oldest. A failure before that leaves the last valid checkpoint untouched, and a
+    full disk costs the checkpoint and not the run.
 
     Args:
         config (`RunConfig`): output folder, and how many checkpoints are kept.
@@ -133,7 +145,7 @@ def save_checkpoint(config: RunConfig, state: TrainState, facts: dict[str, Any])
         shutil.rmtree(aside, ignore_errors=True)
         last = [other.name for other in checkpoints(output_dir)][-1:]
         logger.error(
-            "Failed to write the checkpoint of step %d: %s. Training continues; the last valid checkpoint is %s.",
+            "Failed to write the checkpoint of step %d: %s. The last valid checkpoint is %s.",
             state.step,
             error,
             last[0] if last else "none",
@@ -146,7 +158,7 @@ def save_checkpoint(config: RunConfig, state: TrainState, facts: dict[str, Any])
 
 
 def write_checkpoint(folder: Path, state: TrainState, facts: dict[str, Any]) -> None:
-    """Write the files of a checkpoint but its checksums."""
+    """Write all files of a checkpoint except its checksums."""
     for name, module in state.modules.items():
         save_module(module, folder / name)
         if state.averages.get(name):
@@ -256,7 +268,7 @@ def load_checkpoint(path: Path, record: dict[str, Any], state: TrainState) -> No
             load_moments(path / f"optimizer-{name}.safetensors", number, state.modules, optimizer)
     except (OSError, RuntimeError, KeyError) as error:
         raise UserError(f"{path} does not hold the weights of this model and run: {error}") from error
-    if state.scaler is not None:
+    if state.scaler is not None and record["scaler"] is not None:  # the checkpoint may be of another precision
         state.scaler.load_state_dict(record["scaler"])
     state.step, state.seconds, state.stream = record["step"], record["seconds"], record["stream"]
 

@@ -1,4 +1,4 @@
-"""Compare a run with the checkpoint that it resumes: what must not differ, and what is logged and remembered."""
+"""Compare a run with the checkpoint that it resumes: what must match, and what is logged and recorded."""
 
 import json
 import logging
@@ -18,7 +18,7 @@ def settings_of(config: Config) -> dict[str, Any]:
     return {
         setting.name: getattr(config, setting.name)
         for setting in fields(config)
-        if setting.metadata["on_resume"] in ("fixed", "recorded")
+        if setting.metadata.get("on_resume") in ("fixed", "recorded")
     }
 
 
@@ -29,7 +29,14 @@ def identity_of(method: Method) -> dict[str, dict[str, Any]]:
         for name, module in method.modules.items()
         if hasattr(module, "config")
     }
-    return json.loads(json.dumps({**configs, "method": {"name": type(method).__name__, **method.identity()}}))
+    parts = {
+        "name": type(method).__name__,
+        "modules": sorted(method.modules),
+        "averaged": sorted(method.averaged),
+        "objectives": [objective.name for objective in method.objectives],
+        **method.identity(),
+    }
+    return json.loads(json.dumps({**configs, "method": parts}))
 
 
 def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
@@ -38,7 +45,7 @@ def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, tup
 
 
 def check_resumed(
-    path: Path, record: Mapping[str, Any], config: Config, method: Method, data: Mapping[str, Any]
+    path: Path, record: Mapping[str, Any], config: Config, identity: Mapping[str, Any], data: Mapping[str, Any]
 ) -> list[dict[str, Any]]:
     """
     Compare a run with the checkpoint that it resumes, and log what changed.
@@ -46,7 +53,7 @@ def check_resumed(
     Args:
         path (`Path`): the checkpoint, for messages.
         record (`Mapping`): its `state.json`.
-        config (`Config`), method (`Method`): of the run that resumes.
+        config (`Config`), identity (`Mapping`): of the run that resumes, the latter from `identity_of`.
         data (`Mapping`): its `describe_data`.
 
     Returns:
@@ -56,9 +63,9 @@ def check_resumed(
         UserError: something that is fixed has changed; the message names both values.
     """
     changed = differences(record["settings"], json.loads(json.dumps(settings_of(config))))
-    on_resume = {setting.name: setting.metadata["on_resume"] for setting in fields(config)}
+    on_resume = {setting.name: setting.metadata.get("on_resume") for setting in fields(config)}
     refused = {f"--{name}": values for name, values in changed.items() if on_resume[name] == "fixed"}
-    for part, new in identity_of(method).items():
+    for part, new in identity.items():
         differing = differences(record["identity"].get(part, new), new)
         refused |= {f"{name} of the {part}": values for name, values in differing.items()}
     if record["data"]["class_names"] != data["class_names"]:

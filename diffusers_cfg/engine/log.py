@@ -2,7 +2,7 @@
 
 import logging
 import time
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from datetime import timedelta
 from pathlib import Path
@@ -13,6 +13,7 @@ from accelerate import Accelerator
 from PIL import Image
 from tqdm.auto import tqdm
 
+from diffusers_cfg.config import CommandError
 from diffusers_cfg.engine.checkpoint import checkpoints
 from diffusers_cfg.engine.method import Objective, Terms
 from diffusers_cfg.settings import TrainConfig
@@ -20,6 +21,10 @@ from diffusers_cfg.settings import TrainConfig
 logger = logging.getLogger(__name__)
 
 TRACKER_PROJECT = "diffusers-cfg"
+
+
+class Diverged(CommandError, FloatingPointError):
+    """Too many steps in a row had a loss or a gradient that is not finite."""
 
 
 def is_due(every: int, step: int) -> bool:
@@ -51,6 +56,7 @@ class Log:
         self.config, self.accelerator, self.batch_size = config, accelerator, batch_size
         self.total_steps, self.since, self.then, self.waited = total_steps, first_step, time.perf_counter(), 0.0
         several = len({objective.name for objective in objectives}) > 1
+        self.turns = Counter(objective.name for objective in objectives)
         self.prefixes = {objective.name: f"{objective.name}/" if several else "" for objective in objectives}
         # By names, sums and counts of the terms; by objective, sums and counts of the gradients' norms.
         self.terms: dict[tuple[str, ...], torch.Tensor] = {}
@@ -79,13 +85,15 @@ class Log:
 
     def log_gradient(self, objective: Objective, norms: Mapping[str, torch.Tensor], finite: torch.Tensor) -> None:
         """Add up the norms of an objective's gradient, by module, and count the steps that are skipped."""
-        prefix, several = self.prefixes[objective.name], len(norms) > 1
+        prefix, several, turns = self.prefixes[objective.name], len(norms) > 1, self.turns[objective.name]
         for module, norm in norms.items():
             name = f"{prefix}grad_norm/{module}" if several else f"{prefix}grad_norm"
             self.norms[name] += torch.stack([torch.where(finite, norm, 0.0), finite.float()])
-        self.norms[f"{prefix}skipped_steps"] += torch.stack([1 - finite.float(), torch.zeros_like(finite.float())])
+        self.norms[f"{prefix}skipped_steps"] += torch.stack(
+            [(1 - finite.float()) / turns, torch.zeros_like(finite.float())]
+        )
         before = self.skipped_in_a_row.get(objective.name, torch.zeros_like(finite.float()))
-        self.skipped_in_a_row[objective.name] = torch.where(finite, 0.0, before + 1)
+        self.skipped_in_a_row[objective.name] = torch.where(finite, 0.0, before + 1 / turns)
 
     def log_step(self, step: int, learning_rates: Mapping[str, float], waited: float) -> None:
         """
@@ -97,7 +105,7 @@ class Log:
             waited (`float`): seconds spent waiting for data, since the run began.
 
         Raises:
-            FloatingPointError: too many steps in a row were skipped.
+            Diverged: too many steps in a row were skipped.
         """
         self.progress.update()
         if is_due(self.config.logging_steps, step) or step == self.total_steps:
@@ -148,13 +156,13 @@ class Log:
         }
 
     def _stop_if_not_finite(self, step: int) -> None:
-        in_a_row = max((int(skipped) for skipped in self.skipped_in_a_row.values()), default=0)
+        in_a_row = max((round(skipped.item()) for skipped in self.skipped_in_a_row.values()), default=0)
         if in_a_row >= self.config.max_nonfinite_steps:
             existing = [path.name for path in checkpoints(Path(self.config.output_dir))]
-            raise FloatingPointError(
+            again = f"resume with --resume_from_checkpoint {existing[-1]}" if existing else "start again"
+            raise Diverged(
                 f"The loss or its gradient was not finite in the last {in_a_row} steps, up to step {step}. Lower "
-                f"--learning_rate (now {self.config.learning_rate}), and resume the last good checkpoint with "
-                f"--resume_from_checkpoint {existing[-1] if existing else '(there is none yet)'}."
+                f"--learning_rate (now {self.config.learning_rate}), and {again}."
             )
 
     def close(self) -> None:

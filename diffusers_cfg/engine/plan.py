@@ -114,7 +114,7 @@ def describe_plan(
     checkpoint: Path | None,
     repo_id: str | None,
 ) -> str:
-    """Return what a run will do, for `--dry_run`: a line for each matter."""
+    """Return what a run will do, for `--dry_run`, line by line."""
     device = accelerator.device
     precision = "fp32" if accelerator.mixed_precision == "no" else accelerator.mixed_precision
     # The weights, their gradient and Adam's two moments

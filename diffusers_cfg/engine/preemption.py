@@ -20,12 +20,16 @@ SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 
 
 class Preempted(CommandError):
-    """The run was asked to stop, and has saved what it can be resumed from."""
+    """The run was asked to stop, and has saved a checkpoint."""
 
     exit_code = EXIT_RESUME
 
     def __str__(self) -> str:
         return "Stopped and saved. Resume with the same command and --resume_from_checkpoint latest."
+
+
+class NotSaved(CommandError):
+    """The run was asked to stop, and could not save where it was."""
 
 
 class Preemption:
@@ -51,7 +55,7 @@ class Preemption:
     def _handle(self, number: int, _frame: FrameType | None) -> None:
         name = signal.Signals(number).name
         if self.requested or not self.running:
-            print(f"{name}: leaving at once.", file=sys.stderr, flush=True)
+            print(f"{name}: exiting immediately.", file=sys.stderr, flush=True)
             os._exit(EXIT_RESUME)
         self.requested = True
         print(f"{name}: finishing the step, then saving.", file=sys.stderr, flush=True)
@@ -73,7 +77,7 @@ class Preemption:
 def ignore_signals(ending: Event, _worker: int) -> None:
     """
     Ignore SIGTERM and SIGUSR1 in a DataLoader worker until the event is set. Clusters signal every process of a job,
-    and the current step still needs its data; but in the end torch, too, asks workers to go by SIGTERM.
+    and the current step still needs its data; but at the end of the run torch itself terminates workers by SIGTERM.
     """
 
     def handle(_number: int, _frame: FrameType | None) -> None:

@@ -7,6 +7,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 from diffusers import DiffusionPipeline
+from safetensors import SafetensorError
 
 from diffusers_cfg.config import CommandError, UserError
 from diffusers_cfg.hub import PublishError, prepare_repository, publish
@@ -38,16 +39,21 @@ class BackgroundPublisher:
             logger.info("Step %d is not published: the upload of the one before has not ended.", step)
             return
         folder = tempfile.mkdtemp()
-        pipeline.save_pretrained(folder)
+        try:
+            pipeline.save_pretrained(folder)
+        except (OSError, SafetensorError) as error:  # which safetensors raises for a full disk too
+            shutil.rmtree(folder, ignore_errors=True)
+            logger.warning("Step %d was not published: it could not be copied: %s", step, error)
+            return
         self.upload: Future = self.executor.submit(self._publish, folder, step)
 
     def _publish(self, folder: str, step: int) -> None:
         try:
             publish(folder, self.repo_id, commit_message=f"Step {step}", token=self.token, verify=False)
-        except PublishError as error:
+        except Exception as error:  # nobody else would see it, and it must not end the run
             logger.warning("Step %d was not published: %s", step, error)
         finally:
-            shutil.rmtree(folder)
+            shutil.rmtree(folder, ignore_errors=True)
 
     def close(self) -> None:
         """Wait for the upload that has not ended."""

@@ -77,7 +77,7 @@ def make_state(config: TrainConfig, method: Method, batch_size: int, num_process
                 use_ema_warmup=True,
                 inv_gamma=config.ema_inv_gamma,
                 power=config.ema_power,
-                foreach=True,
+                foreach=any(parameter.requires_grad for parameter in method.modules[name].parameters()),
             )
             for decay in config.ema_decays
         ]
@@ -110,7 +110,7 @@ def set_learning_rates(config: TrainConfig, state: TrainState, total_steps: int)
 
 @contextmanager
 def averaged_weights(state: TrainState, index: int = 0) -> Iterator[None]:
-    """Give the averaged modules the weights of one of their averages, and put all modules into eval mode, meanwhile."""
+    """Give the averaged modules the weights of one average, and put all modules into eval mode, inside the block."""
     was_training = {name: module.training for name, module in state.modules.items()}
     averages = {name: averages[index] for name, averages in state.averages.items() if averages}
     for module in state.modules.values():

@@ -1,7 +1,8 @@
-"""Run a training job from its settings to a saved and published model. What is trained, a method says."""
+"""Run a training job from its settings to a saved and published model. A method defines what is trained."""
 
 import logging
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -9,7 +10,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import gather_object
+from accelerate.utils import DynamoBackend, gather_object
 from torch.utils.data import Dataset
 
 from diffusers_cfg.config import UserError
@@ -29,9 +30,9 @@ from diffusers_cfg.engine.checkpoint import (
 )
 from diffusers_cfg.engine.history import check_resumed, identity_of, settings_of
 from diffusers_cfg.engine.log import Log, is_due, save_picture
-from diffusers_cfg.engine.method import Batch, Method, Objective, check_terms
+from diffusers_cfg.engine.method import Batch, Method, Objective, check_method, check_terms
 from diffusers_cfg.engine.plan import check_disk, describe_plan, make_plan
-from diffusers_cfg.engine.preemption import Preempted, Preemption
+from diffusers_cfg.engine.preemption import NotSaved, Preempted, Preemption
 from diffusers_cfg.engine.publishing import BackgroundPublisher, check_hub, publish_run
 from diffusers_cfg.engine.record import write_run_record
 from diffusers_cfg.engine.state import averaged_weights, make_state, save_variants, set_learning_rates
@@ -72,7 +73,8 @@ class Trainer:
         Raises:
             UserError: a setting cannot work. Nothing has been written then.
             Preempted: the run was asked to stop; there is a checkpoint of the step that it reached.
-            FloatingPointError: too many steps in a row had a loss or a gradient that is not finite.
+            Diverged: too many steps in a row had a loss or a gradient that is not finite.
+            NotSaved: the run was asked to stop, and its checkpoint could not be written.
             NotPublished: the model is trained and saved, but could not be published.
         """
         images = self._prepare()
@@ -95,8 +97,11 @@ class Trainer:
                 self._after_step()
             self.validate(draw=True, measure=True)
         except Preempted:
-            if self.state.step > self.saved_step:
-                self._save_checkpoint()
+            if self.state.step > self.saved_step and not self._save_checkpoint():
+                raise NotSaved(
+                    f"Stopped at step {self.state.step}, whose checkpoint could not be written (see above): the steps "
+                    "since the last valid checkpoint are lost."
+                ) from None
             raise
         except RuntimeError as error:  # torch raises it wherever the main process happens to be
             raise_for_dead_worker(self.dataset, error)
@@ -110,10 +115,12 @@ class Trainer:
             module.eval()
 
     def train_step(self, batches: Sequence[Batch]) -> None:
-        """Take one step: minimise each objective in its turn, then update learning rates and averages."""
+        """Take one step: minimise the objectives in their order, then update learning rates and averages."""
         state = self.state
-        for turn, objective in enumerate(self.method.objectives):
-            self.minimise(turn, objective, batches)
+        turns = Counter()
+        for objective in self.method.objectives:
+            self.minimise(objective, [batch._replace(turn=turns[objective.name]) for batch in batches])
+            turns[objective.name] += 1
         for lr_scheduler in state.lr_schedulers.values():
             lr_scheduler.step()
         for name, averages in state.averages.items():
@@ -121,13 +128,12 @@ class Trainer:
                 average.step(state.modules[name].parameters())
         state.step += 1
 
-    def minimise(self, turn: int, objective: Objective, batches: Sequence[Batch]) -> None:
+    def minimise(self, objective: Objective, batches: Sequence[Batch]) -> None:
         """
         Take one optimizer step on the mean of an objective's loss over the batches. A step whose gradient is not finite
         leaves the weights and the moments as they are.
 
         Args:
-            turn (`int`): the objective's place in the method's list.
             objective (`Objective`): what is minimised.
             batches (`Sequence[Batch]`): of this process, accumulated.
         """
@@ -137,7 +143,10 @@ class Trainer:
             for micro_step, batch in enumerate(batches):
                 # What the networks draw themselves, their dropout, comes from torch's own generator.
                 torch.manual_seed(
-                    seed_of(self.config.seed, "network", batch.step, turn, micro_step, accelerator.process_index)
+                    seed_of(
+                        *(self.config.seed, "network", batch.step, objective.name, batch.turn),
+                        *(micro_step, accelerator.process_index),
+                    )
                 )
                 with accelerator.accumulate(*trained.values()):
                     terms = check_terms(objective, objective.loss({**modules, **trained}, batch), batch)
@@ -160,7 +169,7 @@ class Trainer:
                 figures = method.probe(probe_batches(self.config, method, images, accelerator.device))
                 accelerator.log(figures, step=state.step)
             if measure and self.evaluate is not None:
-                accelerator.log(self.evaluate(method.pipeline), step=state.step)
+                accelerator.log(self.evaluate(method.sampling_pipeline()), step=state.step)
 
     def _prepare(self) -> LabelledImages:
         """Find everything that can be wrong before anything is written. Return the images."""
@@ -173,17 +182,29 @@ class Trainer:
         with accelerator.main_process_first():  # the others find the data in the cache
             images = load_labelled_images(config, self.method_class.needs_labels)
         self.method = method = self.method_class.build(config, images)
+        check_method(method)
         self.dataset = training_dataset(images, config, method.image_channels, accelerator.is_main_process)
         accumulation = config.gradient_accumulation_steps
         if self.record is not None:
             accumulation = match_batch_size(self.checkpoint, self.record, config, accelerator.num_processes)
         self.plan = make_plan(config, accelerator.num_processes, accumulation, self.dataset)
         check_disk(config, method, self.plan.total_steps)
-        self.data = describe_data(images, self.dataset)
-        self.history = []
+        self.data, self.identity, self.history = describe_data(images, self.dataset), identity_of(method), []
         if self.record is not None:
-            self.history = check_resumed(self.checkpoint, self.record, config, method, self.data)
+            self._check_resumed()
         return images
+
+    def _check_resumed(self) -> None:
+        """Compare the run with its checkpoint. Raise UserError if it cannot be resumed."""
+        history = check_resumed(self.checkpoint, self.record, self.config, self.identity, self.data)
+        step, total_steps = self.record["step"], self.plan.total_steps
+        if step > total_steps:
+            raise UserError(
+                f"{self.checkpoint} is of step {step}, but the run is to have {total_steps} steps: raise "
+                "--max_train_steps, or resume an earlier checkpoint."
+            )
+        # A run that is done takes no step with settings that changed.
+        self.history = history if step < total_steps else self.record["history"]
 
     def _print_plan(self, images: LabelledImages) -> None:
         if self.accelerator.is_main_process:
@@ -218,7 +239,7 @@ class Trainer:
         self.state = state = make_state(config, method, plan.batch_size, accelerator.num_processes)
         state.step, state.history = self.record["step"] if self.record is not None else 0, self.history
         set_learning_rates(config, state, plan.total_steps)
-        self.prepared = {name: accelerator.prepare(module) for name, module in method.modules.items()}
+        self.prepared = {name: self._wrap(name) for name in method.modules}
         self.optimizers = {name: accelerator.prepare(optimizer) for name, optimizer in state.optimizers.items()}
         state.scaler = accelerator.scaler
         if self.stream is not None:
@@ -229,10 +250,10 @@ class Trainer:
                 self.stream.load_state_dict(state.stream)
             logger.info("Resumed from %s", self.checkpoint)
         self._check_same_step()
-        self.facts = {"settings": settings_of(config), "identity": identity_of(method), "data": self.data}
+        self.facts = {"settings": settings_of(config), "identity": self.identity, "data": self.data}
 
         if accelerator.is_main_process:
-            prepare_output_dir(config)
+            prepare_output_dir(config, self.checkpoint)
         self.publisher = None
         if self.repo_id is not None and config.hub_strategy == "checkpoint":
             self.publisher = BackgroundPublisher(self.repo_id, config.hub_token)
@@ -253,6 +274,17 @@ class Trainer:
             accelerator.device.type,
         )
 
+    def _wrap(self, name: str) -> torch.nn.Module:
+        """Return a module as accelerate wraps it, compiled if that is wanted and the method can have it so."""
+        plugin = self.accelerator.state.dynamo_plugin
+        backend = plugin.backend
+        if name not in self.method.compiled:
+            plugin.backend = DynamoBackend.NO
+        try:
+            return self.accelerator.prepare(self.method.modules[name])
+        finally:
+            plugin.backend = backend
+
     def _check_same_step(self) -> None:
         step = torch.tensor([self.state.step], device=self.accelerator.device)
         steps = self.accelerator.gather(step).tolist()
@@ -270,8 +302,8 @@ class Trainer:
         self.log.log_step(state.step, rates, self.batches.wait)
         if is_due(config.checkpointing_steps, state.step) or (config.checkpointing_steps and last):
             self._sync_stream_state()
-            self._save_checkpoint()
-            self.saved_step = state.step
+            if self._save_checkpoint():
+                self.saved_step = state.step
             self.accelerator.wait_for_everyone()
         draw, measure = is_due(config.validation_steps, state.step), is_due(config.eval_steps, state.step)
         if self.any_process(self.preemption.requested, at_once=draw or measure or last):
@@ -288,14 +320,15 @@ class Trainer:
         norms = {
             name: torch.nn.utils.clip_grad_norm_(self.prepared[name].parameters(), largest) for name in objective.trains
         }
+        norms = {name: norm.to(self.accelerator.device) for name, norm in norms.items()}
         finite = torch.stack([torch.isfinite(norm) for norm in norms.values()]).all()
         self.log.log_gradient(objective, norms, finite)
         return finite
 
     def _skip_unless(self, finite: torch.Tensor, optimizer: torch.optim.Optimizer) -> None:
         """
-        Have an optimizer skip its step unless the gradient is finite, without waiting for the device to say so. The
-        gradient is the mean of all processes', so they all decide alike.
+        Have an optimizer skip its step unless the gradient is finite, and if it is fused, without waiting for the
+        device to say so. The gradient is the mean of all processes', so they all decide alike.
         """
         if self.state.scaler is not None:  # which does the same, in fp16
             return
@@ -310,18 +343,20 @@ class Trainer:
         if self.stream is not None:
             self.state.stream = self.stream.state_dict(gather_object([self.stream.reached]))
 
-    def _save_checkpoint(self) -> None:
+    def _save_checkpoint(self) -> bool:
+        """Save a checkpoint on the main process, and publish it if that is wanted. Return False if it failed."""
         if not self.accelerator.is_main_process:
-            return
+            return True
         saved = save_checkpoint(self.config, self.state, self.facts)
         if saved and self.publisher is not None and self.state.step < self.plan.total_steps:
             with averaged_weights(self.state):
-                self.publisher.publish(self.method.pipeline, self.state.step)
+                self.publisher.publish(self.method.sampling_pipeline(), self.state.step)
+        return saved
 
     def _draw_samples(self) -> None:
         logger.info("Drawing samples at step %d", self.state.step)
         quiet = None if self.accelerator.is_local_main_process else True
-        self.method.pipeline.set_progress_bar_config(desc="Sampling", leave=False, disable=quiet)
+        self.method.sampling_pipeline().set_progress_bar_config(desc="Sampling", leave=False, disable=quiet)
         picture = self.method.preview(self.accelerator)
         if picture is not None and self.accelerator.is_main_process:
             save_picture(Path(self.config.output_dir), self.accelerator, picture, self.state.step)
@@ -330,9 +365,9 @@ class Trainer:
         """Save the pipeline and the record of the run, and publish them."""
         config, accelerator, method = self.config, self.accelerator, self.method
         if accelerator.is_main_process:
-            method.pipeline.save_pretrained(config.output_dir)
+            method.save(Path(config.output_dir))
             for name in method.averaged:
-                for component, module in method.pipeline.components.items():
+                for component, module in method.sampling_pipeline().components.items():
                     if module is method.modules[name]:
                         save_variants(self.state, name, Path(config.output_dir) / component)
             write_run_record(config, accelerator, method, self.state, self.plan.num_images)
@@ -352,7 +387,7 @@ class Trainer:
 
 @contextmanager
 def frozen(modules: Sequence[torch.nn.Module]) -> Iterator[None]:
-    """Exclude modules from the graph meanwhile: no gradient is computed for their parameters."""
+    """Compute no gradient for the parameters of modules inside the block."""
     parameters = [p for module in modules for p in module.parameters() if p.requires_grad]
     for parameter in parameters:
         parameter.requires_grad_(False)

@@ -67,7 +67,8 @@ class ClassifierFreeGuidance(Method):
         """
         num_classes, gains = self.pipeline.unet.num_classes, []
         generator = seeded_generator("cpu", self.config.seed, "wrong labels")
-        for x, right, draws, _ in batches:
+        for batch in batches:
+            x, right, draws = batch.x, batch.class_labels, batch.draws
             offset = torch.randint(1, num_classes, right.shape, generator=generator).to(right.device)
             u, noise = draws.uniform("time"), draws.normal("noise", *x.shape[1:])
             errors = [

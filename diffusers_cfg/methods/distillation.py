@@ -51,7 +51,7 @@ class GuidanceDistillation(Method):
     @classmethod
     def build(cls, config: DistillationConfig, images: LabelledImages) -> Self:
         require_classes(images)
-        return cls(config, load_pretrained(config, images))
+        return cls(config, load_pretrained(config, images, "--teacher"))
 
     def loss(self, networks: Networks, batch: Batch) -> Terms:
         """Return the student's distance from the guided teacher, for each sample of a batch (x, c)."""

@@ -28,7 +28,7 @@ def build_pipeline(config: CFGConfig, images: LabelledImages) -> CFGPipeline:
         if pipeline.unet.max_guidance_scale is not None:
             raise UserError(
                 f"--pretrained_model_name_or_path {config.pretrained_model_name_or_path} was distilled to guide in one "
-                "pass, and would forget that: start from its teacher, and distill that one."
+                "pass, which further training would undo: start from its teacher, and distill that one."
             )
         return pipeline
     vae = load_vae(config)
@@ -74,9 +74,16 @@ def example_of(pipeline: CFGPipeline) -> str:
     return f'pipe(class_labels=["{name}"], guidance_scale=1.0).images[0].save("{name}.png")'
 
 
-def load_pretrained(config: CFGConfig, images: LabelledImages) -> CFGPipeline:
+def load_pretrained(
+    config: CFGConfig, images: LabelledImages, flag: str = "--pretrained_model_name_or_path"
+) -> CFGPipeline:
     """
     Return the pretrained pipeline that a run starts from, with the classes of the data and its own noise process.
+
+    Args:
+        config (`CFGConfig`): names it.
+        images (`LabelledImages`): the data.
+        flag (`str`): the flag by which the user named it, for messages.
 
     Raises:
         UserError: it cannot be loaded, does not fit the resolution, or its noise process is not known.
@@ -85,7 +92,7 @@ def load_pretrained(config: CFGConfig, images: LabelledImages) -> CFGPipeline:
     try:
         pretrained = CFGPipeline.from_pretrained(source)
     except (OSError, ValueError) as error:
-        raise UserError(f"--pretrained_model_name_or_path {source} cannot be loaded: {error}") from error
+        raise UserError(f"{flag} {source} cannot be loaded: {error}") from error
     unet, vae = pretrained.unet, pretrained.vae
     replace_classes(unet, pretrained.id2label, images.id2label)
     unet.register_to_config(sample_size=check_sample_size(unet, sample_size(config, vae)))
@@ -93,7 +100,7 @@ def load_pretrained(config: CFGConfig, images: LabelledImages) -> CFGPipeline:
         vae.eval().requires_grad_(False)
     if not {"log_snr_min", "_log_snr_min"} & pretrained.scheduler.config.keys():
         raise UserError(
-            f"--pretrained_model_name_or_path {source} has a {type(pretrained.scheduler).__name__} that was not made "
+            f"{flag} {source} has a {type(pretrained.scheduler).__name__} that was not made "
             "from a LogSNRScheduler, so the noise process of its training is not known. Start from another model."
         )
     pipeline = new_pipeline(config, unet, noise_process(pretrained), vae, images.id2label)

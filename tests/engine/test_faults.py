@@ -23,7 +23,7 @@ from diffusers_cfg.config import UserError
 from diffusers_cfg.data import datasets
 from diffusers_cfg.engine import checkpoint, trainer
 from diffusers_cfg.engine.checkpoint import checkpoints, verify_checkpoint
-from diffusers_cfg.engine.preemption import EXIT_RESUME, Preempted, Preemption
+from diffusers_cfg.engine.preemption import EXIT_RESUME, NotSaved, Preempted, Preemption
 from diffusers_cfg.methods import cfg
 from tests.support.runs import ROOT, TINY, TRAINING, WEIGHTS, assert_same_tensors, scalars, start, train
 
@@ -110,7 +110,7 @@ def test_a_full_disk_costs_a_checkpoint_and_not_the_run(tmp_path, monkeypatch, c
     monkeypatch.setattr(checkpoint, part, full)
     train(tmp_path / "out", *EVERY_STEP, "--checkpoints_total_limit", "1")
     assert "Failed to write the checkpoint of step 3: [Errno 28] No space left" in caplog.text
-    assert "the last valid checkpoint is checkpoint-2" in caplog.text
+    assert "The last valid checkpoint is checkpoint-2" in caplog.text
     assert names(tmp_path / "out") == ["checkpoint-4"]
     assert list((tmp_path / "out").glob("tmp-*")) == []
 
@@ -146,7 +146,7 @@ def test_files_that_cannot_grow(tmp_path, caplog, monkeypatch):
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
         signal.signal(signal.SIGXFSZ, handler)
     assert "Failed to write the checkpoint of step 4" in caplog.text
-    assert "the last valid checkpoint is none" in caplog.text
+    assert "The last valid checkpoint is none" in caplog.text
     assert (tmp_path / "out" / "unet" / WEIGHTS).is_file()
     assert names(tmp_path / "out") == []
 
@@ -227,6 +227,17 @@ def test_without_checkpoints_a_signal_saves_all_the_same(tmp_path, monkeypatch, 
     with pytest.raises(Preempted):
         start(tmp_path / "out", preemption, "--checkpointing_steps", "0")
     assert names(tmp_path / "out") == ["checkpoint-2"]
+
+
+def test_what_could_not_be_saved_is_not_called_saved(tmp_path, monkeypatch, preemption):
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(checkpoint, "write_checksums", full)
+    monkeypatch.setattr(cfg, "squared_error", signalled(cfg.squared_error, 3))
+    with pytest.raises(NotSaved, match="Stopped at step 3, whose checkpoint could not be written"):
+        start(tmp_path / "out", preemption)
+    assert names(tmp_path / "out") == []
 
 
 TWO = ["-m", "torch.distributed.run", "--nproc_per_node", "2"]

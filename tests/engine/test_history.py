@@ -12,7 +12,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from diffusers_cfg.config import UserError
-from diffusers_cfg.engine.checkpoint import CHECKSUMS, STATE_FILE, write_checksums
+from diffusers_cfg.engine.checkpoint import CHECKSUMS, STATE_FILE, checkpoints, write_checksums
 from diffusers_cfg.settings import CFGConfig, DistillationConfig
 from tests.support import runs
 from tests.support.models import make_pipeline, make_unet
@@ -239,3 +239,38 @@ def test_moments_that_are_missing_are_not_begun_again(copy):
     seal(copy / "checkpoint-2")
     with pytest.raises(UserError, match=r"has the moments of 10 parameters, but \d+ were saved"):
         train(copy, *RESUME)
+
+
+def test_an_older_checkpoint_that_is_resumed_becomes_the_latest(copy, caplog):
+    """Its steps are taken again: those that were taken before are set aside, and nothing that is written is deleted."""
+    flags = ["--learning_rate", "5e-4", "--max_train_steps", "3", "--checkpoints_total_limit", "1"]
+    train(copy, *RESUME, *flags)
+    assert "checkpoint-4 is newer than the checkpoint that is resumed: it is old-checkpoint-4 now" in caplog.text
+    assert [path.name for path in checkpoints(copy)] == ["checkpoint-3"]
+    assert (copy / "old-checkpoint-4" / STATE_FILE).is_file()
+    train(copy, *flags, "--resume_from_checkpoint", "latest", "--max_train_steps", "4")
+    assert run_record(copy)["steps"] == 4
+    assert run_record(copy)["history"][0] == {
+        "from_step": 2, "max_train_steps": [4, 3], "learning_rate": [1e-3, 5e-4],
+    }  # fmt: skip
+
+
+def test_a_run_that_is_longer_than_it_is_to_be(copy):
+    before = {path: path.read_bytes() for path in copy.rglob("*") if path.is_file()}
+    with pytest.raises(UserError, match="checkpoint-4 is of step 4, but the run is to have 3 steps: raise --max_train"):
+        train(copy, "--resume_from_checkpoint", "latest", "--max_train_steps", "3")
+    assert {path: path.read_bytes() for path in copy.rglob("*") if path.is_file()} == before
+    # And one that is done takes no step with another setting
+    train(copy, "--resume_from_checkpoint", "latest", "--learning_rate", "0.5")
+    assert "history" not in run_record(copy)
+
+
+def test_overwriting_is_for_a_run_that_is_not_resumed(copy):
+    flags = ["--resume_from_checkpoint", "latest", "--overwrite_output_dir"]
+    train(copy, *flags)
+    assert (copy / "checkpoint-2").is_dir()
+    for name in ("checkpoint-2", "checkpoint-4"):
+        shutil.rmtree(copy / name)
+    (copy / "samples" / "step-9.png").write_bytes(b"of the run before")
+    train(copy, *flags)
+    assert not (copy / "samples" / "step-9.png").exists()

@@ -12,11 +12,11 @@ from safetensors.torch import load_file
 from diffusers_cfg import CFGPipeline
 from diffusers_cfg.config import UserError
 from diffusers_cfg.engine.checkpoint import checkpoints
-from diffusers_cfg.engine.method import Terms
+from diffusers_cfg.engine.method import Objective, Terms
 from diffusers_cfg.methods.cfg import ClassifierFreeGuidance
 from diffusers_cfg.settings import CFGConfig
 from tests.support.runs import TIMES, WEIGHTS, assert_same_tensors, events, scalars, train
-from tests.support.toys import Unlabelled
+from tests.support.toys import Adversarial, Unlabelled
 
 
 def test_a_run_leaves_a_pipeline_that_loads(tmp_path, capsys):
@@ -232,3 +232,72 @@ def test_an_unfused_optimizer_skips_steps_too(tmp_path):
     assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
     assert any(not torch.equal(weights[1][name], weights[2][name]) for name in weights[0])
     assert all(torch.isfinite(value).all() for value in weights[2].values())
+
+
+def test_objectives_of_one_name_are_turns_of_one_optimizer(tmp_path):
+    """Such as several critic steps, each with draws and dropout of its own."""
+    seen = []
+
+    class Thrice(Adversarial):
+        def __init__(self, *args):
+            super().__init__(*args)
+            self.objectives = [self.objectives[0]] * 3 + self.objectives[1:]
+
+        def critic_loss(self, networks, batch):
+            seen.append((batch.step, batch.turn, batch.x[0, 0, 4, 4].item(), torch.rand(1).item()))
+            return super().critic_loss(networks, batch)
+
+    train(tmp_path, "--max_train_steps", "2", method=Thrice)
+    assert [entry[:2] for entry in seen] == [(step, turn) for step in (0, 1) for turn in (0, 1, 2)]
+    assert len({x for step, _, x, _ in seen if step == 0}) == 1
+    assert len({random for *_, random in seen}) == 6
+
+
+def test_what_is_sampled_and_saved_is_made_with_the_averaged_weights(tmp_path):
+    """As of a method whose scheduler is a part of what it learns."""
+    weights = []
+
+    class Remade(ClassifierFreeGuidance):
+        def sampling_pipeline(self):
+            weights.append(self.pipeline.unet.conv_in.weight.detach().clone())
+            return super().sampling_pipeline()
+
+        def save(self, folder):
+            super().save(folder)
+            (folder / "extra.txt").write_text("more than a pipeline")
+
+    train(tmp_path, "--ema_max_decay", "0.5", method=Remade)
+    averaged = load_file(tmp_path / "checkpoint-4" / "unet_ema" / WEIGHTS)["conv_in.weight"]
+    assert len(weights) >= 2
+    assert all(torch.equal(weight, averaged) for weight in weights)
+    assert (tmp_path / "extra.txt").is_file()
+
+
+def test_a_frozen_module_may_be_averaged(tmp_path):
+    class Fixed(Unlabelled):
+        def __init__(self, *args):
+            super().__init__(*args)
+            self.modules["scale"].requires_grad_(False)
+
+    train(tmp_path, method=Fixed)
+    assert load_file(tmp_path / "checkpoint-4" / "scale_ema" / WEIGHTS)["weight"].item() == 1.0
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda m: setattr(m, "averaged", ("unett",)), "'unett'.* are averaged, but are no modules"),
+        (lambda m: m.objectives.append(Objective("b", ("nett",), m.loss)), "b trains .*'nett'.*, which are no modules"),
+        (lambda m: m.objectives.append(Objective("a/b", ("unet",), m.loss)), "'a/b' cannot name"),
+        (lambda m: m.objectives.append(Objective("denoising", ("unet",), m.loss)), "denoising train different modules"),
+        (lambda m: m.modules.update(unet_ema=m.modules["scale"]), "'unet_ema' cannot name"),
+    ],
+)
+def test_a_method_that_does_not_fit_together(tmp_path, change, message):
+    class Wrong(Unlabelled):
+        def __init__(self, *args):
+            super().__init__(*args)
+            change(self)
+
+    with pytest.raises(ValueError, match=message):
+        train(tmp_path / "out", "--dry_run", method=Wrong)

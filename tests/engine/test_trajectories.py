@@ -15,8 +15,10 @@ EACH_WAY = [
     for method in METHODS
     for way in WAYS
 ]
-# A minute of compiling each. torch.compile knows no second derivative, which the adversarial toy's penalty needs.
-COMPILED = [pytest.param(method, "compile", marks=pytest.mark.slow) for method in ("cfg", "distillation")]
+# Half a minute of compiling each.
+COMPILED = [
+    pytest.param(method, "compile", marks=pytest.mark.slow) for method in ("cfg", "distillation", "adversarial")
+]
 
 
 @pytest.fixture(scope="module")

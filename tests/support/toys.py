@@ -55,7 +55,7 @@ class Adversarial(Method):
 
     def critic_loss(self, networks: Networks, batch: Batch) -> Terms:
         with torch.no_grad():
-            z, fake = self.pair(networks["generator"], batch, "critic")
+            z, fake = self.pair(networks["generator"], batch, f"critic {batch.turn}" if batch.turn else "critic")
         real = batch.x.clone().requires_grad_()
         on_real, on_fake = networks["critic"](real, z), networks["critic"](fake, z)
         loss, logs = F.softplus(-on_real) + F.softplus(on_fake), {"real": on_real.detach(), "fake": on_fake.detach()}
@@ -76,6 +76,10 @@ class Adversarial(Method):
 
     def max_grad_norm(self, objective: Objective) -> float:
         return float("inf")
+
+    @property
+    def compiled(self) -> tuple[str, ...]:
+        return ("generator",)  # the penalty needs second derivatives of the critic
 
 
 class Unlabelled(Method):
