@@ -105,7 +105,7 @@ def prepare_output_dir(config: TrainConfig, checkpoint: Path | None) -> None:
         found = [path for name in RUN_FILES for path in output_dir.glob(name)]
         for path in [*found, *output_dir.glob(config.logging_dir)]:
             shutil.rmtree(path) if path.is_dir() else path.unlink()
-    if checkpoint is not None and checkpoint.resolve().parent == output_dir.resolve():
+    if checkpoint is not None and checkpoint.parent.resolve() == output_dir.resolve():
         existing = checkpoints(output_dir)
         for newer in existing[existing.index(output_dir / checkpoint.name) + 1 :]:
             old = output_dir / f"old-{newer.name}"
