@@ -2,17 +2,15 @@
 
 import logging
 from collections.abc import Iterable
-from typing import Any, Self
+from typing import Self
 
 import torch
-from accelerate import Accelerator
-from PIL import Image
 
 from diffusers_cfg import CFGPipeline
 from diffusers_cfg.data.sources import UNLABELLED, LabelledImages, require_classes
-from diffusers_cfg.engine.method import Batch, Method, Networks, Objective, Terms
-from diffusers_cfg.evaluation.grids import sample_grid
-from diffusers_cfg.methods.networks import build_pipeline, example_of, noise_process
+from diffusers_cfg.engine.method import Batch, Networks, Objective, Terms
+from diffusers_cfg.methods.guided import GuidedMethod
+from diffusers_cfg.methods.networks import build_pipeline, noise_process
 from diffusers_cfg.methods.objectives import drop_class_labels, level_names, loss_logs, prediction_target, squared_error
 from diffusers_cfg.randomness import seeded_generator
 from diffusers_cfg.settings import CFGConfig
@@ -20,11 +18,10 @@ from diffusers_cfg.settings import CFGConfig
 logger = logging.getLogger(__name__)
 
 
-class ClassifierFreeGuidance(Method):
+class ClassifierFreeGuidance(GuidedMethod):
     """Algorithm 1 of Ho & Salimans (2022), with the noise process λ ~ p(λ) of its section 3."""
 
     config: CFGConfig
-    pipeline: CFGPipeline
 
     def __init__(self, config: CFGConfig, pipeline: CFGPipeline):
         self.config, self.pipeline = config, pipeline
@@ -56,10 +53,6 @@ class ClassifierFreeGuidance(Method):
         pred = unet(z, t, class_labels=c).sample
         return squared_error(pred, prediction_target(self.scheduler, x, noise, t))
 
-    def preview(self, accelerator: Accelerator) -> Image.Image:
-        """Return a grid of samples: a row for each class, a column for each w."""
-        return sample_grid(self.pipeline, accelerator, self.guidance_scales, self.num_inference_steps, self.config.seed)
-
     def probe(self, batches: Iterable[Batch]) -> dict[str, float]:
         """
         Return how much better the network predicts with the right labels than with wrong ones, in standard errors of
@@ -85,18 +78,3 @@ class ClassifierFreeGuidance(Method):
                 standard_errors,
             )
         return {"label_gain": standard_errors}
-
-    def example(self) -> str:
-        """Return a line of code that draws the first class."""
-        return example_of(self.pipeline)
-
-    def facts(self) -> dict[str, Any]:
-        """Return what is predicted and how often labels are dropped."""
-        return {
-            "prediction_type": self.scheduler.config.prediction_type,
-            "conditioning_dropout_prob": self.pipeline.config.conditioning_dropout_prob,
-        }
-
-    def identity(self) -> dict[str, Any]:
-        """Return the noise process, which a pretrained pipeline may bring."""
-        return {name: self.scheduler.config[name] for name in ("prediction_type", "log_snr_min", "log_snr_max")}

@@ -5,21 +5,19 @@ from functools import partial
 from typing import Any, Self
 
 import torch
-from accelerate import Accelerator
 from diffusers import DDIMScheduler
-from PIL import Image
 
 from diffusers_cfg import CFGPipeline, LogSNRScheduler, UNet2DCFGModel
 from diffusers_cfg.config import UserError
 from diffusers_cfg.data.sources import UNLABELLED, LabelledImages, require_classes
-from diffusers_cfg.engine.method import Batch, Method, Networks, Objective, Terms
-from diffusers_cfg.evaluation.grids import sample_grid
-from diffusers_cfg.methods.networks import example_of, load_pretrained, new_pipeline, noise_process
+from diffusers_cfg.engine.method import Batch, Networks, Objective, Terms
+from diffusers_cfg.methods.guided import GuidedMethod
+from diffusers_cfg.methods.networks import load_pretrained, new_pipeline, noise_process
 from diffusers_cfg.methods.objectives import drop_class_labels, level_names, loss_logs, prediction_target, squared_error
 from diffusers_cfg.settings import DistillationConfig
 
 
-class GuidanceDistillation(Method):
+class GuidanceDistillation(GuidedMethod):
     """
     Distillation of classifier-free guidance (Meng et al. 2023, arXiv 2210.03142).
 
@@ -28,7 +26,6 @@ class GuidanceDistillation(Method):
     """
 
     config: DistillationConfig
-    pipeline: CFGPipeline
 
     def __init__(self, config: DistillationConfig, teacher: CFGPipeline):
         check_teacher(config, teacher.unet)
@@ -80,26 +77,13 @@ class GuidanceDistillation(Method):
         null, scales = torch.full_like(c, self.teacher.unet.null_class_label), w.view(-1, 1, 1, 1)
         return self.teacher.guide(*self.teacher.predictions(z, t, c, null, scales), scales)
 
-    def preview(self, accelerator: Accelerator) -> Image.Image:
-        """Return a grid of samples: a row for each class, a column for each w that the student knows."""
-        return sample_grid(self.pipeline, accelerator, self.guidance_scales, self.num_inference_steps, self.config.seed)
-
-    def example(self) -> str:
-        """Return a line of code that draws the first class."""
-        return example_of(self.pipeline)
-
     def facts(self) -> dict[str, Any]:
         """Return what is predicted, for which w, and in how many steps."""
         return {
-            "prediction_type": self.scheduler.config.prediction_type,
-            "conditioning_dropout_prob": self.pipeline.config.conditioning_dropout_prob,
+            **super().facts(),
             "max_guidance_scale": self.max_guidance_scale,
             "student_steps": self.student_steps,
         }
-
-    def identity(self) -> dict[str, Any]:
-        """Return the noise process, which is the teacher's."""
-        return {name: self.scheduler.config[name] for name in ("prediction_type", "log_snr_min", "log_snr_max")}
 
 
 def check_teacher(config: DistillationConfig, unet: UNet2DCFGModel) -> None:

@@ -68,12 +68,6 @@ def noise_process(pipeline: CFGPipeline) -> LogSNRScheduler:
     return LogSNRScheduler.from_config(pipeline.scheduler.config)
 
 
-def example_of(pipeline: CFGPipeline) -> str:
-    """Return a line of code that draws the first class with a saved pipeline `pipe`."""
-    name = pipeline.id2label[0]
-    return f'pipe(class_labels=["{name}"], guidance_scale=1.0).images[0].save("{name}.png")'
-
-
 def load_pretrained(
     config: CFGConfig, images: LabelledImages, flag: str = "--pretrained_model_name_or_path"
 ) -> CFGPipeline:

@@ -24,7 +24,7 @@ from diffusers_cfg.data import datasets
 from diffusers_cfg.engine import checkpoint, trainer
 from diffusers_cfg.engine.checkpoint import checkpoints, verify_checkpoint
 from diffusers_cfg.engine.preemption import EXIT_RESUME, NotSaved, Preempted, Preemption
-from diffusers_cfg.methods import cfg
+from diffusers_cfg.methods import cfg, guided
 from tests.support.runs import ROOT, TINY, TRAINING, WEIGHTS, assert_same_tensors, scalars, start, train
 
 EVERY_STEP = ["--checkpointing_steps", "1", "--max_train_steps", "4"]
@@ -176,8 +176,8 @@ def signalled(works, when, number=signal.SIGTERM):
     [
         (cfg, "squared_error", 3, 3),  # in the third step
         (trainer, "save_checkpoint", 1, 2),  # in a save
-        (cfg, "sample_grid", 1, 3),  # while samples are drawn
-        (cfg, "sample_grid", 2, 4),  # the last ones
+        (guided, "sample_grid", 1, 3),  # while samples are drawn
+        (guided, "sample_grid", 2, 4),  # the last ones
     ],
 )
 def test_a_signal_saves_the_step(tmp_path, monkeypatch, preemption, module, name, when, step, number):

@@ -72,7 +72,7 @@ def test_a_run_that_is_asked_to_stop_saves_its_position(tmp_path, monkeypatch, m
         if moment == "step":
             patch.setattr("diffusers_cfg.methods.cfg.squared_error", stop_in_step)
         else:
-            patch.setattr("diffusers_cfg.methods.cfg.sample_grid", stop_in_validation)
+            patch.setattr("diffusers_cfg.methods.guided.sample_grid", stop_in_validation)
         with pytest.raises(Preempted):
             start(tmp_path / "out", preemption, *flags)
     assert [path.name for path in checkpoints(tmp_path / "out")] == ["checkpoint-3"]

@@ -47,9 +47,10 @@ def test_training_approaches_the_exact_prediction(prediction_type):
     unet.eval()
     errors = {}
     for u in (0.02, 0.2, 0.4, 0.6, 0.8, 0.98):
-        x, c, draws, _ = batch_of(10_000 + int(100 * u))
+        batch = batch_of(10_000 + int(100 * u))
+        x, c = batch.x, batch.class_labels
         t = scheduler.timestep(torch.full((BATCH_SIZE,), u))
-        z = scheduler.add_noise(x, draws.normal("noise", *x.shape[1:]), t)
+        z = scheduler.add_noise(x, batch.draws.normal("noise", *x.shape[1:]), t)
         for name, labels in (("conditional", c), ("null", torch.full_like(c, 3))):
             with torch.no_grad():
                 difference = unet(z, t, class_labels=labels).sample - exact(z, t, labels).sample

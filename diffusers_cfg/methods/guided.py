@@ -1,0 +1,47 @@
+"""Share what methods have in common whose samples a `CFGPipeline` draws."""
+
+from typing import Any
+
+from accelerate import Accelerator
+from PIL import Image
+
+from diffusers_cfg import CFGPipeline, LogSNRScheduler
+from diffusers_cfg.engine.method import Method
+from diffusers_cfg.evaluation.grids import sample_grid
+
+
+class GuidedMethod(Method):
+    """
+    A method whose pipeline draws classes with guidance.
+
+    Attributes:
+        scheduler (`LogSNRScheduler`): the noise process that is trained on.
+        guidance_scales (`list[float]`), num_inference_steps (`int`): of the samples that are drawn during training.
+    """
+
+    pipeline: CFGPipeline
+    scheduler: LogSNRScheduler
+    guidance_scales: list[float]
+    num_inference_steps: int
+
+    def preview(self, accelerator: Accelerator) -> Image.Image:
+        """Return a grid of samples: a row for each of the first ten classes, a column for each w."""
+        return sample_grid(
+            self.sampling_pipeline(), accelerator, self.guidance_scales, self.num_inference_steps, self.config.seed
+        )
+
+    def example(self) -> str:
+        """Return a line of code that draws the first class."""
+        name = self.pipeline.id2label[0]
+        return f'pipe(class_labels=["{name}"], guidance_scale=1.0).images[0].save("{name}.png")'
+
+    def facts(self) -> dict[str, Any]:
+        """Return what is predicted and how often labels are dropped."""
+        return {
+            "prediction_type": self.scheduler.config.prediction_type,
+            "conditioning_dropout_prob": self.pipeline.config.conditioning_dropout_prob,
+        }
+
+    def identity(self) -> dict[str, Any]:
+        """Return the noise process, which a pretrained pipeline may bring."""
+        return {name: self.scheduler.config[name] for name in ("prediction_type", "log_snr_min", "log_snr_max")}
