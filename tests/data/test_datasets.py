@@ -25,18 +25,13 @@ from diffusers_cfg.data.datasets import (
 from diffusers_cfg.data.decoding import to_array
 from diffusers_cfg.data.sources import Digits, LabelledImages, load_labelled_images
 from diffusers_cfg.settings import DataConfig
-from tests.support.images import SPLITS_CARD, open_stream, save_shards, solid
+from tests.support.images import SPLITS_CARD, open_stream, save_shards, save_three_classes
 from tests.support.odd_images import READABLE, UNREADABLE
 
 
 @pytest.fixture
 def folder(tmp_path) -> Path:
-    """Three classes of four RGB images."""
-    for label, name in enumerate(("cat", "dog", "eel")):
-        (tmp_path / "data" / name).mkdir(parents=True)
-        for i in range(4):
-            solid(label * 100).save(tmp_path / "data" / name / f"{i}.png")
-    return tmp_path / "data"
+    return save_three_classes(tmp_path / "data")
 
 
 def folder_config(folder: Path, **settings) -> DataConfig:

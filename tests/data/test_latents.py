@@ -5,10 +5,8 @@ import shutil
 from pathlib import Path
 from types import SimpleNamespace
 
-import numpy as np
 import pytest
 import torch
-from PIL import Image
 from safetensors.torch import load_file
 from torch.utils.data import Dataset
 
@@ -20,6 +18,7 @@ from diffusers_cfg.data.datasets import CachedImages, training_dataset
 from diffusers_cfg.data.latents import CachedLatents, LatentBatch, cache_latents
 from diffusers_cfg.data.sources import load_labelled_images
 from diffusers_cfg.settings import TrainConfig
+from tests.support.images import save_folder_with_broken_image
 from tests.support.latents import CLOSE, count_encoded, few_digits, make_vae
 
 SHAPE = (2, 4, 4)
@@ -123,12 +122,7 @@ def test_no_graph_is_kept_of_an_autoencoder_that_is_not_frozen():
 
 def test_images_that_are_decoded_lazily(tmp_path, monkeypatch, caplog):
     """One cannot be read: it is replaced as it is without the cache, and named at every start."""
-    for label, name in enumerate("ab"):
-        (tmp_path / "data" / name).mkdir(parents=True)
-        for i in range(10):
-            pixels = np.random.default_rng([label, i]).integers(0, 256, (8, 8), np.uint8)
-            Image.fromarray(pixels).save(tmp_path / "data" / name / f"{i}.png")
-    (tmp_path / "data" / "a" / "9.png").write_bytes(b"broken")
+    save_folder_with_broken_image(tmp_path / "data")
     monkeypatch.setattr(data, "MAX_CACHED_BYTES", 0)
     monkeypatch.setattr(latents, "FILE_SIZE", 7)
     settings = {"train_data_dir": str(tmp_path / "data"), "cache_dir": str(tmp_path / "cache")}

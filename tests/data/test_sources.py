@@ -28,6 +28,7 @@ from tests.support.images import (
     save_dataset,
     save_shards,
     save_tars,
+    save_three_classes,
     save_unchecked_label,
     solid,
 )
@@ -36,12 +37,7 @@ from tests.support.odd_images import READABLE
 
 @pytest.fixture
 def folder(tmp_path) -> Path:
-    """Three classes of four RGB images."""
-    for label, name in enumerate(("cat", "dog", "eel")):
-        (tmp_path / "data" / name).mkdir(parents=True)
-        for i in range(4):
-            solid(label * 100).save(tmp_path / "data" / name / f"{i}.png")
-    return tmp_path / "data"
+    return save_three_classes(tmp_path / "data")
 
 
 @pytest.fixture

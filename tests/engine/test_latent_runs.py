@@ -3,14 +3,13 @@
 import shutil
 from pathlib import Path
 
-import numpy as np
 import pytest
-from PIL import Image
 from safetensors.torch import load_file
 
 from diffusers_cfg.config import UserError
 from diffusers_cfg.data import datasets, latents, sources
 from diffusers_cfg.evaluation import features, in_training
+from tests.support.images import save_folder_with_broken_image
 from tests.support.latents import CLOSE, count_encoded, few_digits, vae_flags
 from tests.support.runs import TINY, WEIGHTS, assert_same_tensors, launch, train
 
@@ -71,12 +70,7 @@ def test_a_resumed_run_with_latents_equals_one_that_never_stopped(tmp_path):
 
 def test_images_that_are_decoded_lazily(tmp_path, monkeypatch, caplog):
     """One cannot be read: it is replaced as it is without the cache, and named by every run."""
-    for label, name in enumerate("ab"):
-        (tmp_path / "data" / name).mkdir(parents=True)
-        for i in range(10):
-            pixels = np.random.default_rng([label, i]).integers(0, 256, (8, 8), np.uint8)
-            Image.fromarray(pixels).save(tmp_path / "data" / name / f"{i}.png")
-    (tmp_path / "data" / "a" / "9.png").write_bytes(b"broken")
+    save_folder_with_broken_image(tmp_path / "data")
     monkeypatch.setattr(datasets, "MAX_CACHED_BYTES", 0)
     monkeypatch.setattr(latents, "FILE_SIZE", 7)
     flags = [*vae_flags(tmp_path / "vae"), "--train_data_dir", str(tmp_path / "data"), "--resolution", "8"]

@@ -7,6 +7,7 @@ from itertools import islice
 from pathlib import Path
 
 import datasets
+import numpy as np
 import pyarrow.parquet as pq
 from PIL import Image
 from torch.utils.data import DataLoader
@@ -112,6 +113,25 @@ def save_class_folders(folder: Path) -> str:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(numbered(number))
     return str(folder)
+
+
+def save_three_classes(folder: Path) -> Path:
+    """Write four RGB images of one colour into a folder for each of three classes."""
+    for label, name in enumerate(("cat", "dog", "eel")):
+        (folder / name).mkdir(parents=True)
+        for i in range(4):
+            solid(label * 100).save(folder / name / f"{i}.png")
+    return folder
+
+
+def save_folder_with_broken_image(folder: Path) -> None:
+    """Write ten 8×8 grayscale images of noise into a folder for each of two classes. Row 9 cannot be read."""
+    for label, name in enumerate("ab"):
+        (folder / name).mkdir(parents=True)
+        for i in range(10):
+            pixels = np.random.default_rng([label, i]).integers(0, 256, (8, 8), np.uint8)
+            Image.fromarray(pixels).save(folder / name / f"{i}.png")
+    (folder / "a" / "9.png").write_bytes(b"broken")
 
 
 def stream_config(source: str | None, **settings) -> TrainConfig:
