@@ -97,7 +97,7 @@ def find_samples(folder: Path) -> Path | None:
 
 
 def card_metadata(repo_id: str, run: dict, evaluation: dict, pictures: list[str]) -> ModelCardData:
-    """Return the card's metadata: license, data set, gallery, and results at the w that matter."""
+    """Return the card's metadata: license, dataset, gallery, and results at the w that matter."""
     facts: dict[str, Any] = {}
     if run.get("license"):
         facts["license"] = run["license"]

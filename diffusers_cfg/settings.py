@@ -11,7 +11,7 @@ from diffusers_cfg.config import Config, UserError, fixed, free, read_yaml, reco
 CONFIG_FILE = "train_config.yaml"
 # Settings that a pretrained network, or a file that describes one, replaces.
 NETWORK_SETTINGS = {"block_out_channels", "layers_per_block", "attention_resolutions", "dropout"}
-# Where no data set is named: scikit-learn's 1,797 handwritten digits at 8×8, a few minutes on two CPU cores.
+# Where no dataset is named: scikit-learn's 1,797 handwritten digits at 8×8, a few minutes on two CPU cores.
 DIGITS = {
     "resolution": 8,
     "block_out_channels": [32, 64],
@@ -31,11 +31,11 @@ DIGITS = {
 class DataConfig(Config):
     group = "data"
 
-    dataset_name: str | None = recorded(None, "A data set of the Hub, or a local folder or file that `datasets` reads.")
-    dataset_config_name: str | None = recorded(None, "The configuration of the data set.")
+    dataset_name: str | None = recorded(None, "A dataset of the Hub, or a local folder or file that `datasets` reads.")
+    dataset_config_name: str | None = recorded(None, "The configuration of the dataset.")
     dataset_split: str = recorded("train", "The split to train on.")
     train_data_dir: str | None = recorded(None, "A folder with one folder of images for each class, named after it.")
-    streaming: bool = fixed(False, "Read the data set while it is used, without downloading it first.")
+    streaming: bool = fixed(False, "Read the dataset while it is used, without downloading it first.")
     shuffle_buffer_size: int = fixed(1000, "With --streaming, how many images are shuffled at a time.", at_least=1)
     image_column: str = recorded("image", "The column with the images.")
     label_column: str = recorded("label", "The column with the class labels. -1 or null is an image without a label.")
@@ -195,15 +195,15 @@ class TrainConfig(HubConfig, RunConfig, OptimizationConfig, ModelConfig, DataCon
             )
         if self.cache_latents and self.streaming:
             raise UserError(
-                "--cache_latents keeps the whole data set, which --streaming does not: leave out one of them."
+                "--cache_latents keeps the whole dataset, which --streaming does not: leave out one of them."
             )
         if self.dataset_name is not None and self.train_data_dir is not None:
             raise UserError("Give --dataset_name or --train_data_dir, not both.")
         if self.streaming and self.dataset_name is None and self.train_data_dir is None:
-            raise UserError("--streaming needs a data set to read: give --dataset_name or --train_data_dir.")
+            raise UserError("--streaming needs a dataset to read: give --dataset_name or --train_data_dir.")
         if self.streaming and self.eval_steps:
             raise UserError(
-                "--eval_steps measures against the whole data set, which --streaming does not have: leave it out, and "
+                "--eval_steps measures against the whole dataset, which --streaming does not have: leave it out, and "
                 "run evaluate_cfg.py when the model is trained."
             )
         self._check_resolution()

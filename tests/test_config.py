@@ -96,7 +96,7 @@ def test_shipped_settings_are_valid(path):
         ({"block_out_channels": 32}, "block_out_channels must be a list.*32"),
         ({"log_snr_min": 5.0, "log_snr_max": 0.0}, "log_snr_min=5.0"),
         ({"dataset_name": "a", "train_data_dir": "b"}, "not both"),
-        ({"streaming": True}, "--streaming needs a data set.*--train_data_dir"),
+        ({"streaming": True}, "--streaming needs a dataset.*--train_data_dir"),
         ({"streaming": True, "dataset_name": "a", "eval_steps": 5}, r"--eval_steps.*evaluate_cfg\.py"),
         ({"shuffle_buffer_size": 0}, "shuffle_buffer_size must be at least 1"),
         ({"logging_dir": ".."}, r"logging_dir must be the name of a folder in --output_dir, but is '\.\.'"),
@@ -111,7 +111,7 @@ def test_shipped_settings_are_valid(path):
         ({"cache_latents": True}, "--cache_latents needs an autoencoder.*--pretrained_vae_model_name_or_path"),
         (
             {"cache_latents": True, "streaming": True, "dataset_name": "a", "pretrained_vae_model_name_or_path": "b"},
-            "--cache_latents keeps the whole data set.*--streaming",
+            "--cache_latents keeps the whole dataset.*--streaming",
         ),
     ],
 )

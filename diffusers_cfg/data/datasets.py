@@ -1,4 +1,4 @@
-"""Data sets of decoded images: in memory, decoded lazily, or streamed."""
+"""Datasets of decoded images: in memory, decoded lazily, or streamed."""
 
 import hashlib
 import logging
@@ -58,7 +58,7 @@ class ImageBatch(NamedTuple):
 
 def training_dataset(images: LabelledImages, config: DataConfig, channels: int, show_progress: bool) -> Dataset:
     """
-    Return a data set that gives `ImageBatch`es.
+    Return a dataset that gives `ImageBatch`es.
 
     Args:
         images (`LabelledImages`): the images.
@@ -213,7 +213,7 @@ class StreamedImages(IterableDataset):
         num_streams = world_size * max(1, self.config.dataloader_num_workers)
         if self.num_shards < num_streams:
             logger.warning(
-                "The data set has %d shards for %d streams: each stream reads all of it, and decodes its own part.",
+                "The dataset has %d shards for %d streams: each stream reads all of it, and decodes its own part.",
                 self.num_shards,
                 num_streams,
             )
@@ -281,7 +281,7 @@ class StreamedImages(IterableDataset):
         """Resume from the positions of a `state_dict`. Raises UserError if the data or its division has changed."""
         if state["num_shards"] != self.num_shards:
             raise UserError(
-                f"The data set has {self.num_shards} shards, but had {state['num_shards']} when the checkpoint was "
+                f"The dataset has {self.num_shards} shards, but had {state['num_shards']} when the checkpoint was "
                 "written, so it is not the same data. Train from the beginning with --overwrite_output_dir."
             )
         if state["batch_size"] != self.config.train_batch_size:
@@ -300,7 +300,7 @@ class StreamedImages(IterableDataset):
 
 
 def num_images(dataset: Dataset) -> int | None:
-    """Return the number of images of a data set, or None for a stream that does not know it."""
+    """Return the number of images of a dataset, or None for a stream that does not know it."""
     return dataset.images.num_images if isinstance(dataset, StreamedImages) else len(dataset)
 
 
@@ -317,7 +317,7 @@ def raise_for_dead_worker(dataset: Dataset, error: RuntimeError) -> None:
 
 def fingerprint(dataset: Dataset) -> str:
     """
-    Return a hash that identifies a data set by its labels and decoded images.
+    Return a hash that identifies a dataset by its labels and decoded images.
 
     Images in memory are all hashed; of lazily decoded ones, `FINGERPRINT_SIZE` at equal distances.
 

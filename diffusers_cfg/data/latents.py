@@ -1,4 +1,4 @@
-"""Encode a data set once: keep an autoencoder's posterior of each image on disk."""
+"""Encode a dataset once: keep an autoencoder's posterior of each image on disk."""
 
 import json
 import logging
@@ -59,7 +59,7 @@ class LatentBatch(NamedTuple):
 
 class CachedLatents(Dataset):
     """
-    Posteriors in the order of the data set. They stay on disk until they are fetched.
+    Posteriors in the order of the dataset. They stay on disk until they are fetched.
 
     Args:
         files (`list[dict[str, torch.Tensor]]`): "moments" and "class_labels" of each file, memory-mapped.

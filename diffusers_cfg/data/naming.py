@@ -1,4 +1,4 @@
-"""Name a data set, for reports and for what is published: without paths of this machine."""
+"""Name a dataset, for reports and for what is published: without paths of this machine."""
 
 from pathlib import Path
 
@@ -6,7 +6,7 @@ from diffusers_cfg.settings import DataConfig
 
 
 def is_built_in(config: DataConfig) -> bool:
-    """Return whether no data set is named, which means scikit-learn's digits."""
+    """Return whether no dataset is named, which means scikit-learn's digits."""
     return config.dataset_name is None and config.train_data_dir is None
 
 
@@ -18,7 +18,7 @@ def public_name(name_or_path: str | None) -> str | None:
 
 
 def local_name(config: DataConfig) -> str:
-    """Return the name of a data set as it is called in reports: the last part of its path or repository."""
+    """Return the name of a dataset as it is called in reports: the last part of its path or repository."""
     if is_built_in(config):
         return "scikit-learn's digits"
     return Path(config.dataset_name or config.train_data_dir).resolve().name

@@ -23,7 +23,7 @@ class GlobalBatchSampler(Sampler[list[int]]):
     these in order among the processes.
 
     Args:
-        num_examples (`int`): examples in the data set.
+        num_examples (`int`): examples in the dataset.
         batch_size (`int`): examples in a batch of one process.
         seed (`int`): of the run. It determines the permutations.
         steps (`range`): the steps of the run to yield batches for.
@@ -117,9 +117,9 @@ def shuffled_blocks(
             position, empty_epochs = Position(position.epoch, place, row + 1), 0
         position = Position(position.epoch + 1)
     if num_streams == 1:
-        raise UserError("The data set has no images: check --dataset_split.")
+        raise UserError("The dataset has no images: check --dataset_split.")
     raise UserError(
-        f"The data set has no images for stream {stream + 1} of {num_streams} (there is one for each worker of each "
+        f"The dataset has no images for stream {stream + 1} of {num_streams} (there is one for each worker of each "
         "process): lower --dataloader_num_workers."
     )
 

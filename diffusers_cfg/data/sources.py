@@ -1,4 +1,4 @@
-"""Find labelled images: in a data set of the Hub, a folder of class folders, or scikit-learn's digits."""
+"""Find labelled images: in a dataset of the Hub, a folder of class folders, or scikit-learn's digits."""
 
 import io
 import logging
@@ -21,11 +21,11 @@ logger = logging.getLogger(__name__)
 
 # The class label of an image without one.
 UNLABELLED = -1
-# A streamed data set with fewer shards than this is divided further, where its file format allows it.
+# A streamed dataset with fewer shards than this is divided further, where its file format allows it.
 MANY_SHARDS = 128
 # Number of images at the start of a stream that are kept, to inspect the data.
 PROBE_SIZE = 256
-# Number of images that are decoded to find out whether a data set is grayscale.
+# Number of images that are decoded to find out whether a dataset is grayscale.
 CHANNELS_SAMPLE_SIZE = 32
 
 
@@ -43,7 +43,7 @@ class LabelledImages:
 
     def __init__(self, class_labels: np.ndarray, id2label: dict[int, str]):
         if not len(class_labels):
-            raise UserError("The data set has no images: check --dataset_split.")
+            raise UserError("The dataset has no images: check --dataset_split.")
         self.class_labels, self.id2label = class_labels, id2label
 
     def open_image(self, index: int) -> Image.Image:
@@ -109,7 +109,7 @@ class DatasetImages(LabelledImages):
     The images of a `datasets.Dataset`, with its labels mapped to class ids.
 
     Args:
-        dataset (`datasets.Dataset`): the data set.
+        dataset (`datasets.Dataset`): the dataset.
         image_column (`str`): its column of images.
         label_column (`str`, *optional*): its column of labels; without one, every image is unlabelled.
 
@@ -149,12 +149,12 @@ class ImageStream(LabelledImages):
     `first`, by which the data is inspected.
 
     Args:
-        dataset (`datasets.IterableDataset`): the data set.
+        dataset (`datasets.IterableDataset`): the dataset.
         config (`DataConfig`): its column of images, and the number of images to shuffle at a time.
         label_column (`str`, *optional*): its column of labels; without one, every image is unlabelled.
 
     Attributes:
-        num_images (`int`, *optional*): number of images in the data set, if it says so.
+        num_images (`int`, *optional*): number of images in the dataset, if it says so.
         num_shards (`int`): number of parts that can be read independently.
 
     Raises:
@@ -168,7 +168,7 @@ class ImageStream(LabelledImages):
             raise UserError(
                 f"--streaming has to know the classes beforehand, but the column {label_column!r} holds plain values: "
                 "leave out --streaming, or make it a ClassLabel (with cast_column, or under `dataset_info` in the "
-                "README.md of the data set)."
+                "README.md of the dataset)."
             )
         self.image_column, self.label_column, self.num_classes = config.image_column, label_column, len(names)
         columns = [column for column in (config.image_column, label_column) if column is not None]
@@ -228,11 +228,11 @@ def counted_from_1(num_classes: int) -> str:
 def check_columns(
     dataset: datasets.Dataset | datasets.IterableDataset, image_column: str, label_column: str | None
 ) -> None:
-    """Raise UserError if a data set lacks a column, or if its column of images holds something else."""
+    """Raise UserError if a dataset lacks a column, or if its column of images holds something else."""
     kinds = {name: type(feature).__name__ for name, feature in (dataset.features or {}).items()}
     for flag, column in (("--image_column", image_column), ("--label_column", label_column)):
         if column is not None and column not in kinds:
-            raise UserError(f"The data set has no column {column!r}: {flag} can be one of {sorted(kinds)}.")
+            raise UserError(f"The dataset has no column {column!r}: {flag} can be one of {sorted(kinds)}.")
     if kinds[image_column] != "Image":
         raise UserError(
             f"The column {image_column!r} holds {kinds[image_column]}, not images: --image_column can be one of "
@@ -250,15 +250,15 @@ def open_encoded(content: dict[str, Any]) -> Image.Image:
 
 def load_labelled_images(config: DataConfig, needs_labels: bool = True) -> LabelledImages:
     """
-    Find the data set that the settings name.
+    Find the dataset that the settings name.
 
     Args:
         config (`DataConfig`): the settings.
-        needs_labels (`bool`): whether a data set without `--label_column`, or a folder without class folders, is an
+        needs_labels (`bool`): whether a dataset without `--label_column`, or a folder without class folders, is an
             error. If it is not, all of its images are labelled -1, and there are no class names.
 
     Raises:
-        UserError: the data set cannot be found or loaded, or lacks a column.
+        UserError: the dataset cannot be found or loaded, or lacks a column.
     """
     if config.train_data_dir is not None:
         dataset = load_folder(config, needs_labels)
@@ -268,7 +268,7 @@ def load_labelled_images(config: DataConfig, needs_labels: bool = True) -> Label
         return Digits()
     label_column = config.label_column
     if not needs_labels and label_column not in (dataset.features or {}):
-        logger.info("The data set has no column %r (--label_column): its images are unlabelled.", label_column)
+        logger.info("The dataset has no column %r (--label_column): its images are unlabelled.", label_column)
         label_column = None
     if config.streaming:
         with named_errors(config.dataset_name or config.train_data_dir):
@@ -314,22 +314,22 @@ def load_dataset(config: DataConfig) -> datasets.Dataset | datasets.IterableData
 
 @contextmanager
 def named_errors(source: str | Path) -> Iterator[None]:
-    """Turn the errors of `datasets` inside the block into a UserError that names the data set."""
+    """Turn the errors of `datasets` inside the block into a UserError that names the dataset."""
     try:
         yield
     except UserError:
         raise
     except (OSError, KeyError, ValueError) as error:
-        raise UserError(f"The data set {str(source)!r} cannot be loaded: {error}") from error
+        raise UserError(f"The dataset {str(source)!r} cannot be loaded: {error}") from error
 
 
 def class_ids(labels: list, names: list[str] | None) -> tuple[np.ndarray, dict[int, str]]:
     """
-    Map the labels of a data set to class ids without gaps.
+    Map the labels of a dataset to class ids without gaps.
 
     Args:
         labels (`list`): integers, strings or booleans; -1 or None is unlabelled.
-        names (`list[str]`, *optional*): the names of the integers 0, 1, …, if the data set has them.
+        names (`list[str]`, *optional*): the names of the integers 0, 1, …, if the dataset has them.
 
     Returns:
         The ids, int64 `(len(labels),)`, and the name of each id.

@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from diffusers_cfg.config import Config, UserError
 from diffusers_cfg.engine.state import (
     TrainState,
-    averaged_weights,
+    ema_weights,
     load_weights,
     parameter_names,
     save_module,
@@ -161,8 +161,8 @@ def write_checkpoint(folder: Path, state: TrainState, facts: dict[str, Any]) -> 
     """Write all files of a checkpoint except its checksums."""
     for name, module in state.modules.items():
         save_module(module, folder / name)
-        if state.averages.get(name):
-            with averaged_weights(state):
+        if state.ema.get(name):
+            with ema_weights(state):
                 save_module(module, folder / f"{name}_ema")
             save_variants(state, name, folder / f"{name}_ema")
     for name, optimizer in state.optimizers.items():
@@ -259,10 +259,10 @@ def load_checkpoint(path: Path, record: dict[str, Any], state: TrainState) -> No
     try:
         for name, module in state.modules.items():
             module.load_state_dict(load_weights(path / name))
-            for index, average in enumerate(state.averages.get(name, [])):
-                weights = load_weights(path / f"{name}_ema", variant_of(average) if index else None)
-                average.shadow_params = [weights[key].to(p.device) for key, p in module.named_parameters()]
-                average.optimization_step = record["step"]
+            for index, ema in enumerate(state.ema.get(name, [])):
+                weights = load_weights(path / f"{name}_ema", variant_of(ema) if index else None)
+                ema.shadow_params = [weights[key].to(p.device) for key, p in module.named_parameters()]
+                ema.optimization_step = record["step"]
         for name, optimizer in state.optimizers.items():
             number = record["optimizers"][name]
             load_moments(path / f"optimizer-{name}.safetensors", number, state.modules, optimizer)

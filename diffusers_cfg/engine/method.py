@@ -120,7 +120,7 @@ class Method(ABC):
     @classmethod
     @abstractmethod
     def build(cls, config: TrainConfig, images: LabelledImages) -> Self:
-        """Return the method for a data set. Raises UserError if the settings do not fit it."""
+        """Return the method for a dataset. Raises UserError if the settings do not fit it."""
 
     @property
     def compiled(self) -> tuple[str, ...]:

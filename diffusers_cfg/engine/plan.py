@@ -23,7 +23,7 @@ class Plan:
     The length of a run.
 
     Args:
-        num_images (`int`, *optional*): images of the data set, where that is known.
+        num_images (`int`, *optional*): images of the dataset, where that is known.
         batch_size (`int`): images in a step, on all processes and accumulated.
         accumulation (`int`): batches of a process in a step.
         total_steps (`int`): steps of the run.
@@ -50,7 +50,7 @@ def make_plan(config: TrainConfig, num_processes: int, accumulation: int, datase
     available = num_images(dataset)
     batch_size = config.train_batch_size * num_processes * accumulation
     if available is None and config.max_train_steps is None:
-        raise UserError("The data set does not say how many images it has, so --max_train_steps is needed.")
+        raise UserError("The dataset does not say how many images it has, so --max_train_steps is needed.")
     if available is not None and available < batch_size:
         raise UserError(
             f"There are {available} images, but a step takes {batch_size} ({config.train_batch_size} on each of "

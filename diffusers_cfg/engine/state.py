@@ -1,4 +1,4 @@
-"""Hold all that changes during a run: modules, averages, optimizers, learning rates, step."""
+"""Hold all that changes during a run: modules, EMA weights, optimizers, learning rates, step."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -26,8 +26,8 @@ class TrainState:
 
     Attributes:
         modules (`dict[str, torch.nn.Module]`): the method's, by name.
-        averages (`dict[str, list[EMAModel]]`): of each averaged module one for each decay. The first is sampled, the
-            others are kept as variants.
+        ema (`dict[str, list[EMAModel]]`): the moving averages of each averaged module, one for each decay. The first is
+            sampled, the others are saved as variants.
         optimizers (`dict[str, torch.optim.Optimizer]`), lr_schedulers: by objective.
         batch_size (`int`): images in a step, on all processes and accumulated.
         num_processes (`int`): that share a step.
@@ -38,7 +38,7 @@ class TrainState:
     """
 
     modules: dict[str, torch.nn.Module]
-    averages: dict[str, list[EMAModel]]
+    ema: dict[str, list[EMAModel]]
     optimizers: dict[str, torch.optim.Optimizer]
     batch_size: int
     num_processes: int
@@ -56,7 +56,7 @@ class TrainState:
 
 
 def make_state(config: TrainConfig, method: Method, batch_size: int, num_processes: int) -> TrainState:
-    """Return the modules ready to train, their averages and optimizers, before the first step."""
+    """Return the modules ready to train, their EMA weights and optimizers, before the first step."""
     for module in method.modules.values():
         module.train()
         if config.gradient_checkpointing and hasattr(module, "enable_gradient_checkpointing"):
@@ -69,7 +69,7 @@ def make_state(config: TrainConfig, method: Method, batch_size: int, num_process
                 )
             if hasattr(module, "enable_xformers_memory_efficient_attention"):
                 module.enable_xformers_memory_efficient_attention()
-    averages = {
+    ema = {
         name: [
             EMAModel(
                 method.modules[name].parameters(),
@@ -86,7 +86,7 @@ def make_state(config: TrainConfig, method: Method, batch_size: int, num_process
     # Several objectives of one name share an optimizer.
     optimizers = {objective.name: objective for objective in method.objectives}
     optimizers = {name: method.optimizer(objective) for name, objective in optimizers.items()}
-    return TrainState(method.modules, averages, optimizers, batch_size, num_processes)
+    return TrainState(method.modules, ema, optimizers, batch_size, num_processes)
 
 
 def set_learning_rates(config: TrainConfig, state: TrainState, total_steps: int) -> None:
@@ -109,27 +109,27 @@ def set_learning_rates(config: TrainConfig, state: TrainState, total_steps: int)
 
 
 @contextmanager
-def averaged_weights(state: TrainState, index: int = 0) -> Iterator[None]:
-    """Give the averaged modules the weights of one average, and put all modules into eval mode, inside the block."""
+def ema_weights(state: TrainState, index: int = 0) -> Iterator[None]:
+    """Give the averaged modules the EMA weights of one decay, and put all modules into eval mode, inside the block."""
     was_training = {name: module.training for name, module in state.modules.items()}
-    averages = {name: averages[index] for name, averages in state.averages.items() if averages}
+    ema = {name: models[index] for name, models in state.ema.items() if models}
     for module in state.modules.values():
         module.eval()
-    for name, average in averages.items():
-        average.store(state.modules[name].parameters())
-        average.copy_to(state.modules[name].parameters())
+    for name, model in ema.items():
+        model.store(state.modules[name].parameters())
+        model.copy_to(state.modules[name].parameters())
     try:
         yield
     finally:
-        for name, average in averages.items():
-            average.restore(state.modules[name].parameters())
+        for name, model in ema.items():
+            model.restore(state.modules[name].parameters())
         for name, module in state.modules.items():
             module.train(was_training[name])
 
 
-def variant_of(average: EMAModel) -> str:
-    """Return the variant that an average is saved as: 0.999 is ema999, since the names of variants have no dots."""
-    return "ema" + str(average.decay).removeprefix("0.")
+def variant_of(ema: EMAModel) -> str:
+    """Return the variant name of EMA weights: ema999 for a decay of 0.999, as variant names cannot contain dots."""
+    return "ema" + str(ema.decay).removeprefix("0.")
 
 
 def save_module(module: torch.nn.Module, folder: Path, variant: str | None = None) -> None:
@@ -153,10 +153,10 @@ def weights_file(variant: str | None = None) -> str:
 
 
 def save_variants(state: TrainState, name: str, folder: Path) -> None:
-    """Save each average of a module but the first as a variant, such as `ema999`."""
-    for index, average in enumerate(state.averages.get(name, [])[1:], start=1):
-        with averaged_weights(state, index):
-            save_module(state.modules[name], folder, variant_of(average))
+    """Save the EMA weights of a module for each decay but the first, as variants such as `ema999`."""
+    for index, ema in enumerate(state.ema.get(name, [])[1:], start=1):
+        with ema_weights(state, index):
+            save_module(state.modules[name], folder, variant_of(ema))
 
 
 def parameter_names(modules: dict[str, torch.nn.Module], optimizer: torch.optim.Optimizer) -> Sequence[str]:

@@ -35,7 +35,7 @@ from diffusers_cfg.engine.plan import check_disk, describe_plan, make_plan
 from diffusers_cfg.engine.preemption import NotSaved, Preempted, Preemption
 from diffusers_cfg.engine.publishing import BackgroundPublisher, check_hub, publish_run
 from diffusers_cfg.engine.record import write_run_record
-from diffusers_cfg.engine.state import averaged_weights, make_state, save_variants, set_learning_rates
+from diffusers_cfg.engine.state import ema_weights, make_state, save_variants, set_learning_rates
 from diffusers_cfg.randomness import seed_of
 from diffusers_cfg.settings import TrainConfig
 
@@ -47,7 +47,7 @@ Evaluation = Callable[[Any, TrainConfig, Accelerator, Dataset], Callable[[Any], 
 
 class Trainer:
     """
-    Train a method on a data set, on one process or several.
+    Train a method on a dataset, on one process or several.
 
     Args:
         config (`TrainConfig`): the settings of the run.
@@ -108,9 +108,9 @@ class Trainer:
             raise
         finally:
             self.batches.close()
-        for name, averages in self.state.averages.items():
-            if averages:
-                averages[0].copy_to(self.state.modules[name].parameters())
+        for name, ema in self.state.ema.items():
+            if ema:
+                ema[0].copy_to(self.state.modules[name].parameters())
         for module in self.state.modules.values():
             module.eval()
 
@@ -123,9 +123,9 @@ class Trainer:
             turns[objective.name] += 1
         for lr_scheduler in state.lr_schedulers.values():
             lr_scheduler.step()
-        for name, averages in state.averages.items():
-            for average in averages:
-                average.step(state.modules[name].parameters())
+        for name, models in state.ema.items():
+            for ema in models:
+                ema.step(state.modules[name].parameters())
         state.step += 1
 
     def minimise(self, objective: Objective, batches: Sequence[Batch]) -> None:
@@ -162,7 +162,7 @@ class Trainer:
         """Draw validation samples and compute metrics with the averaged weights. A request to stop interrupts it."""
         state, method, accelerator = self.state, self.method, self.accelerator
         self._sync_stream_state()
-        with averaged_weights(state), self.preemption.interruptible(), torch.no_grad():
+        with ema_weights(state), self.preemption.interruptible(), torch.no_grad():
             if draw:
                 self._draw_samples()
                 images = self.stream.probe if self.stream is not None else self.dataset
@@ -349,7 +349,7 @@ class Trainer:
             return True
         saved = save_checkpoint(self.config, self.state, self.facts)
         if saved and self.publisher is not None and self.state.step < self.plan.total_steps:
-            with averaged_weights(self.state):
+            with ema_weights(self.state):
                 self.publisher.publish(self.method.sampling_pipeline(), self.state.step)
         return saved
 

@@ -151,7 +151,7 @@ def draw_quality(record: dict[str, Any], path: Path) -> None:
             ecolor=(color, 0.35),
             label=f"{sampler},\nguided in {guided} only" if guided else sampler,
         )
-    axis.axhline(record["floor"]["frechet_distance"], color="grey", linestyle=":", label="real images")
+    axis.axhline(record["floor"]["frechet_distance"], color="gray", linestyle=":", label="real images")
     axis.set(xscale="log", yscale="log", xlabel="network evaluations for one image")
     axis.set_ylabel(record["metric_names"]["frechet_distance"])
     for ticks, digits in ((axis.xaxis, (1, 2, 5)), (axis.yaxis, range(1, 10))):

@@ -100,7 +100,7 @@ def convolution(channels: int, out_channels: int, stride: int = 1) -> list[nn.Mo
 
 def small_classifier(dataset: Dataset, data_name: str, id2label: dict[int, str], folder: Path) -> SmallClassifier:
     """
-    Load the classifier of a data set from a folder, or train it and save it there. Training takes a minute or two on
+    Load the classifier of a dataset from a folder, or train it and save it there. Training takes a minute or two on
     two CPU cores. The weights do not depend on torch's global random state, which is left as it is.
 
     Args:

@@ -130,7 +130,7 @@ def draw_curves(record: dict[str, Any], path: Path) -> None:
         width = 1 if metric == "inception_score" else INTERVAL
         errors = [width * row.get(f"{metric}_error", 0.0) for row in results]
         axis.errorbar(w, [row[metric] for row in results], errors, marker="o", capsize=3)
-        axis.axhline(floor[metric], color="grey", linestyle=":", label="real images")
+        axis.axhline(floor[metric], color="gray", linestyle=":", label="real images")
         best = record["best"][metric]
         axis.axvline(best, color="tab:orange", linewidth=0.8, label=f"best: w = {best:g}")
         axis.set(xlabel="guidance scale w", ylabel=names[metric])

@@ -145,7 +145,7 @@ def load_data(
 
     Args:
         model (`str`): the folder or repository of the model.
-        given (`dict[str, Any]`): settings of `DataConfig` that override those of the training. If they name a data set,
+        given (`dict[str, Any]`): settings of `DataConfig` that override those of the training. If they name a dataset,
             no setting of the training is used.
         pipeline (`CFGPipeline`): of the model.
         show_progress (`bool`): whether to show a progress bar while the images are decoded.

@@ -1,4 +1,4 @@
-"""Data sets in memory and decoded lazily: the same batches, unreadable images, what identifies the data."""
+"""Datasets in memory and decoded lazily: the same batches, unreadable images, what identifies the data."""
 
 import logging
 from pathlib import Path

@@ -59,7 +59,7 @@ def process(index: int = 0, num_processes: int = 1) -> SimpleNamespace:
 
 
 def cache(config: TrainConfig | None = None, dataset: Dataset | None = None, vae_seed: int = 0) -> CachedLatents:
-    """Cache the latents of 100 digits, or of another data set, in one process."""
+    """Cache the latents of 100 digits, or of another dataset, in one process."""
     config = config or make_config()
     return cache_latents(config, process(), dataset or digits(config), make_vae(vae_seed), SHAPE)
 

@@ -97,5 +97,5 @@ def test_a_stream_without_rows_is_refused(monkeypatch):
     with pytest.raises(UserError, match="no images for stream 26 of 30.*--dataloader_num_workers"):
         take(25, 30, Position(), 1)
     monkeypatch.setattr(Shards, "sizes", [0, 0, 0, 0])
-    with pytest.raises(UserError, match="The data set has no images: check --dataset_split"):
+    with pytest.raises(UserError, match="The dataset has no images: check --dataset_split"):
         take(0, 1, Position(), 1)

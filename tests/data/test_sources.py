@@ -1,4 +1,4 @@
-"""Finding labelled images in data sets of every layout, in memory and streamed."""
+"""Finding labelled images in datasets of every layout, in memory and streamed."""
 
 import logging
 from pathlib import Path
@@ -153,7 +153,7 @@ def test_a_missing_source_or_column_of_a_stream_is_named(tmp_path, settings, mes
 
 
 def test_a_data_set_without_images_is_refused(tmp_path):
-    message = "The data set has no images: check --dataset_split"
+    message = "The dataset has no images: check --dataset_split"
     features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=["ant", "bee"])})
     dataset = datasets.Dataset.from_dict({"image": [], "label": []}, features=features)
     with pytest.raises(UserError, match=message):
@@ -229,7 +229,7 @@ def test_a_data_set_without_labels(tmp_path, streaming, caplog):
         load(tmp_path, **settings)
     with caplog.at_level(logging.INFO, "diffusers_cfg"):
         images = load(tmp_path, needs_labels=False, **settings)
-    assert caplog.messages == ["The data set has no column 'label' (--label_column): its images are unlabelled."]
+    assert caplog.messages == ["The dataset has no column 'label' (--label_column): its images are unlabelled."]
     assert (images.class_labels.tolist(), images.id2label) == ([-1] * 6, {})
     assert images.class_labels.dtype == np.int64
     with pytest.raises(UserError, match=r"the data has 0 \[\]"):

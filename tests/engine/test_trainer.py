@@ -253,7 +253,7 @@ def test_objectives_of_one_name_are_turns_of_one_optimizer(tmp_path):
     assert len({random for *_, random in seen}) == 6
 
 
-def test_what_is_sampled_and_saved_is_made_with_the_averaged_weights(tmp_path):
+def test_what_is_sampled_and_saved_is_made_with_the_ema_weights(tmp_path):
     """As of a method whose scheduler is a part of what it learns."""
     weights = []
 

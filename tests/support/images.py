@@ -1,4 +1,4 @@
-"""Small data sets on disk, of images that say by their pixels which they are."""
+"""Small datasets on disk, of images that say by their pixels which they are."""
 
 import io
 import tarfile
@@ -40,7 +40,7 @@ def numbered(number: int) -> bytes:
 
 
 def save_dataset(path: Path, labels: list | None, feature: datasets.ClassLabel | datasets.Value | None = None) -> str:
-    """Write a Parquet data set in the Hub's layout: grayscale images of 0, 10, 20, … and their labels, if any."""
+    """Write a Parquet dataset in the Hub's layout: grayscale images of 0, 10, 20, … and their labels, if any."""
     rows = {"image": [solid(10 * i, mode="L") for i in range(3 if labels is None else len(labels))]}
     if labels is not None:
         rows["label"] = labels
@@ -59,7 +59,7 @@ def save_shards(
     broken: Collection[int] = (),
 ) -> str:
     """
-    Write a Parquet data set with a file for each size, of images that are numbered through.
+    Write a Parquet dataset with a file for each size, of images that are numbered through.
 
     Args:
         folder (`Path`): the folder to create.
@@ -135,7 +135,7 @@ def save_folder_with_broken_image(folder: Path) -> None:
 
 
 def stream_config(source: str | None, **settings) -> TrainConfig:
-    """Return settings to stream a data set of 8×8 images in batches of 4 and blocks of 5, a multiple of neither."""
+    """Return settings to stream a dataset of 8×8 images in batches of 4 and blocks of 5, a multiple of neither."""
     return TrainConfig(
         **{
             "dataset_name": source,
