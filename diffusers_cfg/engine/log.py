@@ -1,6 +1,7 @@
 """Log a run: the progress bar, trackers, and pictures of samples."""
 
 import logging
+import math
 import time
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
@@ -21,6 +22,8 @@ from diffusers_cfg.settings import TrainConfig
 logger = logging.getLogger(__name__)
 
 TRACKER_PROJECT = "diffusers-cfg"
+# Between two lines about the progress, where the output is not a terminal.
+SECONDS_BETWEEN_LINES = 10
 
 
 class Diverged(CommandError, FloatingPointError):
@@ -34,8 +37,9 @@ def is_due(every: int, step: int) -> bool:
 
 class Log:
     """
-    The progress bar, and the trackers every `logging_steps`: losses and what else objectives log, gradients, learning
-    rates, and the rate of training. Numbers are read off the device only when they are logged.
+    The progress bar, or a line every `SECONDS_BETWEEN_LINES` if the output is not a terminal; and the trackers every
+    `logging_steps`: losses and other terms of the objectives, gradient norms, learning rates and throughput. Values are
+    read from the device only when they are logged.
 
     Args:
         config (`TrainConfig`): how often to log.
@@ -55,6 +59,7 @@ class Log:
     ):
         self.config, self.accelerator, self.batch_size = config, accelerator, batch_size
         self.total_steps, self.since, self.then, self.waited = total_steps, first_step, time.perf_counter(), 0.0
+        self.last_line = -math.inf
         several = len({objective.name for objective in objectives}) > 1
         self.turns = Counter(objective.name for objective in objectives)
         self.prefixes = {objective.name: f"{objective.name}/" if several else "" for objective in objectives}
@@ -120,7 +125,8 @@ class Log:
         values["data_wait"] = (waited - self.waited) / (now - self.then)
         left = timedelta(seconds=round((self.total_steps - step) * (now - self.then) / steps))
         losses = {name: f"{value:.4f}" for name, value in values.items() if name.split("/")[-1] == "loss"}
-        if self.progress.disable:
+        if self.progress.disable and (now - self.last_line >= SECONDS_BETWEEN_LINES or step == self.total_steps):
+            self.last_line = now
             logger.info(
                 "step %d of %d, %s, %.0f images/s, %s left",
                 step,

@@ -246,15 +246,15 @@ TWO = ["-m", "torch.distributed.run", "--nproc_per_node", "2"]
 def run_and_signal(
     cwd: Path,
     *argv: str,
-    at: str | None = None,
+    at: str | Path | None = None,
     launcher: Sequence[str] = (),
     number: int = signal.SIGTERM,
     rank: int | None = None,
     times: int = 1,
 ) -> tuple[int, str]:
     """
-    Run the script; when a text appears on stderr, or after a second, signal it, or one of its two processes. Exit code
-    and stderr.
+    Run the script, and signal it, or one of its two processes: when a text appears on stderr, when a path in `cwd`
+    exists, or after a second. Return the exit code and stderr.
     """
     command = [sys.executable, *launcher, str(TRAINING / "train_cfg.py"), *TINY, "--output_dir", "out", *argv]
     said, environment = "", {**os.environ, "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
@@ -263,8 +263,10 @@ def run_and_signal(
     ) as process:
         if at is None:
             time.sleep(1)
-        while at is not None and at not in said and process.poll() is None:
+        while isinstance(at, str) and at not in said and process.poll() is None:
             said += process.stderr.read(1)
+        while isinstance(at, Path) and not (cwd / at).exists() and process.poll() is None:
+            time.sleep(0.001)
         for _ in range(times if process.poll() is None else 0):
             target = psutil.Process(process.pid)
             if rank is not None:
@@ -282,7 +284,7 @@ def test_a_signal_from_outside(tmp_path):
     assert not (tmp_path / "out").exists()
 
     long = ["--max_train_steps", "100000", "--checkpointing_steps", "0", "--resume_from_checkpoint", "latest"]
-    code, said = run_and_signal(tmp_path, *long, at="step 4 of")
+    code, said = run_and_signal(tmp_path, *long, at="step 1 of")
     assert code == EXIT_RESUME
     assert "SIGTERM: finishing the step, then saving" in said
     assert "Stopped and saved. Resume with the same command and --resume_from_checkpoint latest." in said
@@ -300,7 +302,7 @@ def test_a_signal_from_outside(tmp_path):
 
 @pytest.mark.slow
 def test_a_signal_stops_two_processes_at_the_same_step(tmp_path):
-    _, said = run_and_signal(tmp_path, "--max_train_steps", "100000", "--checkpointing_steps", "0", at="step 20 of",
+    _, said = run_and_signal(tmp_path, "--max_train_steps", "100000", "--checkpointing_steps", "0", at="step 1 of",
                              launcher=TWO)  # fmt: skip
     assert "Stopped and saved" in said
     (path,) = checkpoints(tmp_path / "out")
@@ -326,7 +328,8 @@ def uninterrupted(tmp_path_factory) -> Path:
 @pytest.mark.parametrize("rank", [0, 1])
 def test_a_killed_process_is_started_again(tmp_path, uninterrupted, rank):
     launcher = [*TWO, "--max_restarts", "1"]
-    code, said = run_and_signal(tmp_path, *LONG, at="step 25 of", launcher=launcher, rank=rank, number=signal.SIGKILL)
+    at = Path("out", "checkpoint-20")
+    code, said = run_and_signal(tmp_path, *LONG, at=at, launcher=launcher, rank=rank, number=signal.SIGKILL)
     assert code == 0, said
     assert "Resumed from out/checkpoint-20" in said
     for name in ("unet", "checkpoint-60/unet", "checkpoint-60/unet_ema"):
@@ -338,7 +341,8 @@ def test_nobody_waits_for_ever(tmp_path):
     """A process that answers no more, as behind a network that was cut."""
     flags = ["--max_train_steps", "100000", "--checkpointing_steps", "20", "--ddp_timeout", "10"]
     then = time.monotonic()
-    code, said = run_and_signal(tmp_path, *flags, at="step 25 of", launcher=TWO, rank=1, number=signal.SIGSTOP)
+    at = Path("out", "checkpoint-20")
+    code, said = run_and_signal(tmp_path, *flags, at=at, launcher=TWO, rank=1, number=signal.SIGSTOP)
     assert code != 0
     assert "Timed out waiting 10000ms" in said
     assert "Root Cause" in said  # of torchrun, which has ended the one that was stopped too

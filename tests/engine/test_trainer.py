@@ -1,6 +1,8 @@
 """A run from its settings to a saved pipeline, in this process."""
 
 import json
+import logging
+import re
 import shutil
 
 import diffusers
@@ -11,6 +13,7 @@ from safetensors.torch import load_file
 
 from diffusers_cfg import CFGPipeline
 from diffusers_cfg.config import UserError
+from diffusers_cfg.engine import log
 from diffusers_cfg.engine.checkpoint import checkpoints
 from diffusers_cfg.engine.method import Objective, Terms
 from diffusers_cfg.methods.cfg import ClassifierFreeGuidance
@@ -121,6 +124,16 @@ def test_tensorboard_gets_losses_and_samples(tmp_path):
     assert [step for step, _ in losses] == [1, 2, 3, 4]
     assert all(value > 0 for _, value in losses)
     assert [event.step for event in events(tmp_path).Images("samples")] == [4]
+
+
+@pytest.mark.parametrize(("seconds", "steps"), [(0, ["1", "2", "3", "4"]), (3600, ["1", "4"])])
+def test_progress_lines_are_rate_limited_and_trackers_are_not(tmp_path, monkeypatch, caplog, seconds, steps):
+    monkeypatch.setattr(log, "SECONDS_BETWEEN_LINES", seconds)
+    caplog.set_level(logging.INFO)
+    train(tmp_path, "--report_to", "tensorboard")
+    lines = re.findall(r"step (\d) of 4, loss \d\.\d{4}, \d+ images/s, \d:\d\d:\d\d left", caplog.text)
+    assert lines == steps
+    assert [step for step, _ in scalars(tmp_path)["loss"]] == [1, 2, 3, 4]
 
 
 def test_a_folder_with_another_run_is_not_touched(tmp_path):
