@@ -170,7 +170,7 @@ class Method(ABC):
         return {}
 
     def example(self) -> str:
-        """Return a line of code that draws an image with the saved pipeline `pipe`."""
+        """Return a line of code that generates an image with the saved pipeline `pipe`, and saves or shows it."""
         return 'pipe().images[0].save("sample.png")'
 
     def facts(self) -> dict[str, Any]:

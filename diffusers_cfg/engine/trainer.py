@@ -1,5 +1,6 @@
 """Run a training job from its settings to a saved and published model. A method defines what is trained."""
 
+import json
 import logging
 import time
 from collections import Counter
@@ -371,10 +372,13 @@ class Trainer:
                     if module is method.modules[name]:
                         save_variants(self.state, name, Path(config.output_dir) / component)
             write_run_record(config, accelerator, method, self.state, self.plan.num_images)
+            folder = json.dumps(config.output_dir, ensure_ascii=False)
             print(
-                f"\nSaved to {config.output_dir}. Its samples are in {config.output_dir}/samples. Load it and draw:\n"
-                f'  pipe = DiffusionPipeline.from_pretrained("{config.output_dir}", trust_remote_code=True)\n'
-                f"  {method.example()}"
+                f"\nSaved the pipeline to {config.output_dir}, and samples to {config.output_dir}/samples. Generate an "
+                "image with:\n\n"
+                "from diffusers import DiffusionPipeline\n\n"
+                f"pipe = DiffusionPipeline.from_pretrained({folder}, trust_remote_code=True)\n"
+                f"{method.example()}"
             )
         accelerator.wait_for_everyone()  # for the model, not for its upload
         for tracker in accelerator.trackers:

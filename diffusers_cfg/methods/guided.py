@@ -1,5 +1,7 @@
 """Share what methods have in common whose samples a `CFGPipeline` draws."""
 
+import json
+import re
 from typing import Any
 
 from accelerate import Accelerator
@@ -31,9 +33,11 @@ class GuidedMethod(Method):
         )
 
     def example(self) -> str:
-        """Return a line of code that draws the first class."""
-        name = self.pipeline.id2label[0]
-        return f'pipe(class_labels=["{name}"], guidance_scale=1.0).images[0].save("{name}.png")'
+        """Return a line of code that generates an image of the first class and saves it."""
+        label = json.dumps(self.pipeline.id2label[0], ensure_ascii=False)
+        scale = min(0.5, self.pipeline.unet.max_guidance_scale or 0.5)
+        file = re.sub(r"\W+", "-", self.pipeline.id2label[0])
+        return f'pipe(class_labels={label}, guidance_scale={scale}).images[0].save("{file}.png")'
 
     def facts(self) -> dict[str, Any]:
         """Return what is predicted and how often labels are dropped."""

@@ -4,6 +4,7 @@ import json
 import logging
 import re
 import shutil
+from pathlib import Path
 
 import diffusers
 import pytest
@@ -13,12 +14,14 @@ from safetensors.torch import load_file
 
 from diffusers_cfg import CFGPipeline
 from diffusers_cfg.config import UserError
+from diffusers_cfg.data import sources
+from diffusers_cfg.data.sources import Digits
 from diffusers_cfg.engine import log
 from diffusers_cfg.engine.checkpoint import checkpoints
 from diffusers_cfg.engine.method import Objective, Terms
 from diffusers_cfg.methods.cfg import ClassifierFreeGuidance
 from diffusers_cfg.settings import CFGConfig
-from tests.support.runs import TIMES, WEIGHTS, assert_same_tensors, events, scalars, train
+from tests.support.runs import TIMES, WEIGHTS, assert_same_tensors, distill, events, scalars, train
 from tests.support.toys import Adversarial, Unlabelled
 
 
@@ -34,8 +37,7 @@ def test_a_run_leaves_a_pipeline_that_loads(tmp_path, capsys):
     width, height = Image.open(out / "samples" / "step-4.png").size
     assert width > 2 * 64
     assert height > 10 * 64
-    said = capsys.readouterr().out
-    assert f'DiffusionPipeline.from_pretrained("{out}", trust_remote_code=True)' in said
+    assert f'DiffusionPipeline.from_pretrained("{out}", trust_remote_code=True)' in capsys.readouterr().out
 
     pipeline = CFGPipeline.from_pretrained(out)
     assert pipeline.id2label[3] == "three"
@@ -43,6 +45,34 @@ def test_a_run_leaves_a_pipeline_that_loads(tmp_path, capsys):
     assert len(pipeline(["three", 7], [0.0, 2.5], num_inference_steps=2).images) == 2
     # What is sampled is the average.
     assert_same_tensors(out / "unet" / WEIGHTS, out / "checkpoint-4" / "unet_ema" / WEIGHTS)
+
+
+def run_printed_code(printed: str) -> None:
+    """Run the code that a run has printed at its end."""
+    exec(printed[printed.index("from diffusers import DiffusionPipeline") :], {})
+
+
+def test_the_printed_code_runs(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    train(Path("out"))
+    run_printed_code(capsys.readouterr().out)
+    assert Image.open("zero.png").size == (8, 8)
+
+
+def test_the_printed_code_runs_for_any_class_name_and_for_a_student(tmp_path, monkeypatch, capsys):
+    """A name with quotation marks and a slash, and a student whose largest guidance scale is small."""
+    odd = Digits()
+    odd.id2label = {**odd.id2label, 0: 'a "zero" \\/'}
+    monkeypatch.setattr(sources, "Digits", lambda: odd)
+    monkeypatch.chdir(tmp_path)
+    train(Path("teacher"))
+    run_printed_code(capsys.readouterr().out)
+    Path("a-zero-.png").unlink()
+    distill(Path("teacher"), Path("student"), "--max_guidance_scale", "0.25")
+    printed = capsys.readouterr().out
+    assert "guidance_scale=0.25)" in printed
+    run_printed_code(printed)
+    assert Image.open("a-zero-.png").size == (8, 8)
 
 
 @pytest.mark.parametrize(
