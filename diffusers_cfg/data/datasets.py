@@ -1,12 +1,12 @@
-"""Datasets of decoded images: in memory, decoded lazily, or streamed."""
+"""Serve decoded images as datasets: cached in memory, decoded lazily, or streamed."""
 
 import hashlib
 import logging
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sized
 from concurrent.futures import ThreadPoolExecutor
 from itertools import repeat
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -22,21 +22,23 @@ from diffusers_cfg.settings import DataConfig, TrainConfig
 
 logger = logging.getLogger(__name__)
 
-# Data of at most this size as uint8 is decoded once and kept in memory; larger data is decoded lazily.
+# Datasets up to this size in uint8 are decoded once and kept in memory; larger ones are decoded lazily.
 MAX_CACHED_BYTES = 2 * 1024**3
-# Number of images from which on the share of unreadable ones is judged.
+# Number of images to read before the fraction of unreadable ones is checked.
 MIN_SEEN = 1000
-# Number of images by which lazily decoded data is identified.
+# Number of images that are hashed to identify a lazily decoded dataset.
 FINGERPRINT_SIZE = 1000
+
+BatchT = TypeVar("BatchT")
 
 
 class ImageBatch(NamedTuple):
     """A batch of decoded images."""
 
     images: torch.Tensor  # (batch, channels, resolution, resolution), uint8
-    class_labels: torch.Tensor  # (batch,), int64; -1 is unlabelled
-    unreadable: list[str]  # names of the images that could not be read, and were replaced by others
-    reached: tuple[int, Position] | None = None  # of a stream: its number, and its position after the batch
+    class_labels: torch.Tensor  # (batch,), int64; -1 means unlabelled
+    unreadable: list[str]  # names of images that could not be read and were skipped or replaced
+    reached: tuple[int, Position] | None = None  # for a stream: its index, and its position after the batch
 
     @property
     def images_rgb(self) -> torch.Tensor:
@@ -48,31 +50,34 @@ class ImageBatch(NamedTuple):
         Return the images as float32 in [-1, 1].
 
         Args:
-            device (`torch.device`): where to put them.
-            flip (`torch.Tensor` of shape `(batch,)`, *optional*): bool, on that device; the images to flip
+            device (`torch.device`): the device to move the images to.
+            flip (`torch.Tensor` of shape `(batch,)`, *optional*): bool, on `device`; which images to flip
                 horizontally.
         """
         images = to_float(self.images.to(device, non_blocking=True))
         return images if flip is None else torch.where(flip.view(-1, 1, 1, 1), images.flip(-1), images)
 
 
-def training_dataset(images: LabelledImages, config: DataConfig, channels: int, show_progress: bool) -> Dataset:
+def training_dataset(
+    images: LabelledImages, config: DataConfig, channels: int, show_progress: bool
+) -> "CachedImages | LazyImages | StreamedImages":
     """
-    Return a dataset that gives `ImageBatch`es.
+    Return a dataset that yields `ImageBatch`es.
 
     Args:
         images (`LabelledImages`): the images.
-        config (`DataConfig`): the resolution and the crop. For a stream, a `TrainConfig`.
+        config (`DataConfig`): the resolution and the crop. A stream needs a `TrainConfig`.
         channels (`int`): 1 for grayscale, 3 for RGB.
         show_progress (`bool`): whether to show a progress bar while images are decoded into memory.
 
     Returns:
-        `StreamedImages` for a stream, else `CachedImages` if they fit into `MAX_CACHED_BYTES`, else `LazyImages`.
+        `StreamedImages` for a stream, `CachedImages` if the images fit into `MAX_CACHED_BYTES`, otherwise `LazyImages`.
 
     Raises:
-        UserError: too many images cannot be read.
+        UserError: if too many images cannot be read.
     """
     if isinstance(images, ImageStream):
+        assert isinstance(config, TrainConfig)
         return StreamedImages(images, config, channels)
     if len(images) * channels * config.resolution**2 <= MAX_CACHED_BYTES:
         return stack_images(images, config, channels, show_progress)
@@ -81,57 +86,63 @@ def training_dataset(images: LabelledImages, config: DataConfig, channels: int, 
 
 def stack_images(images: LabelledImages, config: DataConfig, channels: int, show_progress: bool) -> "CachedImages":
     """
-    Decode all images into memory. Unreadable ones are logged and left out.
+    Decode all images into memory. Unreadable images are logged and skipped.
 
     Raises:
-        UserError: more than `config.max_unreadable_fraction` of them, or all, cannot be read.
+        UserError: if all images, or more than `config.max_unreadable_fraction` of them, cannot be read.
     """
 
     def decode(index: int) -> np.ndarray | None:
         try:
             return to_array(images.open_image(index), config.resolution, channels, config.center_crop)
-        except Exception as error:  # whatever a decoder raises, the image cannot be used
-            logger.warning("Skipped an image that cannot be read: %s: %s", images.name_image(index), error)
+        except Exception as error:  # decoders raise exceptions of many types
+            logger.warning("Skipped unreadable image %s: %s", images.name_image(index), error)
             return None
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         decoded = pool.map(decode, range(len(images)))
-        disable = None if show_progress else True  # for None, tqdm shows nothing unless the output is a terminal
+        disable = None if show_progress else True  # with None, tqdm shows a bar only in a terminal
         arrays = list(tqdm(decoded, "Decoding", len(images), unit="image", leave=False, disable=disable))
     unreadable = [images.name_image(index) for index, array in enumerate(arrays) if array is None]
     check_unreadable(unreadable, len(images), config.max_unreadable_fraction)
     readable = [index for index, array in enumerate(arrays) if array is not None]
     if not readable:
-        raise UserError(f"None of the {len(images)} images can be read: {unreadable[0]}, …")
+        raise UserError(none_readable(len(images), unreadable[0]))
     return CachedImages(
-        torch.from_numpy(np.stack([arrays[index] for index in readable])),
+        torch.from_numpy(np.stack([array for array in arrays if array is not None])),
         torch.from_numpy(images.class_labels[readable]),
     )
 
 
+def none_readable(num_images: int, name: str) -> str:
+    """Return the error message for a dataset without a readable image, with the name of one image."""
+    return f"None of the {num_images} images can be read, for example {name}. Check that PIL can open them."
+
+
 def check_unreadable(unreadable: Iterable[str], num_images: int, max_unreadable_fraction: float) -> None:
-    """Raise UserError if more than a fraction of the images cannot be read."""
+    """Raise UserError if more than `max_unreadable_fraction` of the images cannot be read."""
     unreadable = list(unreadable)
     if len(unreadable) > max_unreadable_fraction * num_images:
         raise UserError(
             f"{len(unreadable)} of {num_images} images cannot be read, more than --max_unreadable_fraction "
-            f"{max_unreadable_fraction} allows: {', '.join(unreadable[:5])}{', …' if len(unreadable) > 5 else ''}"
+            f"{max_unreadable_fraction} allows: {', '.join(unreadable[:5])}{', …' if len(unreadable) > 5 else '.'} "
+            "Repair or remove them, or raise --max_unreadable_fraction."
         )
 
 
 def warn_of_unreadable(unreadable: set[str]) -> None:
-    """Log how many images could not be read, and the names of the first of them. Does nothing if all could be."""
+    """Log the number of unreadable images and the first of their names, if there are any."""
     if unreadable:
         logger.warning("%d images could not be read: %s", len(unreadable), ", ".join(sorted(unreadable)[:20]))
 
 
 class CachedImages(Dataset):
     """
-    Images in memory. A `DataLoader` fetches a whole batch by `__getitems__`.
+    Images in memory. A `DataLoader` fetches a whole batch with `__getitems__`.
 
     Args:
         images (`torch.Tensor` of shape `(images, channels, resolution, resolution)`): uint8.
-        class_labels (`torch.Tensor` of shape `(images,)`): int64; -1 is unlabelled.
+        class_labels (`torch.Tensor` of shape `(images,)`): int64; -1 means unlabelled.
     """
 
     def __init__(self, images: torch.Tensor, class_labels: torch.Tensor):
@@ -150,8 +161,8 @@ class LazyImages(Dataset):
 
     Args:
         images (`LabelledImages`): the images.
-        resolution (`int`), channels (`int`), center_crop (`bool`): of the decoded images, see `to_array`.
-        num_workers (`int`): number of workers of the `DataLoader`.
+        resolution (`int`), channels (`int`), center_crop (`bool`): arguments of `to_array`.
+        num_workers (`int`): number of `DataLoader` workers.
     """
 
     def __init__(self, images: LabelledImages, resolution: int, channels: int, center_crop: bool, num_workers: int = 0):
@@ -174,10 +185,10 @@ class LazyImages(Dataset):
             self.in_flight.record(str(candidate))
             try:
                 array = to_array(self.images.open_image(candidate), *self.to_array_args)
-                return array, self.class_labels[candidate].item()
-            except Exception:  # whatever a decoder raises, the image cannot be used
+                return array, int(self.class_labels[candidate])
+            except Exception:  # decoders raise exceptions of many types
                 unreadable.append(self.images.name_image(candidate))
-        raise UserError(f"None of the {len(self)} images can be read: {unreadable[0]}, …")
+        raise UserError(none_readable(len(self), unreadable[0]))
 
     def name_item(self, item: str) -> str:
         """Return a human-readable name for an item that a worker was processing."""
@@ -186,10 +197,10 @@ class LazyImages(Dataset):
 
 class StreamedImages(IterableDataset):
     """
-    Endless batches of images that are read and decoded lazily. An unreadable image is left out.
+    An endless stream of batches that are read and decoded lazily. Unreadable images are skipped.
 
-    Each worker of each process reads its own stream, and the streams take turns: batch i of the run, counted over all
-    processes, comes from stream i mod n of the n streams. Call `divide` before anything else.
+    Each worker of each process reads its own stream. The n streams alternate: batch i of the run, counted over all
+    processes, comes from stream i mod n. Call `divide` before anything else.
 
     Args:
         images (`ImageStream`): the images.
@@ -197,8 +208,8 @@ class StreamedImages(IterableDataset):
         channels (`int`): 1 for grayscale, 3 for RGB.
 
     Attributes:
-        probe (`CachedImages`): the first images, to inspect the data.
-        reached (`dict[int, Position]`): positions of the streams of this process after the batches that were used.
+        probe (`CachedImages`): the first images, for inspecting the data.
+        reached (`dict[int, Position]`): position of each stream of this process after its last used batch.
     """
 
     def __init__(self, images: ImageStream, config: TrainConfig, channels: int):
@@ -208,12 +219,13 @@ class StreamedImages(IterableDataset):
         self.in_flight = InFlightItems(config.dataloader_num_workers)
 
     def divide(self, rank: int, world_size: int) -> None:
-        """Take the share of process `rank` of `world_size` processes, from the start of the data."""
+        """Assign streams to process `rank` of `world_size` processes, at the start of the data."""
         self.rank, self.world_size = rank, world_size
         num_streams = world_size * max(1, self.config.dataloader_num_workers)
         if self.num_shards < num_streams:
             logger.warning(
-                "The dataset has %d shards for %d streams: each stream reads all of it, and decodes its own part.",
+                "The dataset has %d shards for %d streams, so every stream reads all shards and decodes its share of "
+                "the rows. Lower --dataloader_num_workers to read less.",
                 self.num_shards,
                 num_streams,
             )
@@ -221,8 +233,8 @@ class StreamedImages(IterableDataset):
 
     def __iter__(self) -> Iterator[ImageBatch]:
         worker = get_worker_info()
-        turn = self.batches + self.rank + (worker.id * self.world_size if worker is not None else 0)
-        stream = turn % len(self.positions)
+        batch_index = self.batches + self.rank + (worker.id * self.world_size if worker is not None else 0)
+        stream = batch_index % len(self.positions)
         blocks = shuffled_blocks(
             self, self.config.shuffle_buffer_size, self.config.seed, stream, len(self.positions), self.positions[stream]
         )
@@ -233,11 +245,12 @@ class StreamedImages(IterableDataset):
                 try:
                     arrays.append(to_array(open_encoded(image.content), *self.to_array_args))
                     labels.append(image.class_label)
-                except Exception:  # whatever a decoder raises, the image cannot be used
+                except Exception:  # decoders raise exceptions of many types
                     unreadable.append(image.name)
                     if not arrays and len(unreadable) >= MIN_SEEN:
                         raise UserError(
-                            f"None of {MIN_SEEN} images in a row could be read: {unreadable[0]}, …"
+                            f"{MIN_SEEN} images in a row cannot be read, starting with {unreadable[0]}. Check that "
+                            "PIL can open them."
                         ) from None
                 if len(arrays) == self.config.train_batch_size:
                     self.in_flight.record("")
@@ -246,7 +259,7 @@ class StreamedImages(IterableDataset):
                     arrays, labels, unreadable = [], [], []
 
     def rows(self, shard: int, first: int) -> Iterator[EncodedImage]:
-        """Yield the images of a shard, from its row `first` on."""
+        """Yield the images of a shard, starting at row `first`."""
         self.in_flight.record(f"shard {shard}")
         return self.images.rows(shard, first)
 
@@ -255,20 +268,21 @@ class StreamedImages(IterableDataset):
         return item
 
     def used(self, batch: ImageBatch) -> None:
-        """Record that this process has used its next batch. All processes call it for each of their batches."""
+        """Record that this process has used a batch. Every process must call it for each of its batches."""
+        assert batch.reached is not None
         stream, position = batch.reached
         self.reached[stream] = Position(*position)
         self.batches += self.world_size
 
     def state_dict(self, reached: list[dict[int, Position]]) -> dict[str, Any]:
         """
-        Return the positions of all streams, as JSON can store them.
+        Return the positions of all streams, in a form that JSON can store.
 
         Args:
-            reached (`list[dict[int, Position]]`): the attribute `reached` of each process.
+            reached (`list[dict[int, Position]]`): the `reached` attribute of every process.
         """
         positions = list(self.positions)
-        for stream, position in (item for part in reached for item in part.items()):
+        for stream, position in (item for by_stream in reached for item in by_stream.items()):
             positions[stream] = position
         return {
             "num_shards": self.num_shards,
@@ -278,34 +292,37 @@ class StreamedImages(IterableDataset):
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Resume from the positions of a `state_dict`. Raises UserError if the data or its division has changed."""
+        """Resume from the positions in a `state_dict`. Raise UserError if the data or the streams have changed."""
         if state["num_shards"] != self.num_shards:
             raise UserError(
                 f"The dataset has {self.num_shards} shards, but had {state['num_shards']} when the checkpoint was "
-                "written, so it is not the same data. Train from the beginning with --overwrite_output_dir."
+                "written: the data has changed. Start from the beginning with --overwrite_output_dir."
             )
         if state["batch_size"] != self.config.train_batch_size:
             raise UserError(
                 f"--train_batch_size is {self.config.train_batch_size}, but the checkpoint's streams were read in "
-                f"batches of {state['batch_size']}: resume with --train_batch_size {state['batch_size']}."
+                f"batches of {state['batch_size']}. Resume with --train_batch_size {state['batch_size']}."
             )
         if len(state["positions"]) != len(self.positions):
             raise UserError(
-                f"The checkpoint holds the positions of {len(state['positions'])} streams, one for each worker of each "
-                f"process, but there are {self.world_size} processes with --dataloader_num_workers "
-                f"{self.config.dataloader_num_workers}: choose both so that their product is the same (0 workers count "
-                "as 1)."
+                f"The checkpoint has the positions of {len(state['positions'])} streams, one for each worker of each "
+                f"process, but this run has {self.world_size} processes with --dataloader_num_workers "
+                f"{self.config.dataloader_num_workers}. Choose both so that their product is "
+                f"{len(state['positions'])} (0 workers count as 1)."
             )
         self.batches, self.positions = state["batches"], [Position(*position) for position in state["positions"]]
 
 
 def num_images(dataset: Dataset) -> int | None:
-    """Return the number of images of a dataset, or None for a stream that does not know it."""
-    return dataset.images.num_images if isinstance(dataset, StreamedImages) else len(dataset)
+    """Return the number of images in a dataset, or None for a stream of unknown length."""
+    if isinstance(dataset, StreamedImages):
+        return dataset.images.num_images
+    assert isinstance(dataset, Sized)
+    return len(dataset)
 
 
 def raise_for_dead_worker(dataset: Dataset, error: RuntimeError) -> None:
-    """Raise `UserError` naming the image if `error` reports a dead DataLoader worker. Else do nothing."""
+    """Raise UserError naming the image if `error` reports a dead DataLoader worker. Otherwise do nothing."""
     if "DataLoader worker (pid" in str(error):  # other errors inside a worker say "DataLoader worker process"
         items = [dataset.name_item(item) for item in dataset.in_flight.of_dead_workers(error)]
         raise UserError(
@@ -319,7 +336,7 @@ def fingerprint(dataset: Dataset) -> str:
     """
     Return a hash that identifies a dataset by its labels and decoded images.
 
-    Images in memory are all hashed; of lazily decoded ones, `FINGERPRINT_SIZE` at equal distances.
+    Of images in memory all are hashed, of lazily decoded images `FINGERPRINT_SIZE` evenly spaced ones.
 
     Args:
         dataset (`Dataset`): `CachedImages` or `LazyImages`.
@@ -331,35 +348,35 @@ def fingerprint(dataset: Dataset) -> str:
     if isinstance(dataset, CachedImages):
         batches = [dataset.images]
     else:
+        assert isinstance(dataset, LazyImages)
         chosen = np.linspace(0, len(dataset) - 1, min(len(dataset), FINGERPRINT_SIZE)).astype(int).tolist()
         batches = (dataset.__getitems__([index]).images for index in chosen)
     for images in batches:
         digest.update(str(tuple(images.shape)).encode())
-        digest.update(images.contiguous().numpy())
+        digest.update(images.contiguous().numpy().data)
     return digest.hexdigest()
 
 
 def describe_data(images: LabelledImages, dataset: Dataset) -> dict[str, Any]:
     """
-    Describe the data of a run, to compare it with that of a checkpoint.
+    Describe the data of a run, for comparison with the data of a checkpoint.
 
     Args:
-        images (`LabelledImages`): the images before they were decoded.
+        images (`LabelledImages`): the images before decoding.
         dataset (`Dataset`): their `training_dataset`, before its latents are cached.
 
     Returns:
-        A dictionary for JSON: `class_names` in the order of their ids, `num_images` or None if a stream does not know
-        it, `fingerprint` or None for a stream, `num_shards` or None if the data is not streamed.
+        A dictionary for JSON: `class_names` ordered by id, `num_images` (None for a stream of unknown length),
+        `fingerprint` (None for a stream) and `num_shards` (None unless the data is streamed).
     """
-    streamed = isinstance(dataset, StreamedImages)
     return {
         "class_names": [name for _, name in sorted(images.id2label.items())],
         "num_images": num_images(dataset),
-        "fingerprint": None if streamed else fingerprint(dataset),
-        "num_shards": dataset.num_shards if streamed else None,
+        "fingerprint": None if isinstance(dataset, StreamedImages) else fingerprint(dataset),
+        "num_shards": dataset.num_shards if isinstance(dataset, StreamedImages) else None,
     }
 
 
-def identity_collate(batch: ImageBatch) -> ImageBatch:
-    """Return a batch that `__getitems__` has made already. It is a function so that workers can be spawned."""
+def identity_collate(batch: BatchT) -> BatchT:
+    """Return a batch unchanged, since `__getitems__` collates it. A lambda could not be sent to spawned workers."""
     return batch

@@ -1,4 +1,4 @@
-"""Decode images to the 8-bit arrays that are trained on."""
+"""Decode images to 8-bit arrays for training."""
 
 import warnings
 
@@ -6,8 +6,8 @@ import numpy as np
 import torch
 from PIL import Image, ImageOps
 
-# PIL warns of an image with more pixels than its limit, and refuses one with more than twice as many. Photographs
-# exceed the first. The filter is global because images are decoded in threads, which share the filters.
+# PIL warns about images above its pixel limit, which photographs exceed, and refuses images above twice the limit. The
+# filter is global because images are decoded in threads, which share the filters.
 warnings.simplefilter("ignore", Image.DecompressionBombWarning)
 
 
@@ -17,17 +17,17 @@ def normalise(image: Image.Image) -> Image.Image:
     white, take the first frame.
 
     Raises:
-        ValueError: its pixels are 32-bit numbers, for which black and white are not defined.
+        ValueError: if the pixels are 32-bit values, for which black and white are not defined.
     """
     is_16_bit = image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PPM")
     if image.mode in ("I", "F") and not is_16_bit:
         raise ValueError(
-            f'its pixels are 32-bit numbers (mode "{image.mode}") of unknown range: save it with 8 or 16 bits'
+            f'The pixels are 32-bit values (mode "{image.mode}") of unknown range. Save the image with 8 or 16 bits.'
         )
     image = ImageOps.exif_transpose(image)
     if is_16_bit:
         pixels = np.asarray(image)
-        gray = (pixels >> 8).astype(np.uint8)  # the high byte, which is what PIL keeps of 16-bit colors
+        gray = (pixels >> 8).astype(np.uint8)  # the high byte, which PIL keeps of 16-bit colors too
         gray[pixels == image.info.get("transparency")] = 255
         return Image.fromarray(gray)
     palette = image.getpalette() or []
@@ -43,13 +43,13 @@ def to_array(image: Image.Image, resolution: int, channels: int, center_crop: bo
     Resize an image with antialiasing to cover a square, and crop it to the square.
 
     Args:
-        image (`PIL.Image.Image`): the image, of any mode that `normalise` takes.
+        image (`PIL.Image.Image`): the image, in any mode that `normalise` accepts.
         resolution (`int`): height and width of the square.
         channels (`int`): 1 for grayscale, 3 for RGB.
-        center_crop (`bool`): whether to crop at the center, not at the top left.
+        center_crop (`bool`): whether to crop at the center instead of at the top left.
 
     Returns:
-        uint8 `(channels, resolution, resolution)`.
+        `numpy.ndarray` of shape `(channels, resolution, resolution)`, uint8.
     """
     image = normalise(image).convert("L" if channels == 1 else "RGB")
     centering = (0.5, 0.5) if center_crop else (0.0, 0.0)

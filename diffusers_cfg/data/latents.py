@@ -1,10 +1,10 @@
-"""Encode a dataset once: keep an autoencoder's posterior of each image on disk."""
+"""Encode a dataset once, and cache the autoencoder's posterior of each image on disk."""
 
 import json
 import logging
 import math
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from itertools import chain, islice
 from pathlib import Path
 from typing import NamedTuple
@@ -19,6 +19,7 @@ from tqdm.auto import tqdm
 from diffusers_cfg.config import CACHE_DIR, UserError
 from diffusers_cfg.data.datasets import (
     CachedImages,
+    LazyImages,
     check_unreadable,
     fingerprint,
     identity_collate,
@@ -30,7 +31,7 @@ from diffusers_cfg.settings import TrainConfig
 
 logger = logging.getLogger(__name__)
 
-# Images in a file. A run that is killed while it encodes loses at most one file of each process.
+# Images per file. A run that is killed while encoding loses at most one file per process.
 FILE_SIZE = 512
 LATENTS_DIR = CACHE_DIR / "latents"
 
@@ -38,20 +39,20 @@ LATENTS_DIR = CACHE_DIR / "latents"
 class LatentBatch(NamedTuple):
     """A batch of posteriors."""
 
-    # (batch, views, 2 · channels, height, width): mean and log-variance, for the image and, with two views, its mirror
+    # (batch, views, 2 · channels, height, width): mean and log-variance of the image and, with two views, of its mirror
     # image
     moments: torch.Tensor
-    class_labels: torch.Tensor  # (batch,), int64; -1 is unlabelled
-    unreadable: list[str]  # empty: unreadable images are counted when they are encoded
+    class_labels: torch.Tensor  # (batch,), int64; -1 means unlabelled
+    unreadable: list[str]  # always empty: unreadable images are counted during encoding
 
     def training_input(self, device: torch.device, flip: torch.Tensor | None = None) -> torch.Tensor:
         """
         Return the moments of each image, `(batch, 2 · channels, height, width)`.
 
         Args:
-            device (`torch.device`): where to put them.
-            flip (`torch.Tensor` of shape `(batch,)`, *optional*): bool, on that device; the images to flip
-                horizontally.
+            device (`torch.device`): the device to move the moments to.
+            flip (`torch.Tensor` of shape `(batch,)`, *optional*): bool, on `device`; for which images to return the
+                moments of the mirror image.
         """
         moments = self.moments.to(device, non_blocking=True)
         return moments[:, 0] if flip is None else torch.where(flip.view(-1, 1, 1, 1), moments[:, 1], moments[:, 0])
@@ -59,13 +60,13 @@ class LatentBatch(NamedTuple):
 
 class CachedLatents(Dataset):
     """
-    Posteriors in the order of the dataset. They stay on disk until they are fetched.
+    Posteriors in the order of the dataset, memory-mapped from disk.
 
     Args:
-        files (`list[dict[str, torch.Tensor]]`): "moments" and "class_labels" of each file, memory-mapped.
+        files (`Sequence[dict[str, torch.Tensor]]`): "moments" and "class_labels" of each file, memory-mapped.
     """
 
-    def __init__(self, files: list[dict[str, torch.Tensor]]):
+    def __init__(self, files: Sequence[dict[str, torch.Tensor]]):
         self.moments = [file["moments"] for file in files]
         self.class_labels = torch.cat([file["class_labels"] for file in files])
 
@@ -85,25 +86,27 @@ def cache_latents(
     sample_shape: tuple[int, int, int],
 ) -> CachedLatents:
     """
-    Return the latents of all images, from the cache of an earlier run or encoded by all processes together.
+    Return the latents of all images, read from an earlier run's cache or encoded by all processes together.
 
-    The cache is identified by the data, the weights and the dtype of the autoencoder, and `config.random_flip`. A
-    damaged file is encoded again.
+    The cache is identified by the data, the weights and dtype of the autoencoder, and `config.random_flip`. Damaged
+    files are encoded again.
 
     Args:
         config (`TrainConfig`): the settings.
-        accelerator (`accelerate.Accelerator`): the processes. Each of them calls this function.
+        accelerator (`accelerate.Accelerator`): the processes, all of which must call this function.
         dataset (`Dataset`): the images, `CachedImages` or `LazyImages`.
         vae (`AutoencoderKL`, *optional*): the autoencoder.
         sample_shape (`tuple[int, int, int]`): channels, height and width of a latent.
 
     Raises:
-        UserError: there is no autoencoder; the latents do not fit on the disk; too many images cannot be read.
+        UserError: if there is no autoencoder, the latents do not fit on the disk, or too many images cannot be read.
     """
     if vae is None:
         raise UserError(
-            f"--cache_latents: {config.pretrained_model_name_or_path} has no autoencoder. Leave out --cache_latents."
+            f"--cache_latents needs an autoencoder, but {config.pretrained_model_name_or_path} has none. Leave out "
+            "--cache_latents."
         )
+    assert isinstance(dataset, CachedImages | LazyImages)
     identity = {
         "data": fingerprint(dataset),
         "vae": digest(vae.state_dict()),
@@ -111,13 +114,13 @@ def cache_latents(
         "flip": str(config.random_flip),
     }
     folder = LATENTS_DIR / f"{seed_of(*identity.values()):016x}"
-    parts = BatchSampler(range(len(dataset)), FILE_SIZE, drop_last=False)
-    files = {folder / f"{rows[0]}-{rows[-1]}.safetensors": rows for rows in parts}
-    mine = list(files)[accelerator.process_index :: accelerator.num_processes]
-    missing = {path: files[path] for path in mine if not is_whole(path, identity)}
+    rows_of_files = BatchSampler(range(len(dataset)), FILE_SIZE, drop_last=False)
+    files = {folder / f"{rows[0]}-{rows[-1]}.safetensors": rows for rows in rows_of_files}
+    own_files = list(files)[accelerator.process_index :: accelerator.num_processes]
+    missing = {path: files[path] for path in own_files if not is_intact(path, identity)}
     try:
         num_missing = sum(len(rows) for path, rows in files.items() if not path.is_file())
-        check_space(config, vae, sample_shape, folder, num_missing)
+        check_disk_space(config, vae, sample_shape, folder, num_missing)
         encoded = encode(config, accelerator, dataset, vae, list(missing.values()))
         for path, (tensors, unreadable) in zip(missing, encoded, strict=True):
             metadata = {**identity, "digest": digest(tensors), "unreadable": json.dumps(unreadable)}
@@ -126,8 +129,8 @@ def cache_latents(
         tensors, metadata = zip(*map(read_file, files), strict=True)
     except (OSError, SafetensorError) as error:  # safetensors raises its own error for a full disk
         raise UserError(
-            f"--cache_latents cannot keep latents in {folder}: {error}. Every process has to write and read there; "
-            "XDG_CACHE_HOME names another folder."
+            f"--cache_latents cannot store latents in {folder}: {error}. Every process must be able to read and write "
+            "there. Set XDG_CACHE_HOME to use a different folder."
         ) from error
     unreadable = {name for entry in metadata for name in json.loads(entry["unreadable"])}
     check_unreadable(unreadable, len(dataset), config.max_unreadable_fraction)
@@ -136,45 +139,47 @@ def cache_latents(
 
 
 def read_file(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
-    """Return the tensors of a file, memory-mapped, and its metadata."""
+    """Return the memory-mapped tensors of a file, and its metadata."""
     with safe_open(path, "pt") as file:
         return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
 
 
-def is_whole(path: Path, identity: dict[str, str]) -> bool:
-    """Return whether a file exists, holds the latents of `identity` and is intact. Logs if it exists and does not."""
+def is_intact(path: Path, identity: dict[str, str]) -> bool:
+    """Return whether a file is intact and holds the latents of `identity`. Log a warning if it exists but is not."""
     if not path.is_file():
         return False
     try:
         tensors, metadata = read_file(path)
-        whole = metadata.items() >= {**identity, "digest": digest(tensors)}.items()
+        intact = metadata.items() >= {**identity, "digest": digest(tensors)}.items()
     except (OSError, SafetensorError):
-        whole = False
-    if not whole:
-        logger.warning("%s is damaged or holds other latents: its images are encoded again.", path)
-    return whole
+        intact = False
+    if not intact:
+        logger.warning("%s is damaged or holds different latents. Encoding its images again.", path)
+    return intact
 
 
-def check_space(
+def check_disk_space(
     config: TrainConfig, vae: AutoencoderKL, sample_shape: tuple[int, int, int], folder: Path, num_images: int
 ) -> None:
-    """Raise UserError if the latents of a number of images do not fit on the disk."""
-    numbers = 2 * math.prod(sample_shape) * (2 if config.random_flip else 1)  # mean and log-variance of each view
-    needed = num_images * numbers * vae.dtype.itemsize
+    """Raise UserError if the latents of `num_images` images do not fit on the disk."""
+    values_per_image = (
+        2 * math.prod(sample_shape) * (2 if config.random_flip else 1)
+    )  # mean and log-variance of each view
+    needed = num_images * values_per_image * vae.dtype.itemsize
     folder.mkdir(parents=True, exist_ok=True)
     free = shutil.disk_usage(folder).free
     if needed > free:
         raise UserError(
             f"--cache_latents needs {needed / 1e6:.2f} MB for the latents of {num_images} images, but {folder} has "
-            f"{free / 1e6:.2f} MB left: free some, or set XDG_CACHE_HOME to a folder on another disk."
+            f"{free / 1e6:.2f} MB free. Free disk space, or set XDG_CACHE_HOME to a folder on a different disk."
         )
 
 
 def encode(
-    config: TrainConfig, accelerator: Accelerator, dataset: Dataset, vae: AutoencoderKL, parts: list[list[int]]
+    config: TrainConfig, accelerator: Accelerator, dataset: Dataset, vae: AutoencoderKL, files: list[list[int]]
 ) -> Iterator[tuple[dict[str, torch.Tensor], list[str]]]:
-    """Yield, for each part of the data, its moments and class labels, and the names of its unreadable images."""
-    batches = [list(BatchSampler(rows, config.train_batch_size, drop_last=False)) for rows in parts]
+    """Yield the content of each file: moments and class labels of its rows, and the names of unreadable images."""
+    batches = [list(BatchSampler(rows, config.train_batch_size, drop_last=False)) for rows in files]
     loader = DataLoader(
         dataset,
         batch_sampler=[*chain(*batches)],
@@ -182,11 +187,11 @@ def encode(
         num_workers=0 if isinstance(dataset, CachedImages) else config.dataloader_num_workers,
     )
     loaded, vae = iter(loader), vae.to(accelerator.device)
-    disable = None if accelerator.is_main_process else True  # for None, tqdm shows nothing unless it has a terminal
-    with tqdm(desc="Encoding", total=sum(map(len, parts)), unit="image", leave=False, disable=disable) as progress:
-        for part in batches:
+    disable = None if accelerator.is_main_process else True  # with None, tqdm shows a bar only in a terminal
+    with tqdm(desc="Encoding", total=sum(map(len, files)), unit="image", leave=False, disable=disable) as progress:
+        for file_batches in batches:
             moments, class_labels, unreadable = [], [], []
-            for batch in islice(loaded, len(part)):
+            for batch in islice(loaded, len(file_batches)):
                 images = batch.training_input(accelerator.device).to(vae.dtype)
                 views = [images, images.flip(-1)] if config.random_flip else [images]
                 with torch.no_grad():

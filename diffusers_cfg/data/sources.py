@@ -1,4 +1,4 @@
-"""Find labelled images: in a dataset of the Hub, a folder of class folders, or scikit-learn's digits."""
+"""Load labelled images from a dataset on the Hub, a folder of class folders, or scikit-learn's digits."""
 
 import io
 import logging
@@ -19,13 +19,13 @@ from diffusers_cfg.settings import DataConfig
 
 logger = logging.getLogger(__name__)
 
-# The class label of an image without one.
+# The class label of an unlabelled image.
 UNLABELLED = -1
-# A streamed dataset with fewer shards than this is divided further, where its file format allows it.
+# A streamed dataset with fewer shards is split further, if its file format allows it.
 MANY_SHARDS = 128
-# Number of images at the start of a stream that are kept, to inspect the data.
+# Number of images at the start of a stream that are kept for inspecting the data.
 PROBE_SIZE = 256
-# Number of images that are decoded to find out whether a dataset is grayscale.
+# Number of images that are decoded to determine whether a dataset is grayscale.
 CHANNELS_SAMPLE_SIZE = 32
 
 
@@ -34,24 +34,24 @@ class LabelledImages:
     Images that are not decoded yet, with their class labels.
 
     Args:
-        class_labels (`numpy.ndarray` of shape `(images,)`): int64, `0 … num_classes - 1`, or -1 for unlabelled.
-        id2label (`dict[int, str]`): name of each class; empty if nothing is labelled.
+        class_labels (`numpy.ndarray` of shape `(images,)`): int64, `0 … num_classes - 1`; -1 means unlabelled.
+        id2label (`dict[int, str]`): name of each class; empty for unlabelled data.
 
     Raises:
-        UserError: there are no images.
+        UserError: if there are no images.
     """
 
     def __init__(self, class_labels: np.ndarray, id2label: dict[int, str]):
         if not len(class_labels):
-            raise UserError("The dataset has no images: check --dataset_split.")
+            raise UserError("The dataset has no images. Check --dataset_split.")
         self.class_labels, self.id2label = class_labels, id2label
 
     def open_image(self, index: int) -> Image.Image:
-        """Return the image at an index as PIL opens it. An image that cannot be read may raise any exception."""
+        """Open the image at `index` with PIL. An unreadable image may raise any exception."""
         raise NotImplementedError
 
     def name_image(self, index: int) -> str:
-        """Return a name for the image at an index, for messages."""
+        """Return a human-readable name for the image at `index`."""
         raise NotImplementedError
 
     def __len__(self) -> int:
@@ -59,37 +59,36 @@ class LabelledImages:
 
     @property
     def channels(self) -> int:
-        """1 if a sample of the images is grayscale, else 3."""
+        """The number of channels: 1 if a sample of the images is grayscale, otherwise 3."""
         for index in np.linspace(0, len(self) - 1, min(len(self), CHANNELS_SAMPLE_SIZE)).astype(int).tolist():
             try:
                 if normalise(self.open_image(index)).mode == "RGB":
                     return 3
-            except Exception:  # unreadable: counted when it is decoded
+            except Exception:  # unreadable images are counted when the dataset is decoded
                 continue
         return 1
 
     @property
     def present_classes(self) -> list[int]:
-        """Ids of the classes that have images."""
+        """The ids of the classes that have images."""
         return np.unique(self.class_labels[self.class_labels != UNLABELLED]).tolist()
 
 
 def require_classes(images: LabelledImages) -> None:
-    """Raise UserError if the images have fewer than two classes. For methods that condition on the class."""
+    """Raise UserError if the images have fewer than two classes. Used by class-conditional methods."""
     present = images.present_classes
     if len(present) < 2:
         raise UserError(
-            f"Class-conditional training needs at least two classes, but the data has {len(present)} "
-            f"{[images.id2label[i] for i in present]}: check --label_column, or that each class has a folder of its "
-            "own."
+            f"Class-conditional training needs at least two classes, but the data has {len(present)}: "
+            f"{[images.id2label[i] for i in present]}. Check --label_column, or that each class has its own folder."
         )
 
 
 class Digits(LabelledImages):
-    """scikit-learn's 1,797 handwritten digits, 8×8, grayscale. They are part of that package."""
+    """scikit-learn's 1,797 handwritten digits, 8×8, grayscale. They ship with scikit-learn."""
 
     def __init__(self):
-        # Imported here because it takes a second, a third of the start of a command, and only this data needs it.
+        # Imported here because the import takes a second, a third of a command's startup, and only the digits need it.
         from sklearn.datasets import load_digits
 
         digits = load_digits()
@@ -110,19 +109,19 @@ class DatasetImages(LabelledImages):
 
     Args:
         dataset (`datasets.Dataset`): the dataset.
-        image_column (`str`): its column of images.
-        label_column (`str`, *optional*): its column of labels; without one, every image is unlabelled.
+        image_column (`str`): the column with the images.
+        label_column (`str`, *optional*): the column with the labels. By default all images are unlabelled.
 
     Raises:
-        UserError: a column is missing or holds something else.
+        UserError: if a column is missing or has the wrong type.
     """
 
     def __init__(self, dataset: datasets.Dataset, image_column: str, label_column: str | None):
-        check_columns(dataset, image_column, label_column)
+        features = check_columns(dataset, image_column, label_column)
         if label_column is None:
             super().__init__(np.full(len(dataset), UNLABELLED, np.int64), {})
         else:
-            names = getattr(dataset.features[label_column], "names", None)
+            names = getattr(features[label_column], "names", None)
             super().__init__(*class_ids(dataset[label_column][:], names))
         self.column = image_column
         self.encoded = dataset.select_columns(image_column).cast_column(image_column, datasets.Image(decode=False))
@@ -145,30 +144,30 @@ class EncodedImage(NamedTuple):
 
 class ImageStream(LabelledImages):
     """
-    The images of a streamed `datasets.IterableDataset`. As `LabelledImages` it consists of its first images only,
-    `first`, by which the data is inspected.
+    The images of a streamed `datasets.IterableDataset`. The interface of `LabelledImages` covers only the first images,
+    `first`, which are kept for inspecting the data.
 
     Args:
         dataset (`datasets.IterableDataset`): the dataset.
-        config (`DataConfig`): its column of images, and the number of images to shuffle at a time.
-        label_column (`str`, *optional*): its column of labels; without one, every image is unlabelled.
+        config (`DataConfig`): the column with the images, and the number of images to shuffle at a time.
+        label_column (`str`, *optional*): the column with the labels. By default all images are unlabelled.
 
     Attributes:
-        num_images (`int`, *optional*): number of images in the dataset, if it says so.
-        num_shards (`int`): number of parts that can be read independently.
+        num_images (`int`, *optional*): number of images in the dataset, if its card states it.
+        num_shards (`int`): number of shards, which can be read independently.
 
     Raises:
-        UserError: a column is missing or holds something else, or the names of the labels are not known beforehand.
+        UserError: if a column is missing or has the wrong type, or the names of the classes are not known in advance.
     """
 
     def __init__(self, dataset: datasets.IterableDataset, config: DataConfig, label_column: str | None):
-        check_columns(dataset, config.image_column, label_column)
-        names = [] if label_column is None else getattr(dataset.features[label_column], "names", None)
+        features = check_columns(dataset, config.image_column, label_column)
+        names = [] if label_column is None else getattr(features[label_column], "names", None)
         if names is None:
             raise UserError(
-                f"--streaming has to know the classes beforehand, but the column {label_column!r} holds plain values: "
-                "leave out --streaming, or make it a ClassLabel (with cast_column, or under `dataset_info` in the "
-                "README.md of the dataset)."
+                f"--streaming must know the classes in advance, but the column {label_column!r} holds plain values. "
+                "Leave out --streaming, or make the column a ClassLabel (with cast_column, or under `dataset_info` in "
+                "the dataset's README.md)."
             )
         self.image_column, self.label_column, self.num_classes = config.image_column, label_column, len(names)
         columns = [column for column in (config.image_column, label_column) if column is not None]
@@ -181,7 +180,7 @@ class ImageStream(LabelledImages):
         _, first = next(shuffled_blocks(self, config.shuffle_buffer_size, 0, 0, 1, Position()))
         if names and len({image.class_label for image in first}) == 1 < len(first):
             logger.warning(
-                "The first %d images are all of one class: the data seems to be sorted, and training will see one "
+                "The first %d images all have the same class. The data seems to be sorted, so training would see one "
                 "class at a time. Raise --shuffle_buffer_size, or leave out --streaming.",
                 len(first),
             )
@@ -190,18 +189,18 @@ class ImageStream(LabelledImages):
 
     @property
     def present_classes(self) -> list[int]:
-        """Ids of all classes, since a stream does not know which of them have images."""
+        """The ids of all classes, since a stream does not know which classes have images."""
         return list(self.id2label)
 
     def rows(self, shard: int, first: int) -> Iterator[EncodedImage]:
-        """Yield the images of a shard, from its row `first` on. Raises UserError for a label without a name."""
+        """Yield the images of a shard, starting at row `first`. Raise UserError for a label without a name."""
         for row, (content, label) in enumerate(self._cells(shard, first), first):
             name = f"row {row} of shard {shard}" + (f" ({content['path']})" if content and content["path"] else "")
             label = UNLABELLED if label is None else label
             if label == self.num_classes:
-                raise UserError(f"The label of {name} is {label}, {counted_from_1(self.num_classes)}")
+                raise UserError(f"The label of {name} is {label}, {off_by_one_hint(self.num_classes)}")
             if not UNLABELLED <= label < self.num_classes:
-                raise UserError(f"The label of {name} is {label}, but there are {self.num_classes} names.")
+                raise UserError(f"The label of {name} is {label}, {unnamed_label_hint(self.num_classes)}")
             yield EncodedImage(name, content, label)
 
     def _cells(self, shard: int, first: int) -> Iterator[tuple[dict[str, Any], int | None]]:
@@ -217,31 +216,38 @@ class ImageStream(LabelledImages):
         return self.first[index].name
 
 
-def counted_from_1(num_classes: int) -> str:
-    """Return the end of the message about a label that equals the number of classes."""
+def off_by_one_hint(num_classes: int) -> str:
+    """Return the end of the error message for a label that equals the number of classes."""
     return (
-        f"but the {num_classes} classes are numbered from 0 to {num_classes - 1}. Are the labels counted from 1? Then "
-        "subtract 1 from each. (-1 marks an image without a label.)"
+        f"but the {num_classes} classes are numbered from 0 to {num_classes - 1}. Are the labels counted from 1? If "
+        "so, subtract 1 from each. (-1 marks an unlabelled image.)"
     )
+
+
+def unnamed_label_hint(num_classes: int) -> str:
+    """Return the end of the error message for a label that is no class id."""
+    return f"but the dataset names {num_classes} classes. Correct the label, or add class names to the dataset."
 
 
 def check_columns(
     dataset: datasets.Dataset | datasets.IterableDataset, image_column: str, label_column: str | None
-) -> None:
-    """Raise UserError if a dataset lacks a column, or if its column of images holds something else."""
-    kinds = {name: type(feature).__name__ for name, feature in (dataset.features or {}).items()}
+) -> datasets.Features:
+    """Return the features of a dataset. Raise UserError if a column is missing, or `image_column` holds no images."""
+    features = dataset.features or datasets.Features()
+    kinds = {name: type(feature).__name__ for name, feature in features.items()}
     for flag, column in (("--image_column", image_column), ("--label_column", label_column)):
         if column is not None and column not in kinds:
-            raise UserError(f"The dataset has no column {column!r}: {flag} can be one of {sorted(kinds)}.")
+            raise UserError(f"The dataset has no column {column!r}. Set {flag} to one of {sorted(kinds)}.")
     if kinds[image_column] != "Image":
         raise UserError(
-            f"The column {image_column!r} holds {kinds[image_column]}, not images: --image_column can be one of "
+            f"The column {image_column!r} holds {kinds[image_column]}, not images. Set --image_column to one of "
             f"{[name for name, kind in kinds.items() if kind == 'Image']}."
         )
+    return features
 
 
 def open_encoded(content: dict[str, Any]) -> Image.Image:
-    """Open an image as `datasets` stores it: its bytes, or the path of its file, which may be on the Hub."""
+    """Open an image from what `datasets` stores: its bytes, or the path of its file, which may be on the Hub."""
     path, data = content["path"], content["bytes"]
     if data is None and "://" in path:
         return datasets.Image().decode_example(content)
@@ -250,71 +256,70 @@ def open_encoded(content: dict[str, Any]) -> Image.Image:
 
 def load_labelled_images(config: DataConfig, needs_labels: bool = True) -> LabelledImages:
     """
-    Find the dataset that the settings name.
+    Load the images of the dataset that the settings name.
 
     Args:
         config (`DataConfig`): the settings.
-        needs_labels (`bool`): whether a dataset without `--label_column`, or a folder without class folders, is an
-            error. If it is not, all of its images are labelled -1, and there are no class names.
+        needs_labels (`bool`): whether to refuse a dataset without `--label_column`, or a folder without class folders.
+            By default it is refused; with `False`, all its images get the label -1, and there are no class names.
 
     Raises:
-        UserError: the dataset cannot be found or loaded, or lacks a column.
+        UserError: if the dataset cannot be found or loaded, or lacks a column.
     """
     if config.train_data_dir is not None:
-        dataset = load_folder(config, needs_labels)
+        source, dataset = config.train_data_dir, load_folder(config.train_data_dir, config, needs_labels)
     elif config.dataset_name is not None:
-        dataset = load_dataset(config)
+        source, dataset = config.dataset_name, load_dataset(config.dataset_name, config)
     else:
         return Digits()
     label_column = config.label_column
     if not needs_labels and label_column not in (dataset.features or {}):
-        logger.info("The dataset has no column %r (--label_column): its images are unlabelled.", label_column)
+        logger.info("The dataset has no column %r (--label_column), so its images are unlabelled.", label_column)
         label_column = None
-    if config.streaming:
-        with named_errors(config.dataset_name or config.train_data_dir):
+    if isinstance(dataset, datasets.IterableDataset):
+        with named_errors(source):
             return ImageStream(dataset, config, label_column)
     return DatasetImages(dataset, config.image_column, label_column)
 
 
-def load_folder(config: DataConfig, needs_labels: bool = True) -> datasets.Dataset | datasets.IterableDataset:
-    """Load the images in `--train_data_dir`. Raises UserError if labels are needed and it has no class folders."""
-    folder = Path(config.train_data_dir)
+def load_folder(
+    source: str, config: DataConfig, needs_labels: bool = True
+) -> datasets.Dataset | datasets.IterableDataset:
+    """Load the images in a folder. Raise UserError if labels are needed and the folder has no class folders."""
+    folder = Path(source)
     if not folder.is_dir():
-        raise UserError(f"--train_data_dir {folder} is not a folder.")
+        raise UserError(f"--train_data_dir {folder} is not a folder. Pass an existing folder of images.")
     if needs_labels and not any(path.is_dir() for path in folder.iterdir()):
-        raise UserError(f"--train_data_dir {folder} has no folders in it, but each class needs a folder of its own.")
+        raise UserError(f"--train_data_dir {folder} has no subfolders. Pass a folder with one subfolder per class.")
     with named_errors(folder):
-        return datasets.load_dataset(
-            "imagefolder",
-            data_dir=str(folder),
-            split=config.dataset_split,
-            cache_dir=config.cache_dir,
-            streaming=config.streaming,
-        )
+        return load_split(config, "imagefolder", data_dir=str(folder))
 
 
-def load_dataset(config: DataConfig) -> datasets.Dataset | datasets.IterableDataset:
-    """Load `--dataset_name` from the Hub, a local folder or file, or a folder written by `save_to_disk`."""
-    source = config.dataset_name
-    if config.streaming and any((Path(source) / name).is_file() for name in ("dataset_dict.json", "state.json")):
-        raise UserError(f"{source} was written by save_to_disk, which cannot be streamed: leave out --streaming.")
+def load_dataset(source: str, config: DataConfig) -> datasets.Dataset | datasets.IterableDataset:
+    """Load a dataset from the Hub, a local folder or file, or a folder written by `save_to_disk`."""
+    saved_to_disk = any((Path(source) / name).is_file() for name in ("dataset_dict.json", "state.json"))
+    if config.streaming and saved_to_disk:
+        raise UserError(f"{source} was written by save_to_disk, which cannot be streamed. Leave out --streaming.")
     with named_errors(source):
-        if (Path(source) / "dataset_dict.json").is_file():
-            return datasets.load_from_disk(source)[config.dataset_split]
-        if (Path(source) / "state.json").is_file():
-            return datasets.load_from_disk(source)
-        return datasets.load_dataset(
-            source,
-            config.dataset_config_name,
-            split=config.dataset_split,
-            cache_dir=config.cache_dir,
-            streaming=config.streaming,
-        )
+        if saved_to_disk:
+            dataset = datasets.load_from_disk(source)
+            return dataset[config.dataset_split] if isinstance(dataset, datasets.DatasetDict) else dataset
+        return load_split(config, source, config.dataset_config_name)
+
+
+def load_split(
+    config: DataConfig, path: str, name: str | None = None, data_dir: str | None = None
+) -> datasets.Dataset | datasets.IterableDataset:
+    """Load the split that the settings name with `datasets.load_dataset`, streamed with `--streaming`."""
+    split, cache_dir = config.dataset_split, config.cache_dir
+    if config.streaming:  # a literal in each call, from which type checkers tell which class is returned
+        return datasets.load_dataset(path, name, data_dir, split=split, cache_dir=cache_dir, streaming=True)
+    return datasets.load_dataset(path, name, data_dir, split=split, cache_dir=cache_dir, streaming=False)
 
 
 @contextmanager
 def named_errors(source: str | Path) -> Iterator[None]:
-    """Turn the errors of `datasets` inside the block into a UserError that names the dataset."""
+    """Convert errors that `datasets` raises in the block to a UserError that names the dataset."""
     try:
         yield
     except UserError:
@@ -328,14 +333,14 @@ def class_ids(labels: list, names: list[str] | None) -> tuple[np.ndarray, dict[i
     Map the labels of a dataset to class ids without gaps.
 
     Args:
-        labels (`list`): integers, strings or booleans; -1 or None is unlabelled.
-        names (`list[str]`, *optional*): the names of the integers 0, 1, …, if the dataset has them.
+        labels (`list`): integers, strings or booleans; -1 and None mean unlabelled.
+        names (`list[str]`, *optional*): the names of the integers 0, 1, …, if the dataset has names.
 
     Returns:
         The ids, int64 `(len(labels),)`, and the name of each id.
 
     Raises:
-        UserError: the labels are floats or something else, or an integer has no name.
+        UserError: if the labels have an unsupported type, such as float, or an integer has no name.
     """
     present = {label for label in labels if label is not None and label != UNLABELLED}
     kinds = {type(label) for label in present}
@@ -343,14 +348,14 @@ def class_ids(labels: list, names: list[str] | None) -> tuple[np.ndarray, dict[i
         examples = sorted(map(repr, present))[:3]
         raise UserError(
             f"The labels must be integers or strings, but are {', '.join(sorted(k.__name__ for k in kinds))} "
-            f"({', '.join(examples)}, …). Cast the column to integers or to ClassLabel, or choose another "
+            f"({', '.join(examples)}, …). Cast the column to integers or to ClassLabel, or choose a different "
             "--label_column."
         )
     if kinds == {int} and names is not None:
         if min(present) >= 0 and max(present) == len(names):
-            raise UserError(f"The labels go up to {max(present)}, {counted_from_1(len(names))}")
+            raise UserError(f"The largest label is {max(present)}, {off_by_one_hint(len(names))}")
         if not all(0 <= label < len(names) for label in present):
-            raise UserError(f"The labels go from {min(present)} to {max(present)}, but there are {len(names)} names.")
+            raise UserError(f"The labels range from {min(present)} to {max(present)}, {unnamed_label_hint(len(names))}")
         values = list(range(len(names)))
     else:
         values = sorted(present)

@@ -1,4 +1,4 @@
-"""Datasets in memory and decoded lazily: the same batches, unreadable images, what identifies the data."""
+"""Test datasets in memory and decoded lazily: batches, unreadable images, fingerprints, descriptions."""
 
 import logging
 from pathlib import Path
@@ -40,7 +40,7 @@ def folder_config(folder: Path, **settings) -> DataConfig:
 
 
 @pytest.mark.parametrize("lazy", [False, True])
-def test_both_kinds_of_data_set_give_the_same_batches(folder, lazy, monkeypatch):
+def test_cached_and_lazy_datasets_return_the_same_batches(folder, lazy, monkeypatch):
     if lazy:
         monkeypatch.setattr(data, "MAX_CACHED_BYTES", 0)
     config = folder_config(folder)
@@ -55,7 +55,7 @@ def test_both_kinds_of_data_set_give_the_same_batches(folder, lazy, monkeypatch)
     assert batch.unreadable == []
 
 
-def test_data_is_cached_up_to_a_size(folder, monkeypatch):
+def test_datasets_up_to_a_size_are_cached(folder, monkeypatch):
     config = folder_config(folder)
     images = load_labelled_images(config)
     for limit, kind in ((12 * 3 * 8 * 8, CachedImages), (12 * 3 * 8 * 8 - 1, LazyImages)):
@@ -63,20 +63,20 @@ def test_data_is_cached_up_to_a_size(folder, monkeypatch):
         assert isinstance(training_dataset(images, config, 3, show_progress=False), kind)
 
 
-def test_the_training_input_is_flipped_image_by_image():
+def test_training_input_flips_selected_images():
     images = torch.arange(8, dtype=torch.uint8).view(2, 1, 2, 2)
     batch = ImageBatch(images, torch.tensor([0, 1]), [])
     plain, flipped = batch.training_input(torch.device("cpu")), images.flip(-1).float() / 127.5 - 1
     assert plain.dtype == torch.float32
     torch.testing.assert_close(plain, images.float() / 127.5 - 1)
-    some = batch.training_input(torch.device("cpu"), flip=torch.tensor([False, True]))
-    assert torch.equal(some[0], plain[0])
-    torch.testing.assert_close(some[1], flipped[1])
+    mixed = batch.training_input(torch.device("cpu"), flip=torch.tensor([False, True]))
+    assert torch.equal(mixed[0], plain[0])
+    torch.testing.assert_close(mixed[1], flipped[1])
     assert batch.images_rgb.shape == (2, 3, 2, 2)
 
 
 @pytest.mark.parametrize("lazy", [False, True])
-def test_unreadable_images_are_named_and_skipped(folder, lazy, caplog):
+def test_unreadable_images_are_reported_and_skipped(folder, lazy, caplog):
     (folder / "dog" / "1.png").write_bytes(b"broken")
     config = folder_config(folder, max_unreadable_fraction=0.1)
     images = load_labelled_images(config)
@@ -91,7 +91,7 @@ def test_unreadable_images_are_named_and_skipped(folder, lazy, caplog):
         assert "1.png" in caplog.text
 
 
-def test_too_many_unreadable_images_are_an_error(folder):
+def test_too_many_unreadable_images_are_refused(folder):
     for name in ("0.png", "1.png"):
         (folder / "dog" / name).write_bytes(b"broken")
     config = folder_config(folder, max_unreadable_fraction=0.1)
@@ -100,7 +100,7 @@ def test_too_many_unreadable_images_are_an_error(folder):
 
 
 @pytest.mark.parametrize("lazy", [False, True])
-def test_data_without_a_readable_image_is_an_error(folder, lazy):
+def test_dataset_without_readable_images_is_refused(folder, lazy):
     for path in folder.glob("*/*.png"):
         path.write_bytes(b"broken")
     config = folder_config(folder, max_unreadable_fraction=1.0)
@@ -111,14 +111,14 @@ def test_data_without_a_readable_image_is_an_error(folder, lazy):
             return LazyImages(images, 8, 3, True).__getitems__([5])
         return stack_images(images, config, 3, show_progress=False)
 
-    with pytest.raises(UserError, match=r"None of the 12 images can be read: row \d+ \(.*\.png\)"):
+    with pytest.raises(UserError, match=r"None of the 12 images can be read, for example row \d+ \(.*\.png\)"):
         read()
 
 
 @pytest.mark.parametrize("lazy", [False, True])
 @pytest.mark.parametrize("name", UNREADABLE)
-def test_an_unreadable_image_is_named_whatever_it_is(folder, monkeypatch, caplog, name, lazy):
-    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 10_000)  # the bomb has a little more than twice as many
+def test_every_kind_of_unreadable_image_is_reported(folder, monkeypatch, caplog, name, lazy):
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 10_000)  # the bomb has a little more than twice this number
     content, reason = UNREADABLE[name]
     (folder / "dog" / f"0-{name}").write_bytes(content)
     config = folder_config(folder, max_unreadable_fraction=0.1)
@@ -127,14 +127,14 @@ def test_an_unreadable_image_is_named_whatever_it_is(folder, monkeypatch, caplog
         to_array(images.open_image(4), 8, 3, center_crop=True)
     if lazy:
         batch = LazyImages(images, 8, 3, True).__getitems__([4, 5])
-        assert [name in said for said in batch.unreadable] == [True]
+        assert [name in reported for reported in batch.unreadable] == [True]
         assert batch.images[:, 0, 0, 0].tolist() == [100, 100]
     else:
         assert len(stack_images(images, config, 3, show_progress=False)) == 12
-        assert f"Skipped an image that cannot be read: row 4 ({folder}/dog/0-{name}): " in caplog.text
+        assert f"Skipped unreadable image row 4 ({folder}/dog/0-{name}): " in caplog.text
 
 
-def test_both_kinds_of_data_set_decode_odd_images_alike(tmp_path, monkeypatch):
+def test_cached_and_lazy_datasets_decode_odd_images_equally(tmp_path, monkeypatch):
     for i, (content, _) in enumerate(READABLE.values()):
         path = tmp_path / "data" / "ab"[i % 2] / f"{i // 2}.png"  # PIL ignores the suffix
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -150,14 +150,14 @@ def test_both_kinds_of_data_set_decode_odd_images_alike(tmp_path, monkeypatch):
     torch.testing.assert_close(batches[0].images, batches[1].images, rtol=0, atol=0)
 
 
-def test_the_allowed_share_of_unreadable_images():
+def test_unreadable_images_are_allowed_up_to_a_fraction():
     check_unreadable(["a"], 10, 0.1)
     check_unreadable([], 0, 0.0)
-    with pytest.raises(UserError, match=r"7 of 10 images cannot be read, .* 0\.5 allows: 0, 1, 2, 3, 4, …$"):
+    with pytest.raises(UserError, match=r"7 of 10 images cannot be read, .* 0\.5 allows: 0, 1, 2, 3, 4, … Repair"):
         check_unreadable(map(str, range(7)), 10, 0.5)
 
 
-def test_unreadable_images_are_logged_if_there_are_any(caplog):
+def test_unreadable_images_are_logged(caplog):
     warn_of_unreadable(set())
     assert caplog.messages == []
     warn_of_unreadable({"b", "a"})
@@ -170,14 +170,14 @@ def make_images(num_images: int) -> CachedImages:
     return CachedImages(images, torch.arange(num_images) % 2)
 
 
-def test_the_fingerprint_of_cached_images_is_of_all_pixels_and_labels():
+def test_fingerprint_of_cached_images_covers_all_pixels_and_labels():
     dataset = make_images(3000)
     name = fingerprint(dataset)
     assert len(name) == 16
     assert fingerprint(make_images(3000)) == name
     assert fingerprint(CachedImages(dataset.images.view(3000, 3, 2, 8), dataset.class_labels)) != name
     assert fingerprint(CachedImages(dataset.images[:2999], dataset.class_labels[:2999])) != name
-    # In any memory layout
+    # The memory layout does not matter
     channels_last = dataset.images.contiguous(memory_format=torch.channels_last)
     assert fingerprint(CachedImages(channels_last, dataset.class_labels)) == name
     dataset.images[1234, 0, 1, 2] ^= 1
@@ -189,7 +189,7 @@ def test_the_fingerprint_of_cached_images_is_of_all_pixels_and_labels():
 
 
 class CountedImages(LabelledImages):
-    """The digits, counting how many are opened."""
+    """The digits, with a list of the indices that are opened."""
 
     def __init__(self):
         self.digits, self.opened = Digits(), []
@@ -200,7 +200,7 @@ class CountedImages(LabelledImages):
         return self.digits.open_image(index)
 
 
-def test_the_fingerprint_of_lazy_images_is_of_a_sample_and_all_labels():
+def test_fingerprint_of_lazy_images_covers_a_sample_and_all_labels():
     images = CountedImages()
     name = fingerprint(LazyImages(images, 8, 1, True))
     assert len(images.opened) == 1000
@@ -215,7 +215,7 @@ def test_the_fingerprint_of_lazy_images_is_of_a_sample_and_all_labels():
     assert fingerprint(LazyImages(images, 8, 1, True)) != name
 
 
-def test_the_description_of_data_in_memory():
+def test_description_of_data_in_memory():
     images = Digits()
     dataset = stack_images(images, DataConfig(resolution=8), 1, show_progress=False)
     names = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"]
@@ -226,7 +226,7 @@ def test_the_description_of_data_in_memory():
     assert describe_data(images, LazyImages(images, 8, 1, True))["fingerprint"] is not None
 
 
-def test_the_description_of_a_stream(tmp_path):
+def test_description_of_a_stream(tmp_path):
     source = save_shards(tmp_path / "data", 6, 6)
     stream = open_stream(source)
     expected = {"class_names": ["ant", "bee"], "num_images": None, "fingerprint": None, "num_shards": 2}

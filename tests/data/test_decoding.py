@@ -1,4 +1,4 @@
-"""Decoding images of every kind."""
+"""Test the decoding of every kind of image."""
 
 import io
 import runpy
@@ -14,7 +14,7 @@ from diffusers_cfg.data.decoding import normalise, to_array, to_float
 from tests.support.odd_images import INKS, LIME, READABLE, RED, WHITE, encoded, row_in
 
 
-def test_images_cover_the_square_and_are_cropped():
+def test_images_are_resized_to_cover_the_square_and_cropped():
     wide = Image.new("L", (30, 10), 0)
     wide.paste(255, (10, 0, 20, 10))
     assert to_array(wide, 10, 1, center_crop=True).min() == 255
@@ -27,7 +27,7 @@ def test_shrinking_is_antialiased():
     assert abs(to_array(stripes, 8, 1, center_crop=True).astype(int) - 127).max() < 20
 
 
-def test_images_become_floats_in_minus_1_to_1():
+def test_images_are_scaled_to_minus_1_to_1():
     assert to_float(torch.tensor([0, 255], dtype=torch.uint8)).tolist() == [-1.0, 1.0]
 
 
@@ -39,15 +39,15 @@ def test_odd_images_are_decoded_as_they_are_displayed(kind):
     np.testing.assert_array_equal(np.asarray(image)[0], expected)
 
 
-def test_a_palette_with_an_alpha_channel():
-    """It is made in memory, since few formats have it."""
+def test_palette_with_an_alpha_channel():
+    # Made in memory, since few file formats support it
     image = row_in("PA", (0, 255), (1, 0))
     image.putpalette([*RED, *LIME])
     np.testing.assert_array_equal(np.asarray(normalise(image))[0], [RED, WHITE])
 
 
-def test_color_spaces_whose_conversion_rounds():
-    """CMYK in a JPEG, which Adobe's programs and PIL write inverted, and LAB."""
+def test_cmyk_jpeg_and_lab_are_decoded_up_to_rounding():
+    # Adobe's programs and PIL write CMYK inverted to a JPEG
     files = {color: encoded(Image.new("CMYK", (8, 8), ink), "JPEG", quality=100) for color, ink in INKS.items()}
     files[250, 10, 30] = encoded(Image.new("RGB", (8, 8), (250, 10, 30)).convert("LAB"), "TIFF")
     for color, data in files.items():
@@ -55,18 +55,18 @@ def test_color_spaces_whose_conversion_rounds():
 
 
 @pytest.mark.parametrize("size", [(1, 10_000), (10_000, 1), (1, 1)])
-def test_slivers(size):
+def test_extreme_aspect_ratios(size):
     assert (to_array(Image.new("RGB", size, RED), 64, 3, center_crop=True) == np.reshape(RED, (3, 1, 1))).all()
 
 
 def test_huge_images_are_decoded_without_a_warning(monkeypatch):
-    """PIL warns of an image above its limit, and refuses one of twice the limit."""
+    """PIL warns about an image above its pixel limit, and refuses an image above twice the limit."""
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 10_000)
     huge = encoded(Image.new("1", (150, 100)), "PNG")
-    with pytest.warns(Image.DecompressionBombWarning):  # as it would be: pytest resets the filters of this module
+    with pytest.warns(Image.DecompressionBombWarning):  # pytest resets the filter that `decoding` sets at import
         Image.open(io.BytesIO(huge))
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        to_array = runpy.run_path(decoding.__file__)["to_array"]  # which sets its filter again
+        to_array = runpy.run_path(decoding.__file__)["to_array"]  # runs the module, which sets its filter again
         assert to_array(Image.open(io.BytesIO(huge)), 8, 1, True).shape == (1, 8, 8)
     assert caught == []

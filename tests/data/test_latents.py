@@ -1,12 +1,14 @@
-"""Latents that are encoded once: the posteriors themselves, the cache on disk, and what it must not be mistaken for."""
+"""Test cached latents: the posteriors, the files on disk, and when images are encoded again."""
 
 import errno
 import shutil
 from pathlib import Path
 from types import SimpleNamespace
+from typing import cast
 
 import pytest
 import torch
+from accelerate import Accelerator
 from safetensors.torch import load_file
 from torch.utils.data import Dataset
 
@@ -26,7 +28,7 @@ SHAPE = (2, 4, 4)
 
 @pytest.fixture(autouse=True)
 def folder(monkeypatch, tmp_path) -> Path:
-    """A folder of the test's own, with 40 images in a file."""
+    """Return the cache folder of a test, which has 40 images per file."""
     monkeypatch.setattr(latents, "LATENTS_DIR", tmp_path / "latents")
     monkeypatch.setattr(latents, "FILE_SIZE", 40)
     return tmp_path / "latents"
@@ -34,7 +36,7 @@ def folder(monkeypatch, tmp_path) -> Path:
 
 @pytest.fixture
 def encoded(monkeypatch) -> list[int]:
-    """The number of images in each batch that was encoded."""
+    """Return a list of the number of images in each encoded batch."""
     return count_encoded(monkeypatch)
 
 
@@ -47,15 +49,16 @@ def digits(config: TrainConfig) -> Dataset:
     return training_dataset(few_digits(), config, 1, show_progress=False)
 
 
-def process(index: int = 0, num_processes: int = 1) -> SimpleNamespace:
-    """Return what `cache_latents` needs of an accelerator. It waits for nobody."""
-    return SimpleNamespace(
+def process(index: int = 0, num_processes: int = 1) -> Accelerator:
+    """Return a stand-in for an accelerator that does not wait for the other processes."""
+    attributes = SimpleNamespace(
         process_index=index,
         num_processes=num_processes,
         is_main_process=index == 0,
         device=torch.device("cpu"),
         wait_for_everyone=lambda: None,
     )
+    return cast(Accelerator, attributes)
 
 
 def cache(config: TrainConfig | None = None, dataset: Dataset | None = None, vae_seed: int = 0) -> CachedLatents:
@@ -68,7 +71,7 @@ def posteriors(images: torch.Tensor) -> torch.Tensor:
     return make_vae().encode(images.float() / 127.5 - 1).latent_dist.parameters
 
 
-def test_the_cache_holds_the_posterior_of_each_image_and_its_mirror_image(folder):
+def test_cache_holds_posteriors_of_images_and_mirror_images(folder):
     config = make_config(random_flip=True)
     cached, images = cache(config), digits(config)
     assert len(cached) == 100
@@ -89,13 +92,13 @@ def test_the_cache_holds_the_posterior_of_each_image_and_its_mirror_image(folder
 def test_latents_are_fetched_in_any_order():
     cached = cache()
     whole = cached.__getitems__(list(range(100)))
-    some = cached.__getitems__([99, 0, 40, 39, 40])
-    assert torch.equal(some.moments, whole.moments[[99, 0, 40, 39, 40]])
-    assert torch.equal(some.class_labels, whole.class_labels[[99, 0, 40, 39, 40]])
+    subset = cached.__getitems__([99, 0, 40, 39, 40])
+    assert torch.equal(subset.moments, whole.moments[[99, 0, 40, 39, 40]])
+    assert torch.equal(subset.class_labels, whole.class_labels[[99, 0, 40, 39, 40]])
     assert whole.moments.shape == (100, 1, 4, 4, 4)
 
 
-def test_the_training_input_is_the_view_that_is_asked_for():
+def test_training_input_selects_the_view():
     batch = LatentBatch(torch.randn(3, 2, 4, 4, 4), torch.zeros(3, dtype=torch.int64), [])
     device = torch.device("cpu")
     assert torch.equal(batch.training_input(device), batch.moments[:, 0])
@@ -114,14 +117,14 @@ def test_latents_are_encoded_once(encoded):
     assert torch.equal(first.__getitems__(everything).moments, again.__getitems__(everything).moments)
 
 
-def test_no_graph_is_kept_of_an_autoencoder_that_is_not_frozen():
+def test_encoding_with_an_unfrozen_autoencoder_keeps_no_graph():
     config = make_config()
     cached = cache_latents(config, process(), digits(config), make_vae().requires_grad_(True), SHAPE)
     assert not cached.moments[0].requires_grad
 
 
-def test_images_that_are_decoded_lazily(tmp_path, monkeypatch, caplog):
-    """One cannot be read: it is replaced as it is without the cache, and named at every start."""
+def test_lazily_decoded_images_are_cached(tmp_path, monkeypatch, caplog):
+    """One image cannot be read. It is replaced as without the cache, and reported by every run."""
     save_folder_with_broken_image(tmp_path / "data")
     monkeypatch.setattr(data, "MAX_CACHED_BYTES", 0)
     monkeypatch.setattr(latents, "FILE_SIZE", 7)
@@ -143,21 +146,23 @@ def test_images_that_are_decoded_lazily(tmp_path, monkeypatch, caplog):
         cache(make_config(max_unreadable_fraction=0.01, **settings), dataset)
 
 
-def test_processes_share_the_work(encoded):
+def test_processes_divide_the_encoding(encoded):
     config = make_config()
 
     def latents_of(index: int) -> CachedLatents:
         return cache_latents(config, process(index, 2), digits(config), make_vae(), SHAPE)
 
-    # As if it did not wait for the other, or did not see its files
-    with pytest.raises(UserError, match="cannot keep latents in .*0-39.safetensors.*Every process has to write and"):
+    # Process 1 does not see the files of process 0
+    with pytest.raises(
+        UserError, match="cannot store latents in .*0-39.safetensors.*Every process must be able to read"
+    ):
         latents_of(1)
     assert sum(encoded) == 40
     assert len(latents_of(0)) == sum(encoded) == 100
     assert len(latents_of(1)) == sum(encoded) == 100
 
 
-def test_latents_of_something_else_are_not_used(folder, encoded):
+def test_different_data_or_settings_are_encoded_separately(folder, encoded):
     plain, flipped, coarse = make_config(), make_config(random_flip=True), make_config(resolution=16)
     changed = digits(plain)
     changed.images[-1, 0, 0, 0] ^= 1
@@ -175,7 +180,7 @@ def test_latents_of_something_else_are_not_used(folder, encoded):
     assert len(list(folder.iterdir())) == 6
 
 
-def test_latents_of_another_precision_are_not_used(folder, encoded):
+def test_each_dtype_is_encoded_separately(folder, encoded):
     cache()
     encoded.clear()
     config = make_config()
@@ -187,7 +192,7 @@ def test_latents_of_another_precision_are_not_used(folder, encoded):
 
 def test_damaged_and_foreign_files_are_encoded_again(folder, encoded, caplog):
     everything = list(range(100))
-    first = cache().__getitems__(everything)  # a copy: the cache itself is memory-mapped
+    first = cache().__getitems__(everything)  # a copy, since the cache is memory-mapped
     paths = sorted(folder.glob("*/*"))
     good = [path.read_bytes() for path in paths]
     cache(vae_seed=1)
@@ -200,7 +205,7 @@ def test_damaged_and_foreign_files_are_encoded_again(folder, encoded, caplog):
     again = cache()
     assert sum(encoded) == 100
     for path in paths:
-        assert f"{path} is damaged or holds other latents: its images are encoded again." in caplog.text
+        assert f"{path} is damaged or holds different latents. Encoding its images again." in caplog.text
     assert torch.equal(again.__getitems__(everything).moments, first.moments)
 
     paths[1].unlink()
@@ -209,7 +214,7 @@ def test_damaged_and_foreign_files_are_encoded_again(folder, encoded, caplog):
     assert sum(encoded) == 40
 
 
-def test_a_full_disk_is_reported_before_anything_is_encoded(folder, encoded, monkeypatch):
+def test_insufficient_disk_space_is_reported_before_encoding(folder, encoded, monkeypatch):
     left = [25_599]
 
     def disk_usage(path: Path) -> SimpleNamespace:
@@ -217,7 +222,7 @@ def test_a_full_disk_is_reported_before_anything_is_encoded(folder, encoded, mon
 
     monkeypatch.setattr(latents.shutil, "disk_usage", disk_usage)
     # 100 images · 4 × 4 · 2 channels · 2 moments · 4 bytes
-    with pytest.raises(UserError, match=r"needs 0\.03 MB for the latents of 100 images, but .* has 0\.03 MB left"):
+    with pytest.raises(UserError, match=r"needs 0\.03 MB for the latents of 100 images, but .* has 0\.03 MB free"):
         cache()
     assert (encoded, list(folder.rglob("*.*"))) == ([], [])
     left[0] = 25_600
@@ -228,19 +233,19 @@ def test_a_full_disk_is_reported_before_anything_is_encoded(folder, encoded, mon
     assert sum(encoded) == 100
 
 
-def test_a_disk_that_fills_up_while_latents_are_written(folder, monkeypatch):
+def test_disk_that_fills_up_during_encoding_is_reported(folder, monkeypatch):
     def full(tensors, path, metadata):
         path.write_bytes(b"half")
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(files, "save_file", full)
-    with pytest.raises(UserError, match="--cache_latents cannot keep latents in .*No space left on device"):
+    with pytest.raises(UserError, match="--cache_latents cannot store latents in .*No space left on device"):
         cache()
     assert list(folder.rglob("*.*")) == []
 
 
-def test_a_pipeline_without_an_autoencoder_has_no_latents():
+def test_caching_without_an_autoencoder_is_refused():
     config = TrainConfig(resolution=8, pretrained_model_name_or_path="a/model", cache_latents=True)
     dataset = CachedImages(torch.zeros(1, 1, 8, 8, dtype=torch.uint8), torch.zeros(1, dtype=torch.int64))
-    with pytest.raises(UserError, match="--cache_latents: a/model has no autoencoder"):
+    with pytest.raises(UserError, match="--cache_latents needs an autoencoder, but a/model has none"):
         cache_latents(config, process(), dataset, None, SHAPE)

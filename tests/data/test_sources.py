@@ -1,7 +1,8 @@
-"""Finding labelled images in datasets of every layout, in memory and streamed."""
+"""Test the loading of labelled images from datasets of every layout, in memory and streamed."""
 
 import logging
 from pathlib import Path
+from typing import Any
 
 import datasets
 import numpy as np
@@ -42,7 +43,7 @@ def folder(tmp_path) -> Path:
 
 @pytest.fixture
 def flat_folder(tmp_path) -> Path:
-    """Three images without class folders."""
+    """Return a folder of three images, without class folders."""
     (tmp_path / "flat").mkdir()
     for i in range(3):
         solid(100 * i, mode="L").save(tmp_path / "flat" / f"{i}.png")
@@ -71,7 +72,7 @@ def test_a_folder_of_class_folders(folder, tmp_path):
     assert torch.equal(data.images[:, 0, 0, 0] // 100, data.class_labels)
 
 
-def test_a_data_set_in_the_hubs_layout(tmp_path):
+def test_dataset_in_the_hub_layout(tmp_path):
     source = save_dataset(tmp_path / "data", [0, 1, 1, -1], datasets.ClassLabel(names=["no", "yes"]))
     images = load(tmp_path, dataset_name=source)
     assert images.id2label == {0: "no", 1: "yes"}
@@ -80,7 +81,7 @@ def test_a_data_set_in_the_hubs_layout(tmp_path):
     assert np.asarray(images.open_image(2))[0, 0] == 20
 
 
-def test_a_data_set_written_by_save_to_disk(tmp_path):
+def test_dataset_written_by_save_to_disk(tmp_path):
     dataset = datasets.load_dataset(save_dataset(tmp_path / "data", [0, 1]), cache_dir=str(tmp_path / "cache"))
     dataset.save_to_disk(tmp_path / "all")
     dataset["train"].save_to_disk(tmp_path / "one")
@@ -90,8 +91,8 @@ def test_a_data_set_written_by_save_to_disk(tmp_path):
 
 @pytest.mark.parametrize("streaming", [False, True])
 @pytest.mark.parametrize("kind", ["parquet", "webdataset", "imagefolder"])
-def test_layouts_that_can_be_read_and_streamed(tmp_path, kind, streaming):
-    settings = {"cache_dir": str(tmp_path / "cache")}
+def test_every_layout_can_be_read_and_streamed(tmp_path, kind, streaming):
+    settings: dict[str, Any] = {"cache_dir": str(tmp_path / "cache")}
     if kind == "parquet":
         settings["dataset_name"] = save_shards(tmp_path / "data", 6, 6)
     elif kind == "webdataset":
@@ -112,7 +113,7 @@ def test_layouts_that_can_be_read_and_streamed(tmp_path, kind, streaming):
 @pytest.mark.parametrize(
     "kind", ["16-bit grayscale", "palette of grays", "grayscale and alpha", "bits", "palette", "alpha"]
 )
-def test_a_data_set_is_grayscale_if_its_images_are_decoded_to_grayscale(tmp_path, kind):
+def test_dataset_is_grayscale_if_its_decoded_images_are(tmp_path, kind):
     data, expected = READABLE[kind]
     for name in ("a", "b"):
         (tmp_path / "data" / name).mkdir(parents=True)
@@ -124,7 +125,7 @@ def test_a_data_set_is_grayscale_if_its_images_are_decoded_to_grayscale(tmp_path
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"label_column": "species"}, r"no column 'species'.*--label_column can be one of \['image', 'label'\]"),
+        ({"label_column": "species"}, r"no column 'species'.*Set --label_column to one of \['image', 'label'\]"),
         ({"image_column": "picture"}, r"no column 'picture'.*\['image', 'label'\]"),
         ({"image_column": "label"}, r"holds ClassLabel, not images.*\['image'\]"),
         ({"dataset_split": "test"}, "cannot be loaded.*test"),
@@ -132,7 +133,7 @@ def test_a_data_set_is_grayscale_if_its_images_are_decoded_to_grayscale(tmp_path
         ({"train_data_dir": None, "dataset_name": "/nowhere/at/all"}, "'/nowhere/at/all' cannot be loaded"),
     ],
 )
-def test_a_missing_source_or_column_is_named(folder, tmp_path, settings, message):
+def test_missing_source_or_column_is_reported(folder, tmp_path, settings, message):
     with pytest.raises(UserError, match=message):
         load(tmp_path, **{"train_data_dir": str(folder), **settings})
 
@@ -146,14 +147,14 @@ def test_a_missing_source_or_column_is_named(folder, tmp_path, settings, message
         ({"dataset_name": "/nowhere/at/all"}, "'/nowhere/at/all' cannot be loaded"),
     ],
 )
-def test_a_missing_source_or_column_of_a_stream_is_named(tmp_path, settings, message):
-    source = save_shards(tmp_path / "data", 6)
+def test_missing_source_or_column_of_a_stream_is_reported(tmp_path, settings, message):
+    given: dict[str, Any] = {"dataset_name": save_shards(tmp_path / "data", 6), **settings}
     with pytest.raises(UserError, match=message):
-        open_stream(settings.get("dataset_name", source), **{k: v for k, v in settings.items() if k != "dataset_name"})
+        open_stream(given.pop("dataset_name"), **given)
 
 
-def test_a_data_set_without_images_is_refused(tmp_path):
-    message = "The dataset has no images: check --dataset_split"
+def test_dataset_without_images_is_refused(tmp_path):
+    message = "The dataset has no images. Check --dataset_split"
     features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=["ant", "bee"])})
     dataset = datasets.Dataset.from_dict({"image": [], "label": []}, features=features)
     with pytest.raises(UserError, match=message):
@@ -164,50 +165,51 @@ def test_a_data_set_without_images_is_refused(tmp_path):
 
 def test_a_stream_of_plain_labels_is_refused(tmp_path):
     """The names of the classes would be known only after a whole epoch."""
-    for source, columns in (
+    cases: list[tuple[str, dict[str, Any]]] = [
         (save_tars(tmp_path / "tars"), {"image_column": "png", "label_column": "cls"}),
         (save_shards(tmp_path / "plain", 6, feature=datasets.Value("int64")), {}),
-    ):
-        with pytest.raises(UserError, match="holds plain values: leave out --streaming.*ClassLabel.*README"):
+    ]
+    for source, columns in cases:
+        with pytest.raises(UserError, match="holds plain values. Leave out --streaming.*ClassLabel.*README"):
             open_stream(source, **columns)
 
 
-def test_a_data_set_written_by_save_to_disk_cannot_be_streamed(tmp_path):
+def test_dataset_written_by_save_to_disk_cannot_be_streamed(tmp_path):
     dataset = datasets.load_dataset(save_shards(tmp_path / "data", 6), cache_dir=str(tmp_path / "cache"))
     dataset.save_to_disk(tmp_path / "all")
-    with pytest.raises(UserError, match="written by save_to_disk.*leave out --streaming"):
+    with pytest.raises(UserError, match="written by save_to_disk.*Leave out --streaming"):
         open_stream(str(tmp_path / "all"))
 
 
-def test_the_length_of_a_stream_is_that_of_its_card(tmp_path):
+def test_stream_length_comes_from_the_dataset_card(tmp_path):
     source = save_shards(tmp_path / "data", 6, 6)
     assert load(tmp_path, dataset_name=source, streaming=True).num_images is None
     (tmp_path / "data" / "README.md").write_text(SPLITS_CARD.format(num_examples=12))
     assert load(tmp_path, dataset_name=source, streaming=True).num_images == 12
 
 
-def test_a_stream_of_sorted_data_is_pointed_out(tmp_path, caplog):
+def test_sorted_stream_logs_a_warning(tmp_path, caplog):
     source = save_shards(tmp_path / "data", 20, labels=lambda number: number // 10)
     open_stream(source, shuffle_buffer_size=20)
     assert caplog.text == ""
     open_stream(source)
-    assert "first 5 images are all of one class" in caplog.text
+    assert "first 5 images all have the same class" in caplog.text
     assert "--shuffle_buffer_size" in caplog.text
 
 
-def test_a_single_class_is_refused_by_the_methods_that_need_two(tmp_path):
+def test_require_classes_refuses_a_single_class(tmp_path):
     source = save_dataset(tmp_path / "data", [1, 1, -1], datasets.ClassLabel(names=["no", "yes"]))
     images = load(tmp_path, dataset_name=source)
     assert images.present_classes == [1]
-    with pytest.raises(UserError, match=r"at least two classes, but the data has 1 \['yes'\]: check --label_column"):
+    with pytest.raises(UserError, match=r"at least two classes, but the data has 1: \['yes'\]. Check --label_column"):
         require_classes(images)
     require_classes(load(tmp_path, dataset_name=save_dataset(tmp_path / "two", [0, 1])))
 
 
-def test_the_classes_of_a_stream_are_those_with_a_name(tmp_path):
-    """Which of them have images is not known, and the first images may be of one class."""
+def test_classes_of_a_stream_are_those_with_a_name(tmp_path):
+    """A stream does not know which classes have images, and its first images may all have one class."""
     one_class = datasets.ClassLabel(names=["ant"])
-    with pytest.raises(UserError, match=r"at least two classes, but the data has 1 \['ant'\]"):
+    with pytest.raises(UserError, match=r"at least two classes, but the data has 1: \['ant'\]"):
         require_classes(open_stream(save_shards(tmp_path / "1", 6, labels=lambda _: 0, feature=one_class)).images)
     require_classes(open_stream(save_shards(tmp_path / "2", 6, labels=lambda _: 0)).images)
 
@@ -215,7 +217,7 @@ def test_the_classes_of_a_stream_are_those_with_a_name(tmp_path):
 @pytest.mark.parametrize("streaming", [False, True])
 def test_a_folder_without_class_folders(tmp_path, flat_folder, streaming):
     settings = {"train_data_dir": str(flat_folder), "streaming": streaming}
-    with pytest.raises(UserError, match="has no folders in it, but each class needs a folder of its own"):
+    with pytest.raises(UserError, match="has no subfolders. Pass a folder with one subfolder per class"):
         load(tmp_path, **settings)
     images = load(tmp_path, needs_labels=False, **settings)
     assert (images.class_labels.tolist(), images.id2label) == ([-1] * 3, {})
@@ -223,21 +225,21 @@ def test_a_folder_without_class_folders(tmp_path, flat_folder, streaming):
 
 
 @pytest.mark.parametrize("streaming", [False, True])
-def test_a_data_set_without_labels(tmp_path, streaming, caplog):
+def test_dataset_without_labels(tmp_path, streaming, caplog):
     settings = {"dataset_name": save_shards(tmp_path / "data", 6, labels=None), "streaming": streaming}
-    with pytest.raises(UserError, match=r"no column 'label': --label_column can be one of \['image'\]"):
+    with pytest.raises(UserError, match=r"no column 'label'. Set --label_column to one of \['image'\]"):
         load(tmp_path, **settings)
     with caplog.at_level(logging.INFO, "diffusers_cfg"):
         images = load(tmp_path, needs_labels=False, **settings)
-    assert caplog.messages == ["The dataset has no column 'label' (--label_column): its images are unlabelled."]
+    assert caplog.messages == ["The dataset has no column 'label' (--label_column), so its images are unlabelled."]
     assert (images.class_labels.tolist(), images.id2label) == ([-1] * 6, {})
     assert images.class_labels.dtype == np.int64
-    with pytest.raises(UserError, match=r"the data has 0 \[\]"):
+    with pytest.raises(UserError, match=r"the data has 0: \[\]"):
         require_classes(images)
 
 
 @pytest.mark.parametrize("streaming", [False, True])
-def test_labels_that_are_not_needed_are_read(tmp_path, streaming):
+def test_optional_labels_are_read(tmp_path, streaming):
     source = save_shards(tmp_path / "data", 6)
     images = load(tmp_path, needs_labels=False, dataset_name=source, streaming=streaming, shuffle_buffer_size=6)
     assert sorted(images.class_labels.tolist()) == [0, 0, 0, 1, 1, 1]
@@ -248,7 +250,7 @@ def test_labels_that_are_not_needed_are_read(tmp_path, streaming):
 
 
 @pytest.mark.parametrize(
-    ("labels", "names", "ids", "id2label", "said"),
+    ("labels", "names", "ids", "id2label", "warning"),
     [
         ([0, 1, 1], ["a", "b"], [0, 1, 1], {0: "a", 1: "b"}, ""),
         ([0, 2, 1], None, [0, 2, 1], {0: "0", 1: "1", 2: "2"}, ""),
@@ -259,13 +261,13 @@ def test_labels_that_are_not_needed_are_read(tmp_path, streaming):
         ([0, -1, None, 1], None, [0, -1, -1, 1], {0: "0", 1: "1"}, "2 of 4 images have no label"),
     ],
 )
-def test_labels_are_mapped_to_ids(labels, names, ids, id2label, said, caplog):
+def test_labels_are_mapped_to_ids(labels, names, ids, id2label, warning, caplog):
     class_labels, actual = class_ids(labels, names)
     assert class_labels.tolist() == ids
     assert class_labels.dtype == np.int64
     assert actual == id2label
-    assert said in caplog.text
-    assert bool(caplog.text) == bool(said)
+    assert warning in caplog.text
+    assert bool(caplog.text) == bool(warning)
 
 
 @pytest.mark.parametrize(
@@ -273,25 +275,25 @@ def test_labels_are_mapped_to_ids(labels, names, ids, id2label, said, caplog):
     [
         ([0.0, 1.0], None, r"but are float \(0.0, 1.0"),
         ([0, "a"], None, "int, str"),
-        ([0, 5], ["a", "b"], "from 0 to 5, but there are 2 names"),
-        ([0, 2, 5], ["a", "b"], "from 0 to 5, but there are 2 names"),
-        ([-2, 2], ["a", "b"], "from -2 to 2, but there are 2 names"),
-        ([1, 2], ["a", "b"], r"up to 2, but the 2 classes are numbered from 0 to 1\. .*counted from 1\?.*-1 marks"),
-        ([0, -1, 2], ["a", "b"], r"counted from 1\?.*-1 marks an image without a label"),
+        ([0, 5], ["a", "b"], "range from 0 to 5, but the dataset names 2 classes"),
+        ([0, 2, 5], ["a", "b"], "range from 0 to 5, but the dataset names 2 classes"),
+        ([-2, 2], ["a", "b"], "range from -2 to 2, but the dataset names 2 classes"),
+        ([1, 2], ["a", "b"], r"label is 2, but the 2 classes are numbered from 0 to 1\. .*counted from 1\?.*-1 marks"),
+        ([0, -1, 2], ["a", "b"], r"counted from 1\?.*-1 marks an unlabelled image"),
     ],
 )
-def test_other_labels_are_refused(labels, names, message):
+def test_invalid_labels_are_refused(labels, names, message):
     with pytest.raises(UserError, match=message):
         class_ids(labels, names)
 
 
 @pytest.mark.parametrize("streaming", [False, True])
 def test_labels_without_a_name_are_refused(tmp_path, streaming):
-    """In a file of a writer that does not check them."""
+    """Such labels come from writers that do not check them."""
     settings = {"streaming": streaming, "shuffle_buffer_size": 6}
-    of_row = "label of row 3 of shard 0 .3.png. is" if streaming else "labels go up to"
+    of_row = "label of row 3 of shard 0 .3.png. is" if streaming else "largest label is"
     with pytest.raises(UserError, match=rf"{of_row} 2, but .* from 0 to 1\. .*counted from 1\?.*-1 marks"):
         load(tmp_path, dataset_name=save_unchecked_label(tmp_path / "two", 2), **settings)
-    message = "row 3 of shard 0 .* is 7, but there are 2 names" if streaming else "from 0 to 7, but there are 2 names"
-    with pytest.raises(UserError, match=message):
+    of_row = "row 3 of shard 0 .* is 7" if streaming else "from 0 to 7"
+    with pytest.raises(UserError, match=f"{of_row}, but the dataset names 2 classes"):
         load(tmp_path, dataset_name=save_unchecked_label(tmp_path / "seven", 7), **settings)

@@ -1,4 +1,4 @@
-"""DataLoader workers that die are reported with the image they were reading."""
+"""Test that DataLoader workers that die are reported with the image they were reading."""
 
 import os
 import re
@@ -31,7 +31,7 @@ def test_only_items_of_dead_workers_are_returned(monkeypatch):
         monkeypatch.setattr("diffusers_cfg.data.workers.get_worker_info", lambda i=number: SimpleNamespace(id=i))
         monkeypatch.setattr("os.getpid", lambda i=number: 100 + i)
         in_flight.record(item)
-    in_flight.record("")  # the last one has nothing to do
+    in_flight.record("")  # the last worker is idle
     assert in_flight.of_dead_workers(RuntimeError("DataLoader worker (pid 100) is killed by signal: 9.")) == ["first"]
     items = in_flight.of_dead_workers(RuntimeError("DataLoader worker (pid(s) 100, 101, 102, 103) exited unexpectedly"))
     assert [item[:5] for item in items] == ["first", "äääää"]
@@ -44,9 +44,9 @@ def test_nothing_is_recorded_in_the_main_process():
     assert in_flight.of_dead_workers(RuntimeError(f"pid {os.getpid()}")) == []
 
 
-def read_to_the_end(settings: dict[str, Any], how: int) -> None:
-    """Read data of which image 7 is the end of its worker, in its first batch."""
-    data.MAX_CACHED_BYTES, data.to_array = 0, deadly(7, how)
+def read_until_death(settings: dict[str, Any], signal_number: int) -> None:
+    """Read data until image 7 of the first batch kills its worker."""
+    data.MAX_CACHED_BYTES, data.to_array = 0, deadly(7, signal_number)
     config = stream_config(None, train_batch_size=12, dataloader_num_workers=2, **settings)
     dataset = training_dataset(load_labelled_images(config), config, 1, show_progress=False)
     assert isinstance(dataset, StreamedImages if config.streaming else LazyImages)
@@ -61,17 +61,17 @@ def read_to_the_end(settings: dict[str, Any], how: int) -> None:
         raise
 
 
-@pytest.mark.parametrize("how", [signal.SIGSEGV, signal.SIGKILL])
+@pytest.mark.parametrize("signal_number", [signal.SIGSEGV, signal.SIGKILL])
 @pytest.mark.parametrize("streaming", [False, True])
-def test_a_dead_worker_is_reported_with_its_image(tmp_path, streaming, how):
+def test_a_dead_worker_is_reported_with_its_image(tmp_path, streaming, signal_number):
     source = save_class_folders(tmp_path / "data")
     settings = {"train_data_dir": source, "cache_dir": str(tmp_path / "cache"), "streaming": streaming}
-    said = error_in_process(read_to_the_end, settings, how, start_method="fork")
+    error = error_in_process(read_until_death, settings, signal_number, start_method="fork")
     message = rf"worker \(pid.*{source}/bee/7\.png.*--dataloader_num_workers.*--resume_from_checkpoint latest"
-    assert re.search(message, said), said
+    assert re.search(message, error), error
 
 
-def test_other_errors_are_not_about_dead_workers():
+def test_other_errors_are_not_reported_as_dead_workers():
     dataset = CachedImages(torch.zeros(1, 1, 8, 8, dtype=torch.uint8), torch.zeros(1, dtype=torch.int64))
     for message in (
         "CUDA out of memory",

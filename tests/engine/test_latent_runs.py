@@ -151,5 +151,5 @@ def test_latents_that_cannot_be_kept_leave_no_run(tmp_path, folder, encoded, mon
 
 def test_a_pipeline_without_an_autoencoder_has_no_latents(tmp_path):
     train(tmp_path / "out")
-    with pytest.raises(UserError, match=f"--cache_latents: {tmp_path}/out has no autoencoder"):
+    with pytest.raises(UserError, match=f"--cache_latents needs an autoencoder, but {tmp_path}/out has none"):
         train(tmp_path / "latents", "--pretrained_model_name_or_path", str(tmp_path / "out"), "--cache_latents")

@@ -194,5 +194,5 @@ def test_an_error_in_a_worker_is_told_without_its_traceback(tmp_path, monkeypatc
     source = save_shards(tmp_path / "data", 40, broken=range(5, 40))
     flags = [*STREAM, "--dataset_name", source, "--max_train_steps", "20", "--dataloader_num_workers", "1"]
     # The workers know nothing of the engine's share of unreadable images; the stream itself gives up first.
-    with pytest.raises(UserError, match=r"^None of 10 images in a row could be read: row \d+ of shard 0"):
+    with pytest.raises(UserError, match=r"^10 images in a row cannot be read, starting with row \d+ of shard 0"):
         train(tmp_path / "out", *flags, "--max_unreadable_fraction", "1")

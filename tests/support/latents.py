@@ -1,48 +1,49 @@
-"""Autoencoders and data for tests of cached latents."""
+"""Provide autoencoders and data for tests of cached latents."""
 
 from pathlib import Path
+from typing import Any
 
+import pytest
 import torch
 from diffusers import AutoencoderKL
 
 from diffusers_cfg.data.sources import Digits
 
-# An autoencoder that encodes batches of another size sums in another order. That changes latents of size 1 by some 1e-6
-# in float32, and what is trained on them by little more.
-CLOSE = {"rtol": 1e-4, "atol": 1e-6}
+# An autoencoder that encodes batches of a different size sums in a different order. This changes latents of size 1 by
+# some 1e-6 in float32, and weights that are trained on them by little more.
+CLOSE: dict[str, Any] = {"rtol": 1e-4, "atol": 1e-6}
 
 
 def few_digits(count: int = 100) -> Digits:
-    """Return the first of the digits."""
+    """Return the first `count` digits."""
     digits = Digits()
     digits.images, digits.class_labels = digits.images[:count], digits.class_labels[:count]
     return digits
 
 
 def make_vae(seed: int = 0) -> AutoencoderKL:
-    """Return a frozen autoencoder of random weights, from 8×8 grayscale images to 2×4×4 latents."""
+    """Return a frozen autoencoder with random weights, from 8×8 grayscale images to 2×4×4 latents."""
     torch.manual_seed(seed)
+    # diffusers annotates the settings of each level as tuples of one.
+    levels: dict[str, Any] = {
+        "block_out_channels": (8, 8),
+        "down_block_types": ("DownEncoderBlock2D",) * 2,
+        "up_block_types": ("UpDecoderBlock2D",) * 2,
+    }
     vae = AutoencoderKL(
-        in_channels=1,
-        out_channels=1,
-        block_out_channels=(8, 8),
-        norm_num_groups=4,
-        latent_channels=2,
-        down_block_types=("DownEncoderBlock2D",) * 2,
-        up_block_types=("UpDecoderBlock2D",) * 2,
-        scaling_factor=0.5,
+        in_channels=1, out_channels=1, norm_num_groups=4, latent_channels=2, scaling_factor=0.5, **levels
     )
     return vae.eval().requires_grad_(False)
 
 
 def vae_flags(path: Path, seed: int = 0) -> list[str]:
-    """Return the flags to train on the latents of an autoencoder of random weights, which is saved to a path."""
+    """Save an autoencoder with random weights, and return the flags to train on its latents."""
     make_vae(seed).save_pretrained(path)
     return ["--pretrained_vae_model_name_or_path", str(path)]
 
 
-def count_encoded(monkeypatch) -> list[int]:
-    """Return a list to which the number of images is appended whenever an autoencoder encodes a batch."""
+def count_encoded(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Return a list that receives the number of images of each batch that an autoencoder encodes."""
     counts, encode = [], AutoencoderKL.encode
 
     def count(self, x, *args):

@@ -1,4 +1,4 @@
-"""Files of every kind of image that PIL reads, with what they show, and files that cannot be read."""
+"""Make files of every kind of image that PIL reads, with their pixels, and files that cannot be read."""
 
 import io
 
@@ -11,57 +11,57 @@ WHITE, HALF_LIME, HALF_BLUE = (255, 255, 255), (127, 255, 127), (127, 127, 255)
 
 
 def encoded(image: Image.Image, kind: str, **settings) -> bytes:
-    """Return the content of a file of an image."""
+    """Return an image encoded as a file."""
     file = io.BytesIO()
     image.save(file, kind, **settings)
     return file.getvalue()
 
 
 def row(*pixels, dtype: str = "uint8") -> Image.Image:
-    """Return an image of one row."""
+    """Return an image of one row of pixels."""
     return Image.fromarray(np.array([pixels], dtype))
 
 
 def row_in(mode: str, *pixels) -> Image.Image:
-    """Return an image of one row in a mode of PIL's."""
+    """Return an image of one row of pixels in a PIL mode."""
     image = Image.new(mode, (len(pixels), 1))
     image.putdata(pixels)
     return image
 
 
 def with_palette(*colors) -> Image.Image:
-    """Return an image of one row, with one pixel of each color of its palette."""
+    """Return an image with a palette, and one pixel of each of its colors."""
     image = row_in("P", *range(len(colors)))
     image.putpalette([value for color in colors for value in color])
     return image
 
 
 def several_frames(kind: str, **settings) -> bytes:
-    """Return an animation of three pixels, which are lime in its first frame."""
+    """Return an animation of three frames, 3×1 pixels each. The first frame is lime."""
     frames = [Image.new("RGB", (3, 1), color) for color in (LIME, RED, BLUE)]
     return encoded(frames[0], kind, save_all=True, append_images=frames[1:], **settings)
 
 
 def on_its_side(image: Image.Image) -> bytes:
-    """Return a PNG as a camera writes it that is turned by 90°."""
+    """Return a PNG with rotated pixels, and the EXIF orientation that turns it upright, as a camera writes it."""
     exif = Image.Exif()
     exif[ExifTags.Base.Orientation] = 6
     return encoded(image.transpose(Image.Transpose.ROTATE_90), "PNG", exif=exif)
 
 
 def transparent_16_bit() -> bytes:
-    """Return a 16-bit grayscale PNG of which one value is transparent, which PIL reads but does not write."""
+    """Return a 16-bit grayscale PNG with one transparent value, a kind that PIL reads but does not write."""
     chunk = io.BytesIO()
     PngImagePlugin.putchunk(chunk, b"tRNS", (257).to_bytes(2))
     data = encoded(row(0, 257, 65535, dtype="uint16"), "PNG")
-    place = data.index(b"IDAT") - 4
-    return data[:place] + chunk.getvalue() + data[place:]
+    offset = data.index(b"IDAT") - 4
+    return data[:offset] + chunk.getvalue() + data[offset:]
 
 
 GRAY_BLOCK = Image.new("L", (8, 8), 40)
 INKS = {WHITE: (0, 0, 0, 0), (0, 255, 255): (255, 0, 0, 0), (0, 0, 0): (0, 0, 0, 255)}
 
-# Contents of files, and their pixels from left to right
+# Contents of files, and their pixels from left to right.
 READABLE = {
     "bits": (encoded(row(True, False, dtype="bool"), "PNG"), [255, 0]),
     "grayscale": (encoded(row(0, 7, 255), "PNG"), [0, 7, 255]),
@@ -93,14 +93,14 @@ READABLE = {
     "PNG of three frames": (several_frames("PNG"), [LIME] * 3),
     "TIFF of three frames": (several_frames("TIFF"), [LIME] * 3),
 }
-# Contents of files, and the error they raise. The bomb is refused with a limit of 10,000 pixels.
-if int(PIL.__version__.split(".")[0]) >= 13:  # which before it does not read what it wrote itself
+if int(PIL.__version__.split(".")[0]) >= 13:  # earlier versions cannot read their own YCbCr files
     READABLE["YCbCr"] = (
         encoded(row_in("YCbCr", (255, 128, 128), (0, 128, 128)), "TIFF"),
         [WHITE, (0, 0, 0)],
     )
+# Contents of files, and the error that they raise. The bomb is refused with a limit of 10,000 pixels.
 UNREADABLE = {
-    "float.tif": (encoded(row(0.0, 0.5, dtype="float32"), "TIFF"), 'mode "F".* of unknown range: save it with 8 or 16'),
+    "float.tif": (encoded(row(0.0, 0.5, dtype="float32"), "TIFF"), 'mode "F".* of unknown range. Save the image'),
     "integer.tif": (encoded(row(0, 9, dtype="int32"), "TIFF"), 'mode "I".* of unknown range'),
     "truncated.png": (encoded(GRAY_BLOCK, "PNG")[:-30], "truncated"),
     "truncated.jpg": (encoded(GRAY_BLOCK, "JPEG")[:-10], "(?i)truncated"),
