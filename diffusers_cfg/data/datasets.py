@@ -115,8 +115,8 @@ def stack_images(images: LabelledImages, config: DataConfig, channels: int, show
 
 
 def none_readable(num_images: int, name: str) -> str:
-    """Return the error message for a dataset without a readable image, with the name of one image."""
-    return f"None of the {num_images} images can be read, for example {name}. Check that PIL can open them."
+    """Return the error message for a dataset without a readable image."""
+    return f"None of the {num_images} images can be read, starting with {name}. Check that PIL can open them."
 
 
 def check_unreadable(unreadable: Iterable[str], num_images: int, max_unreadable_fraction: float) -> None:

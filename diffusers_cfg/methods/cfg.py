@@ -19,7 +19,7 @@ logger = logging.getLogger(__name__)
 
 
 class ClassifierFreeGuidance(GuidedMethod):
-    """Algorithm 1 of Ho & Salimans (2022), with the noise process λ ~ p(λ) of its section 3."""
+    """Algorithm 1 of Ho & Salimans (2022), with the noise process λ ~ p(λ) of section 3."""
 
     config: CFGConfig
 
@@ -33,11 +33,12 @@ class ClassifierFreeGuidance(GuidedMethod):
 
     @classmethod
     def build(cls, config: CFGConfig, images: LabelledImages) -> Self:
+        """Return the method with a new or pretrained pipeline. Raise UserError if it does not fit the data."""
         require_classes(images)
         return cls(config, build_pipeline(config, images))
 
     def loss(self, networks: Networks, batch: Batch) -> Terms:
-        """Return the loss of each sample of a batch (x, c): Algorithm 1."""
+        """Return the loss of each sample of a batch (x, c), by Algorithm 1."""
         x, draws, null = batch.x, batch.draws, self.pipeline.unet.null_class_label
         c = drop_class_labels(batch.class_labels, self.config.conditioning_dropout_prob, null, draws.uniform("dropout"))
         u, noise = draws.uniform("time"), draws.normal("noise", *x.shape[1:])
@@ -47,34 +48,34 @@ class ClassifierFreeGuidance(GuidedMethod):
     def denoising_error(
         self, unet: torch.nn.Module, x: torch.Tensor, c: torch.Tensor, u: torch.Tensor, noise: torch.Tensor
     ) -> torch.Tensor:
-        """Return ‖prediction - target‖² for each sample of a batch, averaged over its elements: `(batch,)`."""
-        t = self.scheduler.timestep(u)  # λ ~ p(λ), by way of u ~ U[0, 1)
+        """Return ‖prediction - target‖² of each sample, averaged over its elements: `(batch,)`."""
+        t = self.scheduler.timestep(u)  # λ ~ p(λ), since u ~ U[0, 1)
         z = self.scheduler.add_noise(x, noise, t)  # z = αx + σε
         pred = unet(z, t, class_labels=c).sample
         return squared_error(pred, prediction_target(self.scheduler, x, noise, t))
 
     def probe(self, batches: Iterable[Batch]) -> dict[str, float]:
         """
-        Return how much better the network predicts with the right labels than with wrong ones, in standard errors of
-        the mean. Warn below 3: such a network ignores its labels, and guidance has nothing to work with.
+        Return by how many standard errors the mean error is lower with correct labels than with wrong labels. Warn
+        below 3: the network then ignores its labels, and guidance has no effect.
         """
         num_classes, gains = self.pipeline.unet.num_classes, []
         generator = seeded_generator("cpu", self.config.seed, "wrong labels")
         for batch in batches:
-            x, right, draws = batch.x, batch.class_labels, batch.draws
-            offset = torch.randint(1, num_classes, right.shape, generator=generator).to(right.device)
+            x, labels, draws = batch.x, batch.class_labels, batch.draws
+            offset = torch.randint(1, num_classes, labels.shape, generator=generator).to(labels.device)
             u, noise = draws.uniform("time"), draws.normal("noise", *x.shape[1:])
-            errors = [
-                self.denoising_error(self.pipeline.unet, x, labels, u, noise)
-                for labels in ((right + offset) % num_classes, right)
-            ]
-            gains.append(errors[0] - errors[1])
+            wrong_error, error = (
+                self.denoising_error(self.pipeline.unet, x, c, u, noise)
+                for c in ((labels + offset) % num_classes, labels)
+            )
+            gains.append(wrong_error - error)
         gain = torch.cat(gains)
         standard_errors = (gain.mean() / (gain.std() / len(gain) ** 0.5)).item()
         if standard_errors < 3:
             logger.warning(
-                "The network does not predict better with the right labels than with wrong ones (by %.1f standard "
-                "errors). Early in a run that is normal; later check that --label_column is what the images show.",
+                "The network does not predict better with correct labels than with wrong labels (difference: %.1f "
+                "standard errors). Early in a run this is normal. Later, check that --label_column matches the images.",
                 standard_errors,
             )
         return {"label_gain": standard_errors}

@@ -1,8 +1,8 @@
-"""Distill guidance into one pass: a student that takes w as an input; then one of few steps (Meng et al. 2023)."""
+"""Distill guidance into a student that takes w as an input, and then into few steps (Meng et al. 2023)."""
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any, Self
+from typing import Any, Self, cast
 
 import torch
 from diffusers import DDIMScheduler
@@ -12,7 +12,7 @@ from diffusers_cfg.config import UserError
 from diffusers_cfg.data.sources import UNLABELLED, LabelledImages, require_classes
 from diffusers_cfg.engine.method import Batch, Networks, Objective, Terms
 from diffusers_cfg.methods.guided import GuidedMethod
-from diffusers_cfg.methods.networks import load_pretrained, new_pipeline, noise_process
+from diffusers_cfg.methods.networks import NUM_INFERENCE_STEPS, SOLVER, load_pretrained, new_pipeline, noise_process
 from diffusers_cfg.methods.objectives import drop_class_labels, level_names, loss_logs, prediction_target, squared_error
 from diffusers_cfg.settings import DistillationConfig
 
@@ -21,8 +21,9 @@ class GuidanceDistillation(GuidedMethod):
     """
     Distillation of classifier-free guidance (Meng et al. 2023, arXiv 2210.03142).
 
-    The student ε(z, c, w) learns to predict what the teacher predicts with guidance, section 3.1; or, with
-    `student_steps`, where the guided teacher arrives by several steps of DDIM, section 3.2.
+    The student ε(z, c, w) learns to predict what the teacher predicts with guidance (section 3.1). With
+    `student_steps`, it learns to reach in one DDIM step the point that the guided teacher reaches in several steps
+    (section 3.2).
     """
 
     config: DistillationConfig
@@ -34,30 +35,35 @@ class GuidanceDistillation(GuidedMethod):
         self.max_guidance_scale = teacher.unet.max_guidance_scale or config.max_guidance_scale or 4.0
         teacher.unet.requires_grad_(False)
         torch.manual_seed(config.seed)
-        student = UNet2DCFGModel.from_config(teacher.unet.config, max_guidance_scale=self.max_guidance_scale)
-        student.load_state_dict(teacher.unet.state_dict(), strict=False)  # a teacher without w has no embedding of it
-        sampler = (DDIMScheduler, self.student_steps) if self.student_steps else ()
-        self.pipeline = new_pipeline(config, student, self.scheduler, teacher.vae, teacher.id2label, *sampler)
+        # diffusers annotates a tuple too, which it returns with `return_unused_kwargs` only.
+        student = cast(
+            UNet2DCFGModel,
+            UNet2DCFGModel.from_config(teacher.unet.config, max_guidance_scale=self.max_guidance_scale),
+        )
+        student.load_state_dict(teacher.unet.state_dict(), strict=False)  # the teacher may have no embedding of w
+        solver, steps = (DDIMScheduler, self.student_steps) if self.student_steps else (SOLVER, NUM_INFERENCE_STEPS)
+        self.pipeline = new_pipeline(config, student, self.scheduler, teacher.vae, teacher.id2label, solver, steps)
         self.modules, self.averaged = {"unet": student}, ("unet",)
         self.objectives, self.levels = [Objective("unet", ("unet",), self.loss)], level_names(self.scheduler)
-        # The grid is one that the student can draw.
+        # The student supports only this range of w.
         scales = [w for w in config.validation_guidance_scales if 0 <= w <= self.max_guidance_scale]
         self.guidance_scales = scales or [0.0]
         self.num_inference_steps = self.student_steps or config.num_inference_steps
 
     @classmethod
     def build(cls, config: DistillationConfig, images: LabelledImages) -> Self:
+        """Return the method with a student of `--teacher`. Raise UserError if the teacher does not fit."""
         require_classes(images)
         return cls(config, load_pretrained(config, images, "--teacher"))
 
     def loss(self, networks: Networks, batch: Batch) -> Terms:
-        """Return the student's distance from the guided teacher, for each sample of a batch (x, c)."""
+        """Return the student's squared error against the guided teacher, for each sample of a batch (x, c)."""
         x, draws, null = batch.x, batch.draws, self.teacher.unet.null_class_label
         c = drop_class_labels(batch.class_labels, self.config.conditioning_dropout_prob, null, draws.uniform("dropout"))
-        # Uniform in its root: between 0 and 0.5 the samples change as much as between 1 and 4.
+        # √w is uniform, since samples change as much between w = 0 and 0.5 as between 1 and 4.
         w = self.max_guidance_scale * draws.uniform("guidance scale").square()
         u, noise, steps = draws.uniform("time"), draws.normal("noise", *x.shape[1:]), self.student_steps
-        if steps is not None:  # the start of one of the student's steps
+        if steps is not None:  # round up to the start of a student step
             u = ((u * steps).floor().clamp(max=steps - 1) + 1) / steps
         t = self.scheduler.timestep(u)
         z = self.scheduler.add_noise(x, noise, t)
@@ -71,14 +77,14 @@ class GuidanceDistillation(GuidedMethod):
 
     @torch.no_grad()
     def guided(self, z: torch.Tensor, t: torch.Tensor, c: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
-        """Return the teacher's guided prediction at z `(batch, …)` for t, c and w `(batch,)`: the shape of z."""
+        """Return the teacher's guided prediction at z `(batch, …)` for t, c and w `(batch,)`, in the shape of z."""
         if self.teacher.unet.device != z.device:
             self.teacher.unet.to(z.device)
         null, scales = torch.full_like(c, self.teacher.unet.null_class_label), w.view(-1, 1, 1, 1)
         return self.teacher.guide(*self.teacher.predictions(z, t, c, null, scales), scales)
 
     def facts(self) -> dict[str, Any]:
-        """Return what is predicted, for which w, and in how many steps."""
+        """Return the facts of `GuidedMethod`, the largest w, and the number of steps."""
         return {
             **super().facts(),
             "max_guidance_scale": self.max_guidance_scale,
@@ -87,24 +93,28 @@ class GuidanceDistillation(GuidedMethod):
 
 
 def check_teacher(config: DistillationConfig, unet: UNet2DCFGModel) -> None:
-    """Raise UserError if the student cannot learn from its teacher what it is asked to."""
-    index, known = CFGPipeline.load_config(config.teacher), unet.max_guidance_scale
+    """Raise UserError if the settings do not fit the teacher."""
+    # diffusers annotates a tuple, which it returns with `return_unused_kwargs` only.
+    index = cast(dict[str, Any], CFGPipeline.load_config(config.teacher))
+    teacher_scale = unet.max_guidance_scale
     if index["scheduler"][1] == "DDIMScheduler" and index["num_inference_steps"] != config.teacher_steps:
         raise UserError(
-            f"--teacher_steps {config.teacher_steps}: the teacher was itself made for {index['num_inference_steps']}."
+            f"--teacher_steps is {config.teacher_steps}, but the teacher was distilled to "
+            f"{index['num_inference_steps']} steps. Set --teacher_steps {index['num_inference_steps']}."
         )
-    if known is not None and config.student_steps is None:
+    if teacher_scale is not None and config.student_steps is None:
         raise UserError(
-            f"--teacher {config.teacher} guides in one pass already: give --student_steps to make them fewer."
+            f"--teacher {config.teacher} already guides in one pass. Set --student_steps to distill it to fewer steps."
         )
-    if known is not None and config.max_guidance_scale not in (None, known):
+    if teacher_scale is not None and config.max_guidance_scale not in (None, teacher_scale):
         raise UserError(
-            f"--max_guidance_scale {config.max_guidance_scale:g}: leave it at the teacher's own, {known:g}."
+            f"--max_guidance_scale is {config.max_guidance_scale:g}, but the teacher was distilled with "
+            f"{teacher_scale:g}. Leave out --max_guidance_scale."
         )
-    if known is None and index["conditioning_dropout_prob"] == 0:
+    if teacher_scale is None and index["conditioning_dropout_prob"] == 0:
         raise UserError(
-            f"--teacher {config.teacher} was trained with conditioning_dropout_prob = 0: it has no null class to guide "
-            "away from. Train a teacher with 0.1 to 0.2."
+            f"--teacher {config.teacher} was trained with conditioning_dropout_prob = 0, so it has no null class to "
+            "guide away from. Train a teacher with 0.1 to 0.2."
         )
 
 
@@ -117,15 +127,15 @@ def few_step_target(
     teacher_steps: int,
 ) -> torch.Tensor:
     """
-    Return the prediction with which one step of DDIM from u to next_u arrives where the teacher arrives by several
-    (Salimans & Ho 2022, arXiv 2202.00512, appendix G; there by two).
+    Return the prediction for which one DDIM step from u to next_u ends where `teacher_steps` steps of the teacher end
+    (Salimans & Ho 2022, arXiv 2202.00512, appendix G, which takes two).
 
     Args:
-        scheduler (`LogSNRScheduler`): the noise process, and what is predicted.
+        scheduler (`LogSNRScheduler`): the noise process, and the prediction type.
         predict (`Callable`): the teacher, `(z, timesteps) -> prediction`.
         z (`torch.Tensor` of shape `(batch, …)`): noisy samples at u.
         u, next_u (`torch.Tensor` of shape `(batch,)`): noise levels, 0 ≤ next_u < u ≤ 1.
-        teacher_steps (`int`): how many steps of equal length in u the teacher takes.
+        teacher_steps (`int`): number of teacher steps, of equal length in u.
 
     Returns:
         `torch.Tensor` of the shape of z.
@@ -144,7 +154,7 @@ def few_step_target(
 def ddim_step(
     scheduler: LogSNRScheduler, pred: torch.Tensor, z: torch.Tensor, u: torch.Tensor, next_u: torch.Tensor
 ) -> torch.Tensor:
-    """Return z at next_u, along the prediction at u: α'x̃ + σ'(z - αx̃)/σ (Song et al. 2021, arXiv 2010.02502, η = 0)."""
+    """Return z at next_u, given the prediction at u: α'x̃ + σ'(z - αx̃)/σ (Song et al. 2021, arXiv 2010.02502, η = 0)."""
     (alpha, sigma), (next_alpha, next_sigma) = (alpha_sigma(scheduler, level, z) for level in (u, next_u))
     x = scheduler.predict_original_sample(pred, z, scheduler.log_snr(u).view_as(alpha))
     return next_alpha * x + next_sigma * (z - alpha * x) / sigma
@@ -152,4 +162,5 @@ def ddim_step(
 
 def alpha_sigma(scheduler: LogSNRScheduler, u: torch.Tensor, z: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Return α and σ at u, in a shape that broadcasts over z."""
-    return tuple(value.view(-1, *(1,) * (z.ndim - 1)) for value in scheduler.alpha_sigma(u))
+    (alpha, sigma), shape = scheduler.alpha_sigma(u), (-1, *(1,) * (z.ndim - 1))
+    return alpha.view(shape), sigma.view(shape)

@@ -1,4 +1,4 @@
-"""Share what methods have in common whose samples a `CFGPipeline` draws."""
+"""Share the code of methods that sample with a `CFGPipeline`."""
 
 import json
 import re
@@ -14,11 +14,11 @@ from diffusers_cfg.evaluation.grids import sample_grid
 
 class GuidedMethod(Method):
     """
-    A method whose pipeline draws classes with guidance.
+    A method whose pipeline samples classes with guidance.
 
     Attributes:
-        scheduler (`LogSNRScheduler`): the noise process that is trained on.
-        guidance_scales (`list[float]`), num_inference_steps (`int`): of the samples that are drawn during training.
+        scheduler (`LogSNRScheduler`): the noise process used in training.
+        guidance_scales (`list[float]`), num_inference_steps (`int`): settings of the samples drawn during training.
     """
 
     pipeline: CFGPipeline
@@ -26,8 +26,12 @@ class GuidedMethod(Method):
     guidance_scales: list[float]
     num_inference_steps: int
 
+    def sampling_pipeline(self) -> CFGPipeline:
+        """Return the pipeline that is sampled, saved and published."""
+        return self.pipeline
+
     def preview(self, accelerator: Accelerator) -> Image.Image:
-        """Return a grid of samples: a row for each of the first ten classes, a column for each w."""
+        """Return a grid of samples, with a row for each of the first ten classes and a column for each w."""
         return sample_grid(
             self.sampling_pipeline(), accelerator, self.guidance_scales, self.num_inference_steps, self.config.seed
         )
@@ -40,12 +44,12 @@ class GuidedMethod(Method):
         return f'pipe(class_labels={label}, guidance_scale={scale}).images[0].save("{file}.png")'
 
     def facts(self) -> dict[str, Any]:
-        """Return what is predicted and how often labels are dropped."""
+        """Return the prediction type and the probability that a label is dropped."""
         return {
             "prediction_type": self.scheduler.config.prediction_type,
             "conditioning_dropout_prob": self.pipeline.config.conditioning_dropout_prob,
         }
 
     def identity(self) -> dict[str, Any]:
-        """Return the noise process, which a pretrained pipeline may bring."""
+        """Return the noise process, which may come from a pretrained pipeline instead of the settings."""
         return {name: self.scheduler.config[name] for name in ("prediction_type", "log_snr_min", "log_snr_max")}

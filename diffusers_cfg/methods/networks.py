@@ -1,10 +1,10 @@
-"""Build the network and the pipeline that a run trains, from settings or from a published pipeline."""
+"""Build the network and the pipeline that a run trains, from settings or from a pretrained pipeline."""
 
 import json
 import logging
 import math
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from diffusers import AutoencoderKL, DPMSolverMultistepScheduler, SchedulerMixin
@@ -16,19 +16,19 @@ from diffusers_cfg.settings import CFGConfig, ModelConfig, TrainConfig
 
 logger = logging.getLogger(__name__)
 
-# New models are sampled by DPM-Solver++, which comes as near to the data as any sampler that was tried, and nearer than
-# 256 steps of the paper's; see the measured results.
+# New models sample with DPM-Solver++. In the measured results no other sampler comes closer to the data, and the
+# paper's sampler is further away even with 256 steps.
 SOLVER, NUM_INFERENCE_STEPS = DPMSolverMultistepScheduler, 12
 
 
 def build_pipeline(config: CFGConfig, images: LabelledImages) -> CFGPipeline:
-    """Return the pipeline that a run trains, new or pretrained. Raises UserError if it does not fit the data."""
+    """Return a new or pretrained pipeline to train. Raise UserError if it does not fit the data."""
     if config.pretrained_model_name_or_path is not None:
         pipeline = load_pretrained(config, images)
         if pipeline.unet.max_guidance_scale is not None:
             raise UserError(
                 f"--pretrained_model_name_or_path {config.pretrained_model_name_or_path} was distilled to guide in one "
-                "pass, which further training would undo: start from its teacher, and distill that one."
+                "pass, which further training would undo. Start from its teacher, and distill the trained model."
             )
         return pipeline
     vae = load_vae(config)
@@ -52,7 +52,7 @@ def new_pipeline(
     solver: type[SchedulerMixin] = SOLVER,
     num_inference_steps: int = NUM_INFERENCE_STEPS,
 ) -> CFGPipeline:
-    """Return a pipeline around a network, sampled by one of diffusers' solvers of its noise process."""
+    """Return a pipeline for a network and its noise process, which samples with one of diffusers' solvers."""
     return CFGPipeline(
         unet,
         scheduler.solver(solver),
@@ -65,24 +65,26 @@ def new_pipeline(
 
 def noise_process(pipeline: CFGPipeline) -> LogSNRScheduler:
     """Return the noise process that a pipeline's scheduler was made from."""
-    return LogSNRScheduler.from_config(pipeline.scheduler.config)
+    # diffusers annotates a tuple too, which it returns with `return_unused_kwargs` only.
+    return cast(LogSNRScheduler, LogSNRScheduler.from_config(pipeline.scheduler.config))
 
 
 def load_pretrained(
     config: CFGConfig, images: LabelledImages, flag: str = "--pretrained_model_name_or_path"
 ) -> CFGPipeline:
     """
-    Return the pretrained pipeline that a run starts from, with the classes of the data and its own noise process.
+    Load a pretrained pipeline to train, with its own noise process and the classes of the data.
 
     Args:
-        config (`CFGConfig`): names it.
+        config (`CFGConfig`): settings with `pretrained_model_name_or_path`.
         images (`LabelledImages`): the data.
-        flag (`str`): the flag by which the user named it, for messages.
+        flag (`str`): the flag that named the pipeline, for messages.
 
     Raises:
-        UserError: it cannot be loaded, does not fit the resolution, or its noise process is not known.
+        UserError: if the pipeline cannot be loaded, does not fit the resolution, or has an unknown noise process.
     """
     source = config.pretrained_model_name_or_path
+    assert source is not None
     try:
         pretrained = CFGPipeline.from_pretrained(source)
     except (OSError, ValueError) as error:
@@ -95,33 +97,36 @@ def load_pretrained(
     if not {"log_snr_min", "_log_snr_min"} & pretrained.scheduler.config.keys():
         raise UserError(
             f"{flag} {source} has a {type(pretrained.scheduler).__name__} that was not made "
-            "from a LogSNRScheduler, so the noise process of its training is not known. Start from another model."
+            "from a LogSNRScheduler, so the noise process of its training is unknown. Start from a different model."
         )
     pipeline = new_pipeline(config, unet, noise_process(pretrained), vae, images.id2label)
     if (channels := pipeline.image_shape[0]) != images.channels:
-        logger.warning("The images are converted to the %d channels that %s draws.", channels, source)
+        logger.warning("Converting the images to %d channels, the number of channels of %s.", channels, source)
     return pipeline
 
 
 def replace_classes(unet: UNet2DCFGModel, old: dict[int, str], new: dict[int, str]) -> None:
     """
-    Give the network one class-embedding row for each new class, and log it. A class of a known name keeps its row, any
-    other starts from the row of the null class, which is kept.
+    Replace the rows of the class embedding, one for each new class, and log the change. A class with a known name keeps
+    its row. Other classes start from the row of the null class, which is kept.
     """
     if old == new:
         return
     if not old and len(new) == unet.num_classes:
-        logger.warning("The model's classes have no names: they are assumed to be those of the data, in its order.")
+        logger.warning(
+            "The model's classes have no names. Assuming that they are the classes of the data, in the same order."
+        )
         return
-    rows, null_row = unet.class_embedding.weight.data, unet.class_embedding.weight.data[unet.null_class_label]
+    rows = unet.get_parameter("class_embedding.weight").data
+    null_row = rows[unet.null_class_label]
     known = {name: class_id for class_id, name in old.items()}
     kept = [name for name in new.values() if name in known]
     chosen = [rows[known[name]] if name in known else null_row for _, name in sorted(new.items())]
     unet.class_embedding = torch.nn.Embedding.from_pretrained(torch.stack([*chosen, null_row]), freeze=False)
     unet.register_to_config(num_class_embeds=len(new) + 1)
     logger.warning(
-        "The model's %d classes were replaced by the %d of the data: %d of the same name keep their rows, the others "
-        "start from the null class, which is kept.",
+        "Replaced the model's %d classes by the %d classes of the data: %d with the same name keep their embedding, "
+        "the others start from the null class, which is kept.",
         len(rows) - 1,
         len(new),
         len(kept),
@@ -130,16 +135,16 @@ def replace_classes(unet: UNet2DCFGModel, old: dict[int, str], new: dict[int, st
 
 def build_unet(config: TrainConfig, vae: AutoencoderKL | None, channels: int, num_classes: int) -> UNet2DCFGModel:
     """
-    Return a new network, whose weights the seed determines.
+    Return a new network, with weights determined by the seed.
 
     Args:
-        config (`TrainConfig`): resolution, seed and network.
-        vae (`AutoencoderKL`, *optional*): the network is for its latents.
-        channels (`int`): of the images, where there is no autoencoder.
-        num_classes (`int`): real classes; the network has one more, the null class.
+        config (`TrainConfig`): resolution, seed and network settings.
+        vae (`AutoencoderKL`, *optional*): the autoencoder whose latents the network models.
+        channels (`int`): channels of the images, used without an autoencoder.
+        num_classes (`int`): number of real classes; the network has one more, the null class.
 
     Raises:
-        UserError: there is no such network, or its levels do not fit the resolution.
+        UserError: if the settings describe no network, or its levels do not fit the resolution.
     """
     torch.manual_seed(config.seed)
     size = sample_size(config, vae)
@@ -163,25 +168,25 @@ def build_unet(config: TrainConfig, vae: AutoencoderKL | None, channels: int, nu
         "class_embed_type": None,
     }
     try:
-        unet = UNet2DCFGModel.from_config(settings)
-    except Exception as error:  # layers that do not fit raise errors of many kinds
-        raise UserError(f"There is no network with the settings {settings}: {error}") from error
+        unet = cast(UNet2DCFGModel, UNet2DCFGModel.from_config(settings))
+    except Exception as error:  # incompatible layers raise exceptions of many types
+        raise UserError(f"Failed to build a network with the settings {settings}: {error}") from error
     check_sample_size(unet, size)
     return unet
 
 
 def load_model_config(name_or_path: str) -> dict[str, Any]:
-    """Return a UNet2DModel's config, from a JSON file, a folder or the Hub. Raises UserError if there is none."""
+    """Load the config of a UNet2DModel from a JSON file, a folder or the Hub. Raise UserError if that fails."""
     try:
         if Path(name_or_path).is_file():
             return dict(json.loads(Path(name_or_path).read_text(encoding="utf-8")))
-        return dict(UNet2DCFGModel.load_config(name_or_path))
+        return dict(cast(dict[str, Any], UNet2DCFGModel.load_config(name_or_path)))
     except (OSError, TypeError, ValueError) as error:
         raise UserError(f"--model_config_name_or_path {name_or_path} cannot be read: {error}") from error
 
 
 def attention(resolutions: list[int], sample_size: int, block_out_channels: list[int]) -> dict[str, Any]:
-    """Return block types with self-attention at the given resolutions, and heads of at most 64 channels (as ADM's)."""
+    """Return block types with self-attention at the given resolutions, and heads of at most 64 channels (as in ADM)."""
     attended = [sample_size // 2**level in resolutions for level in range(len(block_out_channels))]
     channels = [channels for channels, here in zip(block_out_channels, attended, strict=True) if here]
     return {
@@ -193,7 +198,7 @@ def attention(resolutions: list[int], sample_size: int, block_out_channels: list
 
 
 def normalization(block_out_channels: list[int]) -> dict[str, Any]:
-    """Return the settings of a group norm with at least four channels a group and at most 32 groups."""
+    """Return the settings of a group norm with at least four channels per group and at most 32 groups."""
     groups = math.gcd(32, *block_out_channels)
     while groups > 1 and min(block_out_channels) // groups < 4:
         groups //= 2
@@ -201,7 +206,7 @@ def normalization(block_out_channels: list[int]) -> dict[str, Any]:
 
 
 def load_vae(config: ModelConfig) -> AutoencoderKL | None:
-    """Return the frozen autoencoder whose latents are trained on, if the settings name one."""
+    """Load the frozen autoencoder whose latents the network models, or return None if the settings name none."""
     name_or_path = config.pretrained_vae_model_name_or_path
     if name_or_path is None:
         return None
@@ -213,21 +218,21 @@ def load_vae(config: ModelConfig) -> AutoencoderKL | None:
 
 
 def sample_size(config: TrainConfig, vae: AutoencoderKL | None) -> int:
-    """Return height and width of what the UNet sees: images of the run's resolution, or their latents."""
+    """Return the height and width of the UNet's samples: images of the run's resolution, or their latents."""
     return config.resolution // pixels_per_latent(vae)
 
 
 def pixels_per_latent(vae: AutoencoderKL | None) -> int:
-    """Return the pixels of a latent in each direction: each level of an autoencoder but the last halves the image."""
+    """Return the pixels per latent in each direction: each level of an autoencoder but the last halves the image."""
     return 1 if vae is None else 2 ** (len(vae.config.block_out_channels) - 1)
 
 
 def check_sample_size(unet: UNet2DCFGModel, size: int) -> int:
-    """Return the size, or raise UserError if the levels of the UNet cannot halve it."""
+    """Return the sample size. Raise UserError if the levels of the UNet cannot halve it."""
     halvings = len(unet.config.block_out_channels) - 1
     if size % 2**halvings or size == 0:
         raise UserError(
-            f"The UNet sees samples of {size}×{size}, which cannot be halved {halvings} times, as its {halvings + 1} "
-            f"levels do: choose a --resolution that makes them a multiple of {2**halvings}."
+            f"Samples of {size}×{size} cannot be halved {halvings} times, as the {halvings + 1} levels of the UNet "
+            f"require. Choose a --resolution that makes the sample size a multiple of {2**halvings}."
         )
     return size

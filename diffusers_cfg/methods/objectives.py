@@ -1,4 +1,4 @@
-"""Pure functions over tensors that several methods share: label dropout, targets, errors, groups for the log."""
+"""Provide pure functions of tensors that methods share: label dropout, targets, errors, groups for the log."""
 
 from collections.abc import Sequence
 from itertools import pairwise
@@ -8,7 +8,7 @@ from diffusers import SchedulerMixin
 
 from diffusers_cfg import LogSNRScheduler
 
-# The loss is also logged for each of these bins of u, and so of the log-SNR λ, which are equally likely in training.
+# Number of bins of u, and so of the log-SNR λ, for which the loss is logged separately. All are equally likely.
 NOISE_LEVELS = 8
 
 
@@ -19,16 +19,16 @@ def drop_class_labels(
     uniform: torch.Tensor,
 ) -> torch.Tensor:
     """
-    Replace labels by ∅ with probability p_uncond, each by itself (Ho & Salimans 2022, Algorithm 1, line 3).
+    Replace each label by ∅ independently, with probability p_uncond (Ho & Salimans 2022, Algorithm 1, line 3).
 
     Args:
-        class_labels (`torch.Tensor` of shape `(batch,)`): integers; they are not changed.
+        class_labels (`torch.Tensor` of shape `(batch,)`): integers, not modified in-place.
         conditioning_dropout_prob (`float`): p_uncond in [0, 1).
         null_class_label (`int`): ∅.
         uniform (`torch.Tensor` of shape `(batch,)`): draws from U[0, 1).
 
     Returns:
-        `torch.Tensor` of shape `(batch,)`: the labels, some of them replaced by ∅.
+        `torch.Tensor` of shape `(batch,)`: the labels after dropout.
     """
     return torch.where(uniform < conditioning_dropout_prob, null_class_label, class_labels)
 
@@ -37,16 +37,16 @@ def prediction_target(
     scheduler: SchedulerMixin, x: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor
 ) -> torch.Tensor:
     """
-    Return what the network should predict at z = αx + σε: ε, v = αε - σx or x, by the scheduler's `prediction_type`.
+    Return the training target at z = αx + σε: ε, v = αε - σx or x, according to the scheduler's `prediction_type`.
 
     Args:
         scheduler (`SchedulerMixin`): has `config.prediction_type` and `get_velocity`.
         x (`torch.Tensor` of shape `(batch, …)`): clean samples.
-        noise (`torch.Tensor` of that shape): ε.
+        noise (`torch.Tensor` of shape `(batch, …)`): ε.
         timesteps (`torch.Tensor` of shape `(batch,)`): the network's time.
 
     Raises:
-        ValueError: there is no such prediction type.
+        ValueError: if the prediction type is unknown.
     """
     match scheduler.config.prediction_type:
         case "epsilon":
@@ -74,14 +74,14 @@ def by_group(values: torch.Tensor, index: torch.Tensor, names: Sequence[str]) ->
         names (`Sequence[str]`): the names of the groups.
 
     Returns:
-        `dict[str, torch.Tensor]`: for each group the values, NaN where a sample belongs to another group.
+        `dict[str, torch.Tensor]`: the values by group, `(batch,)` each, with NaN for samples of other groups.
     """
     groups = torch.arange(len(names), device=index.device)[:, None]
     return dict(zip(names, torch.where(index == groups, values, torch.nan).unbind(), strict=True))
 
 
 def level_names(scheduler: LogSNRScheduler) -> list[str]:
-    """Return the names of the losses that are logged by log-SNR, from the clean end to the noisy one."""
+    """Return the log names of the losses by log-SNR, from the clean end to the noisy end."""
     edges = scheduler.log_snr(torch.linspace(0, 1, NOISE_LEVELS + 1, dtype=torch.float64))
     edges = (edges.round(decimals=1) + 0.0).tolist()  # no negative zero
     return [f"loss/log_snr_{low}_to_{high}" for high, low in pairwise(edges)]
@@ -91,12 +91,12 @@ def loss_logs(
     loss: torch.Tensor, u: torch.Tensor, is_null: torch.Tensor, levels: Sequence[str]
 ) -> dict[str, torch.Tensor]:
     """
-    Return the loss by noise level and by kind of label, and the share of null labels, for the log.
+    Return the loss by noise level and by kind of label, and the fraction of null labels, for the log.
 
     Args:
-        loss (`torch.Tensor` of shape `(batch,)`): detached.
+        loss (`torch.Tensor` of shape `(batch,)`): the detached loss.
         u (`torch.Tensor` of shape `(batch,)`): noise levels in [0, 1].
-        is_null (`torch.Tensor` of shape `(batch,)`): bool, whether the network saw the null class.
+        is_null (`torch.Tensor` of shape `(batch,)`): bool, whether the network was given the null class.
         levels (`Sequence[str]`): from `level_names`.
     """
     level = (u * NOISE_LEVELS).long().clamp(max=NOISE_LEVELS - 1)

@@ -111,7 +111,7 @@ def test_dataset_without_readable_images_is_refused(folder, lazy):
             return LazyImages(images, 8, 3, True).__getitems__([5])
         return stack_images(images, config, 3, show_progress=False)
 
-    with pytest.raises(UserError, match=r"None of the 12 images can be read, for example row \d+ \(.*\.png\)"):
+    with pytest.raises(UserError, match=r"None of the 12 images can be read, starting with row \d+ \(.*\.png\)"):
         read()
 
 

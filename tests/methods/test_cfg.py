@@ -1,4 +1,4 @@
-"""Algorithm 1: what the network is shown, what it is compared with, and what moves."""
+"""Test classifier-free guidance: the inputs, targets, updates and logs of Algorithm 1."""
 
 import logging
 import math
@@ -22,17 +22,17 @@ from tests.support.runs import WEIGHTS, scalars, train
 
 
 @pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction", "sample"])
-def test_a_step_is_algorithm_1(tmp_path, monkeypatch, prediction_type):
-    """Term by term, in the first step."""
-    shown, compared = [], []
+def test_step_follows_algorithm_1(tmp_path, monkeypatch, prediction_type):
+    """Compare the inputs and the target of the first step, term by term."""
+    inputs, errors = [], []
     forward, error = UNet2DCFGModel.forward, cfg.squared_error
 
     def spy_on_forward(self, z, t, class_labels, **kwargs):
-        shown.append((z, t, class_labels))
+        inputs.append((z, t, class_labels))
         return forward(self, z, t, class_labels=class_labels, **kwargs)
 
     def spy_on_error(pred, target):
-        compared.append((pred.detach(), target))
+        errors.append((pred.detach(), target))
         return error(pred, target)
 
     monkeypatch.setattr(UNet2DCFGModel, "forward", spy_on_forward)
@@ -40,7 +40,7 @@ def test_a_step_is_algorithm_1(tmp_path, monkeypatch, prediction_type):
     config = train(
         tmp_path, "--max_train_steps", "1", "--conditioning_dropout_prob", "0.5", "--prediction_type", prediction_type
     )
-    (z, t, c), (pred, target) = shown[0], compared[0]
+    (z, t, c), (pred, target) = inputs[0], errors[0]
 
     data = stack_images(Digits(), config, 1, show_progress=False)
     (indices,) = GlobalBatchSampler(len(data), 8, config.seed, range(1))
@@ -57,12 +57,12 @@ def test_a_step_is_algorithm_1(tmp_path, monkeypatch, prediction_type):
     expected = {"epsilon": noise, "v_prediction": alpha * noise - sigma * x, "sample": x}[prediction_type]
     torch.testing.assert_close(target.double(), expected, rtol=1e-4, atol=1e-5)
     assert pred.shape == x.shape
-    # And the model that is saved predicts the same
+    # The saved model has the same prediction type
     assert CFGPipeline.from_pretrained(tmp_path).scheduler.config.prediction_type == prediction_type
 
 
 @pytest.mark.parametrize("accumulation", ["1", "2"])
-def test_every_parameter_moves_and_the_null_row_too(tmp_path, accumulation):
+def test_training_updates_every_parameter_and_the_null_row(tmp_path, accumulation):
     config = train(
         tmp_path, "--no_use_ema", "--conditioning_dropout_prob", "0.5", "--train_batch_size", "64",
         "--gradient_accumulation_steps", accumulation,
@@ -75,9 +75,9 @@ def test_every_parameter_moves_and_the_null_row_too(tmp_path, accumulation):
     assert rows.tolist() == [True] * 11
 
 
-def test_without_dropout_the_null_row_stays(tmp_path):
+def test_null_row_is_unchanged_without_dropout(tmp_path):
     config = train(tmp_path, "--no_use_ema", "--conditioning_dropout_prob", "0", "--train_batch_size", "64")
-    before = build_unet(config, None, channels=1, num_classes=10).class_embedding.weight
+    before = build_unet(config, None, channels=1, num_classes=10).get_parameter("class_embedding.weight")
     after = load_file(tmp_path / "unet" / WEIGHTS)["class_embedding.weight"]
     assert (before != after).any(dim=1).tolist() == [True] * 10 + [False]
 
@@ -86,12 +86,12 @@ def test_a_single_class_is_refused(tmp_path, monkeypatch):
     digits = Digits()
     digits.class_labels[:] = 7
     monkeypatch.setattr(sources, "Digits", lambda: digits)
-    with pytest.raises(UserError, match=r"at least two classes, but the data has 1 \['seven'\]"):
+    with pytest.raises(UserError, match=r"at least two classes, but the data has 1: \['seven'\]"):
         train(tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
-def test_losses_are_told_apart(tmp_path):
+def test_losses_are_logged_by_label_and_noise_level(tmp_path):
     train(
         tmp_path, "--report_to", "tensorboard", "--logging_steps", "4", "--train_batch_size", "64",
         "--conditioning_dropout_prob", "0.3",
@@ -109,7 +109,7 @@ def test_losses_are_told_apart(tmp_path):
 
 
 @pytest.mark.slow
-def test_a_network_that_ignores_its_labels(tmp_path, caplog):
+def test_network_that_ignores_its_labels_is_reported(tmp_path, caplog):
     flags = ["--resolution", "8", "--attention_resolutions", "0", "--max_train_steps", "250"]
     flags += ["--train_batch_size", "64", "--report_to", "tensorboard", "--logging_steps", "250"]
     caplog.set_level(logging.WARNING)
@@ -123,6 +123,6 @@ def test_a_network_that_ignores_its_labels(tmp_path, caplog):
         caplog.clear()
         train(tmp_path / f"{kind}-model", "--train_data_dir", str(tmp_path / kind), *flags)
         gains[kind] = scalars(tmp_path / f"{kind}-model")["label_gain"][-1][1]
-        assert ("does not predict better with the right labels" in caplog.text) == (kind == "shuffled")
+        assert ("does not predict better with correct labels" in caplog.text) == (kind == "shuffled")
     assert gains["right"] > 5
     assert gains["shuffled"] < 3

@@ -1,4 +1,4 @@
-"""A student guides in one pass, and in few steps, as its teacher does."""
+"""Test distillation: students that guide in one pass or in few steps."""
 
 import json
 from itertools import pairwise
@@ -31,7 +31,7 @@ def student(teacher, tmp_path_factory):
 
 
 @pytest.mark.parametrize("prediction_type", PREDICTION_TYPES)
-def test_a_step_is_diffusers_ddim(prediction_type):
+def test_ddim_step_matches_diffusers(prediction_type):
     scheduler = LogSNRScheduler(prediction_type=prediction_type)
     stock = scheduler.solver(diffusers.DDIMScheduler)
     stock.set_timesteps(4)
@@ -44,7 +44,7 @@ def test_a_step_is_diffusers_ddim(prediction_type):
 
 @pytest.mark.parametrize("prediction_type", PREDICTION_TYPES)
 @pytest.mark.parametrize("teacher_steps", [1, 2, 5])
-def test_one_step_to_the_target_arrives_where_the_teacher_does(prediction_type, teacher_steps):
+def test_one_step_with_the_target_matches_the_teachers_steps(prediction_type, teacher_steps):
     scheduler = LogSNRScheduler(prediction_type=prediction_type, clip_sample=False)
     u, next_u = torch.tensor([1.0, 0.5, 0.25]).double(), torch.tensor([0.75, 0.25, 0.0]).double()
     z = torch.randn(3, 1, 4, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
@@ -65,17 +65,17 @@ def test_one_step_to_the_target_arrives_where_the_teacher_does(prediction_type, 
         torch.testing.assert_close(target, predict(z, scheduler.timestep(u)))
 
 
-def test_the_student_is_compared_with_the_guided_teacher(teacher, tmp_path, monkeypatch):
-    shown, compared = [], []
+def test_student_target_is_the_guided_teacher(teacher, tmp_path, monkeypatch):
+    inputs, targets = [], []
     forward, error = UNet2DCFGModel.forward, distillation.squared_error
 
     def spy_on_forward(self, z, t, class_labels, **kwargs):
         if "guidance_scale" in kwargs and self.training:
-            shown.append((z, t, class_labels, kwargs["guidance_scale"]))
+            inputs.append((z, t, class_labels, kwargs["guidance_scale"]))
         return forward(self, z, t, class_labels=class_labels, **kwargs)
 
     def spy_on_error(pred, target):
-        compared.append(target)
+        targets.append(target)
         return error(pred, target)
 
     monkeypatch.setattr(UNet2DCFGModel, "forward", spy_on_forward)
@@ -84,16 +84,16 @@ def test_the_student_is_compared_with_the_guided_teacher(teacher, tmp_path, monk
     monkeypatch.undo()
 
     unet = CFGPipeline.from_pretrained(teacher).unet
-    assert len(shown) == len(compared) == 4
-    for (z, t, c, w), target in zip(shown, compared, strict=True):
+    assert len(inputs) == len(targets) == 4
+    for (z, t, c, w), target in zip(inputs, targets, strict=True):
         with torch.no_grad():
             conditional, unconditional = unet(z, t, class_labels=c).sample, unet(z, t).sample
         s = 1 + w.view(-1, 1, 1, 1)
         torch.testing.assert_close(target, s * conditional - (s - 1) * unconditional, rtol=1e-4, atol=1e-5)
-    scales = torch.cat([w for *_, w in shown])
+    scales = torch.cat([w for *_, w in inputs])
     assert 0 <= scales.min() < 0.6
     assert 1.9 < scales.max() <= 2.5
-    assert {*torch.cat([c for _, _, c, _ in shown]).tolist()} > {10}
+    assert {*torch.cat([c for _, _, c, _ in inputs]).tolist()} > {10}
 
 
 def test_a_student_loads_and_guides_in_one_pass(teacher, student):
@@ -107,20 +107,20 @@ def test_a_student_loads_and_guides_in_one_pass(teacher, student):
     assert sizes == [3] * 12
     with pytest.raises(ValueError, match="distilled for 0 … 3"):
         pipeline("three", 4.0)
-    # It was trained: its guidance is no longer that of its start, none.
+    # Training changed the embedding of w, which starts at zero
     weights = load_file(student / "unet" / WEIGHTS)
     assert weights["guidance_embedding.linear_2.weight"].any()
 
 
-def test_data_and_optimization_are_the_teachers_unless_told_otherwise(teacher):
+def test_data_and_optimization_default_to_the_teachers(teacher):
     config = parse_config(DistillationConfig, ["--teacher", str(teacher), "--learning_rate", "0.5"])
     of_teacher = CFGConfig.load(teacher / "train_config.yaml")
     assert (config.train_batch_size, config.max_train_steps) == (8, 4)
     assert (config.resolution, config.learning_rate, of_teacher.learning_rate) == (8, 0.5, 1e-3)
-    assert config.output_dir == "cfg-model"  # not the teacher's
+    assert config.output_dir == "cfg-model"  # not the teacher's output_dir
 
 
-def test_a_student_of_few_steps(student, tmp_path):
+def test_few_step_student(student, tmp_path):
     distill(student, tmp_path / "four", "--student_steps", "4", "--teacher_steps", "8")
     index = json.loads((tmp_path / "four" / "model_index.json").read_text())
     assert index["scheduler"] == ["diffusers", "DDIMScheduler"]
@@ -131,26 +131,26 @@ def test_a_student_of_few_steps(student, tmp_path):
     pipeline("three", 1.5)
     assert timesteps == [999, 749, 499, 249]
 
-    with pytest.raises(UserError, match="--teacher_steps 8: the teacher was itself made for 4"):
+    with pytest.raises(UserError, match="--teacher_steps is 8, but the teacher was distilled to 4 steps"):
         distill(tmp_path / "four", tmp_path / "two", "--student_steps", "2", "--teacher_steps", "8")
     distill(tmp_path / "four", tmp_path / "two", "--student_steps", "2", "--teacher_steps", "4")
     assert CFGPipeline.from_pretrained(tmp_path / "two").num_inference_steps == 2
 
 
-def test_the_times_of_a_step_student_are_those_it_samples_at(student, tmp_path, monkeypatch):
-    shown, forward = [], UNet2DCFGModel.forward
+def test_few_step_student_trains_at_its_sampling_timesteps(student, tmp_path, monkeypatch):
+    timesteps, forward = [], UNet2DCFGModel.forward
 
     def spy_on_forward(self, z, t, class_labels, **kwargs):
         if self.training:
-            shown.extend(t.tolist())
+            timesteps.extend(t.tolist())
         return forward(self, z, t, class_labels=class_labels, **kwargs)
 
     monkeypatch.setattr(UNet2DCFGModel, "forward", spy_on_forward)
     distill(student, tmp_path, "--student_steps", "4", "--teacher_steps", "4")
-    assert {round(t, 3) for t in shown} == {999, 749, 499, 249}
+    assert {round(t, 3) for t in timesteps} == {999, 749, 499, 249}
 
 
-def test_a_resumed_distillation_is_the_one_that_never_stopped(teacher, student, tmp_path):
+def test_resumed_distillation_is_bit_exact(teacher, student, tmp_path):
     flags = ["--max_guidance_scale", "3", "--resume_from_checkpoint", "checkpoint-2", "--output_dir", str(tmp_path)]
     (tmp_path / "checkpoint-2").symlink_to(student / "checkpoint-2")
     distill(teacher, tmp_path, *flags)
@@ -170,15 +170,15 @@ def test_a_resumed_distillation_is_the_one_that_never_stopped(teacher, student, 
         (["--learning_rat", "1"], None),
     ],
 )
-def test_wrong_flags_are_named(teacher, argv, message):
+def test_invalid_flags_are_refused(teacher, argv, message):
     with pytest.raises(UserError if message else SystemExit, match=message):
         parse_config(DistillationConfig, ["--teacher", str(teacher), *argv])
 
 
-def test_wrong_teachers_are_named(student, tmp_path):
-    with pytest.raises(UserError, match="guides in one pass already: give --student_steps"):
+def test_invalid_teachers_are_refused(student, tmp_path):
+    with pytest.raises(UserError, match="already guides in one pass. Set --student_steps"):
         distill(student, tmp_path / "out")
-    with pytest.raises(UserError, match="--max_guidance_scale 4: leave it at the teacher's own, 3"):
+    with pytest.raises(UserError, match="--max_guidance_scale is 4, but the teacher was distilled with 3"):
         distill(student, tmp_path / "out", "--student_steps", "4", "--max_guidance_scale", "4")
     train(tmp_path / "plain", "--conditioning_dropout_prob", "0", "--max_train_steps", "1")
     with pytest.raises(UserError, match="conditioning_dropout_prob = 0"):
@@ -186,14 +186,14 @@ def test_wrong_teachers_are_named(student, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-def test_training_does_not_go_on_from_a_student(student, tmp_path):
+def test_training_from_a_student_is_refused(student, tmp_path):
     with pytest.raises(UserError, match="was distilled to guide in one pass, which further training would undo"):
         train(tmp_path / "out", "--pretrained_model_name_or_path", str(student))
 
 
 @pytest.mark.slow
 def test_a_student_learns_its_teachers_guidance(tmp_path):
-    """It is far nearer to the guided teacher than the teacher without guidance is."""
+    """The student is far closer to the guided teacher than the teacher without guidance is."""
     train(tmp_path / "teacher", "--max_train_steps", "300", "--train_batch_size", "32", "--checkpointing_steps", "0")
     distill(
         tmp_path / "teacher", tmp_path / "student",
@@ -206,5 +206,5 @@ def test_a_student_learns_its_teachers_guidance(tmp_path):
         noise = torch.randn(40, 1, 8, 8, generator=torch.Generator().manual_seed(0))
         labels = torch.arange(40) % 10
         images[name] = pipeline(labels, w, latents=noise, output_type="pt").images
-    of_student, of_plain = ((images["guided"] - images[name]).square().mean() for name in ("student", "plain"))
-    assert of_student < 0.3 * of_plain
+    student_error, plain_error = ((images["guided"] - images[name]).square().mean() for name in ("student", "plain"))
+    assert student_error < 0.3 * plain_error

@@ -1,4 +1,4 @@
-"""Classifier-free guidance trained on data whose scores are known."""
+"""Test classifier-free guidance training on data with known scores."""
 
 import pytest
 import torch
@@ -17,7 +17,7 @@ BATCH_SIZE, STEPS = 256, 400
 @pytest.mark.slow
 @pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
 def test_training_approaches_the_exact_prediction(prediction_type):
-    """Algorithm 1 on draws of the mixture: at every noise level, with and without labels."""
+    """Train by Algorithm 1 on samples of the mixture, and compare at every noise level, with and without labels."""
     scheduler = LogSNRScheduler(prediction_type=prediction_type)
     exact = three_gaussians(scheduler)
     unet = make_unet(
@@ -32,13 +32,13 @@ def test_training_approaches_the_exact_prediction(prediction_type):
     optimizer = torch.optim.AdamW(unet.parameters(), lr=5e-3, weight_decay=0.0)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 5e-3, total_steps=STEPS)
 
-    def batch_of(step: int) -> Batch:
+    def make_batch(step: int) -> Batch:
         c = torch.arange(BATCH_SIZE) % 3
         x = exact.sample(c, torch.Generator().manual_seed(step))
         return Batch(x, c, Draws(0, step, range(BATCH_SIZE), BATCH_SIZE), step)
 
     for step in range(STEPS):
-        loss = method.loss({"unet": unet}, batch_of(step)).loss.mean()
+        loss = method.loss({"unet": unet}, make_batch(step)).loss.mean()
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -47,7 +47,7 @@ def test_training_approaches_the_exact_prediction(prediction_type):
     unet.eval()
     errors = {}
     for u in (0.02, 0.2, 0.4, 0.6, 0.8, 0.98):
-        batch = batch_of(10_000 + int(100 * u))
+        batch = make_batch(10_000 + int(100 * u))
         x, c = batch.x, batch.class_labels
         t = scheduler.timestep(torch.full((BATCH_SIZE,), u))
         z = scheduler.add_noise(x, batch.draws.normal("noise", *x.shape[1:]), t)

@@ -1,4 +1,4 @@
-"""Networks from settings, from files, and those of the recipes."""
+"""Test networks built from settings, from config files, and from the recipes."""
 
 import json
 
@@ -12,7 +12,7 @@ from diffusers_cfg.settings import CFGConfig
 from tests.support.runs import TRAINING
 
 
-def test_the_network_is_the_one_the_settings_describe():
+def test_network_matches_its_settings():
     config = CFGConfig(resolution=16, block_out_channels=[16, 32, 64], layers_per_block=1, attention_resolutions=[8])
     unet = build_unet(config, None, channels=3, num_classes=7)
     assert unet.num_classes == 7
@@ -25,16 +25,18 @@ def test_the_network_is_the_one_the_settings_describe():
 
 
 @pytest.mark.parametrize("channels", [[8, 16], [48, 96], [128, 256]])
-def test_heads_fit_the_channels(channels):
+def test_attention_heads_divide_the_channels(channels):
     config = CFGConfig(resolution=8, block_out_channels=channels, layers_per_block=1, attention_resolutions=[8, 4])
     unet = build_unet(config, None, channels=1, num_classes=2)
-    blocks = [unet.down_blocks[0].attentions[0], unet.down_blocks[1].attentions[0], unet.mid_block.attentions[0]]
-    assert [block.heads * unet.config.attention_head_dim for block in blocks] == [*channels, channels[1]]
+    attentions = [
+        unet.get_submodule(f"{block}.attentions.0") for block in ("down_blocks.0", "down_blocks.1", "mid_block")
+    ]
+    assert [attention.heads * unet.config.attention_head_dim for attention in attentions] == [*channels, channels[1]]
     assert unet.config.attention_head_dim <= 64
     assert unet(torch.zeros(1, 1, 8, 8), 0, class_labels=torch.zeros(1).long()).sample.shape == (1, 1, 8, 8)
 
 
-def test_a_config_file_describes_the_network(tmp_path):
+def test_network_from_a_config_file(tmp_path):
     path = tmp_path / "config.json"
     settings = {
         "block_out_channels": [8, 8], "norm_num_groups": 4, "in_channels": 7,
@@ -43,7 +45,7 @@ def test_a_config_file_describes_the_network(tmp_path):
     path.write_text(json.dumps(settings))
     unet = build_unet(CFGConfig(model_config_name_or_path=str(path), resolution=8), None, 1, 2)
     assert (unet.config.block_out_channels, unet.config.in_channels, unet.num_classes) == ([8, 8], 1, 2)
-    with pytest.raises(UserError, match="9×9, which cannot be halved 1 times"):
+    with pytest.raises(UserError, match="9×9 cannot be halved 1 times"):
         build_unet(CFGConfig(model_config_name_or_path=str(path), resolution=9), None, 1, 2)
     with pytest.raises(UserError, match="nowhere"):
         build_unet(CFGConfig(model_config_name_or_path=str(tmp_path / "nowhere")), None, 1, 2)
@@ -54,10 +56,13 @@ def test_a_config_file_describes_the_network(tmp_path):
     [
         ("[1, 2]", "cannot be read"),
         ("{", "cannot be read"),
-        ('{"block_out_channels": [6, 6], "norm_num_groups": 4}', "no network with the settings .*norm_num_groups.*: "),
+        (
+            '{"block_out_channels": [6, 6], "norm_num_groups": 4}',
+            "build a network with the settings .*norm_num_groups.*: ",
+        ),
     ],
 )
-def test_a_config_file_that_describes_no_network(tmp_path, text, message):
+def test_invalid_config_file_is_refused(tmp_path, text, message):
     (tmp_path / "config.json").write_text(text)
     with pytest.raises(UserError, match=message):
         build_unet(CFGConfig(model_config_name_or_path=str(tmp_path / "config.json"), resolution=8), None, 1, 2)
@@ -67,32 +72,35 @@ def recipe(name: str) -> CFGConfig:
     return parse_config(CFGConfig, ["--config", str(TRAINING / "configs" / f"{name}.yaml")])
 
 
-# Those of ADM's code (github.com/openai/guided-diffusion) with the flags that its README gives for each of the two and
-# `--learn_sigma False`: the same layers, 1000 classes. It publishes them as 296 M and 422 M, with the learned variance.
+# The counts come from ADM's code (github.com/openai/guided-diffusion) with the flags in its README for each of the two,
+# and `--learn_sigma False`: the same layers, 1000 classes. With the learned variance, ADM publishes 296 M and 422 M.
 @pytest.mark.parametrize(
     ("name", "adm", "published", "heads", "dropout"),
     [("imagenet64", 295_899_267, 296, [6, 9, 12], 0.1), ("imagenet128", 421_522_691, 422, [4, 6, 8], 0.0)],
 )
-def test_the_networks_of_the_recipes_are_adms(name, adm, published, heads, dropout):
+def test_networks_of_the_recipes_match_adm(name, adm, published, heads, dropout):
     with torch.device("meta"):
         unet = build_unet(recipe(name), None, channels=3, num_classes=1000)
-    null_row = unet.class_embedding.weight[-1].numel()
+    null_row = unet.get_parameter("class_embedding.weight")[-1].numel()
     assert unet.num_parameters() == adm + null_row
     assert round(unet.num_parameters() / 1e6) == published
-    attended = [block.attentions[0] for block in unet.down_blocks if hasattr(block, "attentions")]
-    assert [attention.heads for attention in attended] == heads
-    assert {block.resnets[0].dropout.p for block in unet.down_blocks} == {dropout}
+    attentions = [block.get_submodule("attentions.0") for block in unet.down_blocks if hasattr(block, "attentions")]
+    assert [attention.heads for attention in attentions] == heads
+    assert {block.get_submodule("resnets.0").dropout.p for block in unet.down_blocks} == {dropout}
 
 
 @pytest.mark.parametrize(("resolution", "v"), [(64, 0.3), (128, 0.2)])
-def test_the_sampling_variance_is_the_papers(resolution, v):
+def test_sampling_variance_matches_the_paper(resolution, v):
     config = CFGConfig(resolution=resolution, block_out_channels=[8], attention_resolutions=[0])
     assert noise_process(build_pipeline(config, Digits())).config.variance_interpolation == v
 
 
 @pytest.mark.slow
-def test_a_network_of_the_recipes_learns_all_over():
+def test_every_parameter_of_a_recipe_network_gets_a_gradient():
     unet = build_unet(recipe("imagenet64"), None, channels=3, num_classes=1000).train()
     pred = unet(torch.randn(1, 3, 64, 64), torch.tensor([500.0]), class_labels=torch.tensor([3])).sample
     pred.square().mean().backward()
-    assert [name for name, p in unet.named_parameters() if not p.grad.isfinite().all() or not p.grad.any()] == []
+    gradients = {name: parameter.grad for name, parameter in unet.named_parameters()}
+    assert [
+        name for name, grad in gradients.items() if grad is None or not grad.isfinite().all() or not grad.any()
+    ] == []

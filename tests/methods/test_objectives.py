@@ -1,4 +1,4 @@
-"""Pure functions that methods share."""
+"""Test the pure functions that methods share."""
 
 import math
 
@@ -10,7 +10,7 @@ from diffusers_cfg.methods.objectives import by_group, drop_class_labels, predic
 
 
 @pytest.mark.parametrize("p", [0.0, 0.1, 0.5])
-def test_labels_are_dropped_at_the_rate_asked_for(p):
+def test_labels_are_dropped_at_the_given_rate(p):
     n = 100_000
     labels = torch.arange(n) % 10
     before = labels.clone()
@@ -21,13 +21,13 @@ def test_labels_are_dropped_at_the_rate_asked_for(p):
     assert torch.equal(dropped[dropped != 10], labels[dropped != 10])
 
 
-def test_labels_are_dropped_one_by_one():
+def test_labels_are_dropped_independently():
     dropped = drop_class_labels(torch.tensor([1, 2, 3]), 0.5, 9, torch.tensor([0.49, 0.51, 0.5]))
     assert dropped.tolist() == [9, 2, 3]
 
 
 @pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction", "sample"])
-def test_the_target_is_what_the_sampler_inverts(prediction_type):
+def test_sampler_inverts_the_target(prediction_type):
     scheduler = LogSNRScheduler(prediction_type=prediction_type, clip_sample=False)
     x, noise = torch.randn(2, 1, 1, 4, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     t = scheduler.timestep(torch.tensor([0.6], dtype=torch.float64))
@@ -36,7 +36,7 @@ def test_the_target_is_what_the_sampler_inverts(prediction_type):
     torch.testing.assert_close(scheduler.predict_original_sample(target, z, log_snr), x)
 
 
-def test_the_error_is_the_mean_square_of_each_sample():
+def test_squared_error_is_the_mean_over_each_sample():
     error = squared_error(torch.tensor([[1.0, 3.0], [0.0, 0.0]]).half(), torch.zeros(2, 2))
     assert error.tolist() == [5.0, 0.0]
     assert error.dtype == torch.float32

@@ -1,4 +1,4 @@
-"""Training that starts from a pipeline."""
+"""Test training that starts from a pretrained pipeline."""
 
 import json
 import shutil
@@ -18,46 +18,47 @@ from tests.support.runs import train
 
 def test_classes_of_the_same_name_keep_their_rows():
     unet = make_unet()
-    before = unet.class_embedding.weight.detach().clone()
+    before = unet.get_parameter("class_embedding.weight").detach().clone()
     replace_classes(unet, {0: "zero", 1: "one", 2: "two"}, {0: "two", 1: "ten", 2: "zero", 3: "eel"})
-    assert torch.equal(unet.class_embedding.weight, before[[2, 3, 0, 3, 3]])
+    after = unet.get_parameter("class_embedding.weight")
+    assert torch.equal(after, before[[2, 3, 0, 3, 3]])
     assert (unet.num_classes, unet.null_class_label) == (4, 4)
-    assert unet.class_embedding.weight.requires_grad
+    assert after.requires_grad
 
 
-def test_the_same_classes_stay(caplog):
+def test_identical_classes_are_unchanged(caplog):
     unet = make_unet()
-    weight = unet.class_embedding.weight
+    weight = unet.get_parameter("class_embedding.weight")
     replace_classes(unet, {0: "zero", 1: "one", 2: "two"}, {0: "zero", 1: "one", 2: "two"})
-    assert unet.class_embedding.weight is weight
+    assert unet.get_parameter("class_embedding.weight") is weight
     assert caplog.text == ""
 
 
-def test_a_run_goes_on_from_a_pipeline(tmp_path, caplog):
+def test_training_starts_from_a_pretrained_pipeline(tmp_path, caplog):
     make_pipeline(make_unet()).save_pretrained(tmp_path / "base")
     train(tmp_path / "out", "--pretrained_model_name_or_path", str(tmp_path / "base"), "--learning_rate", "1e-9")
-    assert "3 classes were replaced by the 10 of the data: 3 of the same name keep their rows" in caplog.text
+    assert "3 classes by the 10 classes of the data: 3 with the same name keep their embedding" in caplog.text
     old, new = (CFGPipeline.from_pretrained(tmp_path / name).unet for name in ("base", "out"))
     torch.testing.assert_close(new.conv_in.weight, old.conv_in.weight, rtol=0, atol=1e-6)
-    rows = old.class_embedding.weight[[0, 1, 2, *([3] * 8)]]
-    torch.testing.assert_close(new.class_embedding.weight, rows, rtol=0, atol=1e-6)
+    rows = old.get_parameter("class_embedding.weight")[[0, 1, 2, *([3] * 8)]]
+    torch.testing.assert_close(new.get_parameter("class_embedding.weight"), rows, rtol=0, atol=1e-6)
     assert "base_model" not in json.loads((tmp_path / "out" / "run.json").read_text())
-    # And it resumes as any other
+    # The run can be resumed
     shutil.rmtree(tmp_path / "out" / "checkpoint-4")
     base = ["--pretrained_model_name_or_path", str(tmp_path / "base")]
     train(tmp_path / "out", *base, "--resume_from_checkpoint", "latest")
     assert (tmp_path / "out" / "checkpoint-4").is_dir()
 
 
-def test_unnamed_classes_are_taken_in_order(caplog):
+def test_unnamed_classes_are_matched_in_order(caplog):
     unet = make_unet()
-    weight = unet.class_embedding.weight
+    weight = unet.get_parameter("class_embedding.weight")
     replace_classes(unet, {}, {0: "a", 1: "b", 2: "c"})
-    assert unet.class_embedding.weight is weight
+    assert unet.get_parameter("class_embedding.weight") is weight
     assert "have no names" in caplog.text
 
 
-def test_a_pipeline_of_another_process_is_refused(tmp_path):
+def test_pipeline_with_a_different_noise_process_is_refused(tmp_path):
     pipeline = make_pipeline(make_unet(), diffusers.DDIMScheduler())
     pipeline.save_pretrained(tmp_path / "base")
     with pytest.raises(UserError, match="has a DDIMScheduler that was not made from a LogSNRScheduler"):
@@ -71,7 +72,7 @@ def test_a_pipeline_of_another_process_is_refused(tmp_path):
         ({"pretrained_model_name_or_path": "a", "model_config_name_or_path": "b"}, "brings its own network"),
     ],
 )
-def test_what_cannot_be_gone_on_from_is_named(settings, message):
+def test_invalid_pretrained_settings_are_refused(settings, message):
     class Images(LabelledImages):
         def __init__(self):
             pass
@@ -80,8 +81,8 @@ def test_what_cannot_be_gone_on_from_is_named(settings, message):
         build_pipeline(CFGConfig(**settings), Images())
 
 
-def test_a_resolution_that_the_pipeline_cannot_halve(tmp_path):
+def test_resolution_that_the_network_cannot_halve_is_refused(tmp_path):
     make_pipeline(make_unet()).save_pretrained(tmp_path / "base")
-    with pytest.raises(UserError, match="9×9, which cannot be halved 1 times"):
+    with pytest.raises(UserError, match="9×9 cannot be halved 1 times"):
         train(tmp_path / "out", "--pretrained_model_name_or_path", str(tmp_path / "base"), "--resolution", "9")
     assert not (tmp_path / "out").exists()

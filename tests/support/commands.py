@@ -1,4 +1,4 @@
-"""Call a command's functions without importing it, which nobody does."""
+"""Load the functions of a command from its script, as commands are run and never imported."""
 
 import runpy
 from types import SimpleNamespace

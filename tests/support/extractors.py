@@ -1,4 +1,4 @@
-"""Feature extractors of transformers that answer in milliseconds."""
+"""Make tiny feature extractors of transformers, which run in milliseconds."""
 
 import json
 from pathlib import Path

@@ -1,6 +1,7 @@
-"""Models that answer in milliseconds."""
+"""Make tiny models, which run in milliseconds."""
 
 import torch
+from diffusers import SchedulerMixin
 
 from diffusers_cfg import CFGPipeline, LogSNRScheduler, UNet2DCFGModel
 
@@ -8,7 +9,7 @@ NAMES = {0: "zero", 1: "one", 2: "two"}
 
 
 def make_unet(**settings) -> UNet2DCFGModel:
-    """Return a network of 8×8 grayscale images and three classes."""
+    """Return a network for 8×8 grayscale images of three classes."""
     torch.manual_seed(0)
     settings = {
         "sample_size": 8,
@@ -25,8 +26,10 @@ def make_unet(**settings) -> UNet2DCFGModel:
     return UNet2DCFGModel(**settings).eval()
 
 
-def make_pipeline(unet=None, scheduler=None, **settings) -> CFGPipeline:
-    """Return a pipeline of that network, by default with the paper's sampler."""
+def make_pipeline(
+    unet: UNet2DCFGModel | None = None, scheduler: SchedulerMixin | None = None, **settings
+) -> CFGPipeline:
+    """Return a pipeline, by default with the network of `make_unet` and the paper's sampler."""
     settings = {"id2label": NAMES, **settings}
     pipeline = CFGPipeline(unet or make_unet(), scheduler or LogSNRScheduler(), **settings)
     pipeline.set_progress_bar_config(disable=True)
@@ -34,5 +37,5 @@ def make_pipeline(unet=None, scheduler=None, **settings) -> CFGPipeline:
 
 
 def generators(*seeds: int) -> list[torch.Generator]:
-    """Return a generator with each of the seeds."""
+    """Return one generator for each seed."""
     return [torch.Generator().manual_seed(seed) for seed in seeds]

@@ -1,4 +1,4 @@
-"""Follow the trajectory of each method on the processes that torchrun starts: one start of Python for all of them."""
+"""Record the trajectory of each method on the processes that torchrun starts, in one Python process per rank."""
 
 import sys
 from pathlib import Path
