@@ -22,10 +22,13 @@ def main(argv: list[str] | None = None) -> None:
     config = parse_config(CFGConfig, argv)
     # Here and not above: torch takes seconds, which --help and a wrong flag need not wait for.
     from diffusers_cfg.engine.trainer import Trainer
-    from diffusers_cfg.evaluation.in_training import training_evaluation
     from diffusers_cfg.methods.cfg import ClassifierFreeGuidance
 
-    Trainer(config, ClassifierFreeGuidance, preemption, training_evaluation).run()
+    evaluation = None
+    if config.eval_steps:  # It imports matplotlib, which builds a font cache at its first import.
+        from diffusers_cfg.evaluation.in_training import training_evaluation as evaluation
+
+    Trainer(config, ClassifierFreeGuidance, preemption, evaluation).run()
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import DynamoBackend, gather_object
 from torch.utils.data import Dataset
+from tqdm.contrib.logging import logging_redirect_tqdm
 
 from diffusers_cfg.config import UserError
 from diffusers_cfg.data.datasets import StreamedImages, describe_data, raise_for_dead_worker, training_dataset
@@ -82,11 +83,12 @@ class Trainer:
         if self.config.dry_run:
             self._print_plan(images)
             return
-        self._start(images)
-        try:
-            self.train()
-        finally:
-            self.log.close()
+        with logging_redirect_tqdm():  # so that a line of the log stands above the progress bar, not inside it
+            self._start(images)
+            try:
+                self.train()
+            finally:
+                self.log.close()
         self._finish()
 
     def train(self) -> None:

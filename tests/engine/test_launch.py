@@ -1,11 +1,15 @@
 """Runs as a user starts them, in processes of their own."""
 
+import contextlib
 import json
 import os
+import pty
+import re
 import shutil
 import socket
 import subprocess
 import sys
+import termios
 from pathlib import Path
 
 import pytest
@@ -39,6 +43,40 @@ def test_the_command_line_from_end_to_end(tmp_path):
     again = launch(*TINY, "--output_dir", "out", cwd=tmp_path, fails=True)
     assert again.returncode != 0
     assert "train_cfg.py: error: --output_dir out is not empty" in again.stderr
+
+
+def run_in_terminal(command: list[str], cwd: Path, env: dict[str, str]) -> str:
+    """Run a command in a pseudo-terminal of 120 columns, and return all that it prints."""
+    ours, theirs = pty.openpty()
+    termios.tcsetwinsize(theirs, (40, 120))
+    printed = b""
+    with subprocess.Popen(command, cwd=cwd, env=env, stdin=theirs, stdout=theirs, stderr=theirs) as process:
+        os.close(theirs)
+        with contextlib.suppress(OSError):  # EIO at the end
+            while chunk := os.read(ours, 4096):
+                printed += chunk
+        os.close(ours)
+        assert process.wait() == 0, printed.decode()
+    return printed.decode()
+
+
+@pytest.mark.parametrize("terminal", [False, True])
+def test_only_our_own_lines_are_printed(tmp_path, terminal):
+    """For a user who runs the first command of the README in a new account."""
+    command = [sys.executable, str(TRAINING / "train_cfg.py"), "--max_train_steps", "60", "--validation_steps", "30"]
+    env = {"HOME": str(tmp_path), "PATH": os.environ["PATH"], "LANG": "C.UTF-8"}
+    if terminal:
+        printed = run_in_terminal(command, tmp_path, env)
+    else:
+        merged = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
+        printed = subprocess.run(command, cwd=tmp_path, env=env, check=True, text=True, timeout=300, **merged).stdout
+    lines = [line for line in re.split(r"[\r\n]+|\x1b\[A", printed) if line.strip()]
+    known = r"INFO |Decoding: |Training: |Sampling: |Saved the pipeline |from diffusers import |pipe"
+    assert [line for line in lines if not re.match(known, line)] == []
+    assert [line for line in lines if "INFO " in line[1:]] == []  # above the progress bar, not inside it
+    assert any(line.startswith("Training: 100%") for line in lines) == terminal
+    assert any(line.startswith("INFO step 60 of 60") for line in lines) != terminal
+    assert list(tmp_path.rglob("matplotlib")) == []  # which builds a font cache, and says so on slow machines
 
 
 @pytest.fixture(scope="module")
