@@ -1,7 +1,7 @@
-"""Classifier-free guidance (Ho & Salimans 2022) for Hugging Face Diffusers."""
+"""Provide classifier-free guidance (Ho & Salimans 2022) for Hugging Face Diffusers."""
 
 from importlib import import_module
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .hub import CFGPipeline
@@ -12,18 +12,19 @@ __version__ = "0.1.0"
 
 __all__ = ["CFGPipeline", "LogSNRScheduler", "UNet2DCFGModel"]
 
-# Imported at first use (PEP 562): torch and diffusers take seconds, and a command's `--help` needs neither.
-_HOMES = {"CFGPipeline": "hub", "LogSNRScheduler": "scheduling_log_snr", "UNet2DCFGModel": "unet_2d_cfg"}
+# Imported lazily (PEP 562): torch and diffusers take seconds to import, and a command's `--help` needs neither.
+_MODULES = {"CFGPipeline": "hub", "LogSNRScheduler": "scheduling_log_snr", "UNet2DCFGModel": "unet_2d_cfg"}
 
 
-def __getattr__(name: str):
+def __getattr__(name: str) -> Any:
     """Import a public class at first use."""
-    if name not in _HOMES:
+    if name not in _MODULES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
+    value = getattr(import_module(f"{__name__}.{_MODULES[name]}"), name)
     globals()[name] = value
     return value
 
 
 def __dir__() -> list[str]:
+    """Return the names in the module, including classes that are not imported yet."""
     return sorted({*globals(), *__all__})

@@ -1,4 +1,4 @@
-"""Publish a pipeline to the Hub; `CFGPipeline.from_pretrained` loads it without running remote code."""
+"""Publish pipelines to the Hub and load them without running remote code."""
 
 import json
 import logging
@@ -20,8 +20,8 @@ from .model_card import FACTS, SAMPLES, find_samples, model_card
 
 logger = logging.getLogger(__name__)
 
-# The only files that are ever uploaded. A list of what is allowed, so that optimizer states, logs, and settings with
-# paths and tokens are not published.
+# The only files that are uploaded. An allowlist, so that optimizer states, logs, and settings with paths and tokens are
+# never published.
 COMPONENTS = ("unet", "scheduler", "vae", "guide_unet", "guider")
 COMPONENT_FILES = (
     "config.json",
@@ -38,7 +38,7 @@ MAX_TRIES = 5
 
 
 class PublishError(RuntimeError):
-    """Raised if a repository could not be published. The local files are unchanged and can be published again."""
+    """A repository could not be published. The local files are unchanged and can be published again."""
 
 
 class CFGPipeline(pipeline_cfg.CFGPipeline):
@@ -47,29 +47,41 @@ class CFGPipeline(pipeline_cfg.CFGPipeline):
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs: Any) -> "CFGPipeline":
         """
-        Load a pipeline from a folder or from the Hub with this package's classes. No code of the repository is run or
-        downloaded.
+        Load a pipeline from a folder or from the Hub with this package's classes. Code in the repository is neither
+        downloaded nor run.
 
         Args:
             pretrained_model_name_or_path (`str` or `os.PathLike`): Folder, or `namespace/name` on the Hub.
             **kwargs: Arguments of `DiffusionPipeline.from_pretrained`: `revision`, `variant`, `dtype`, `token`,
                 `cache_dir`, `local_files_only`, …
 
+        Returns:
+            `CFGPipeline`: The pipeline.
+
         Raises:
-            ValueError: If the repository holds another kind of pipeline or needs code that is not this package's, or
-                if other weights than safetensors are requested.
+            ValueError: If the repository contains a different kind of pipeline or needs its own code, or if weights in
+                a format other than safetensors are requested.
+
+        Examples:
+
+        ```py
+        >>> from diffusers_cfg import CFGPipeline
+
+        >>> pipe = CFGPipeline.from_pretrained("namespace/name")
+        >>> image = pipe(class_labels=3, guidance_scale=2.0).images[0]
+        ```
         """
         if kwargs.get("custom_pipeline") is not None:
             raise ValueError(
-                f"custom_pipeline={kwargs['custom_pipeline']!r} is not supported: {cls.__name__} runs only its own "
+                f"custom_pipeline={kwargs['custom_pipeline']!r} is not supported: {cls.__name__} does not run remote "
                 "code. Use DiffusionPipeline.from_pretrained."
             )
         if kwargs.setdefault("use_safetensors", True) is not True:
             raise ValueError(
-                f"use_safetensors={kwargs['use_safetensors']} is not supported: other formats than safetensors can run "
-                "code. Leave it out."
+                f"use_safetensors={kwargs['use_safetensors']} is not supported: loading weights in other formats can "
+                "run code. Leave it out."
             )
-        kwargs.pop("trust_remote_code", None)  # no code is run, whoever is trusted
+        kwargs.pop("trust_remote_code", None)  # remote code is never run
         folder = str(pretrained_model_name_or_path)
         if not os.path.isdir(folder):
             folder = cls.download(folder, **kwargs)
@@ -78,19 +90,19 @@ class CFGPipeline(pipeline_cfg.CFGPipeline):
     @classmethod
     def download(cls, pretrained_model_name: str | os.PathLike, **kwargs: Any) -> str:
         """
-        Download the configs and weights of a repository to the cache, but none of its code.
+        Download the configs and weights of a repository to the cache, without its code.
 
         Args:
             pretrained_model_name (`str`): `namespace/name`.
-            **kwargs: Arguments of `from_pretrained`, of which those that choose and fetch files are used.
+            **kwargs: Arguments of `from_pretrained`. Those that do not select or download files are ignored.
 
         Returns:
-            `str`: The folder in the cache.
+            `str`: Path of the folder in the cache.
         """
         repo_id = str(pretrained_model_name)
         hub_arguments = {name: kwargs[name] for name in HUB_ARGUMENTS if name in kwargs}
         variant = f".{kwargs['variant']}" if kwargs.get("variant") else ""
-        # A component without weights of the variant is loaded with its plain ones.
+        # Components without weights for the variant are loaded with their default weights.
         for suffix in dict.fromkeys((variant, "")):
             folder = snapshot_download(
                 repo_id,
@@ -111,12 +123,22 @@ class CFGPipeline(pipeline_cfg.CFGPipeline):
 
     def save_pretrained(self, save_directory: str | os.PathLike, push_to_hub: bool = False, **kwargs: Any) -> None:
         """
-        Save as `DiffusionPipeline.save_pretrained`, as safetensors only. `push_to_hub=True` publishes the folder as
-        `push_to_hub` does, and takes its arguments.
+        Save the pipeline to a folder, with safetensors weights only.
+
+        Args:
+            save_directory (`str` or `os.PathLike`): Folder to save to. Created if it does not exist.
+            push_to_hub (`bool`, *optional*, defaults to `False`): Whether to publish the folder after saving, as the
+                method `push_to_hub` does.
+            **kwargs: Arguments of `DiffusionPipeline.save_pretrained`, and with `push_to_hub=True` those of the method
+                `push_to_hub`.
+
+        Raises:
+            ValueError: If `safe_serialization=False` is passed.
+            PublishError: If publishing failed.
         """
         if not kwargs.get("safe_serialization", True):
             raise ValueError(
-                "safe_serialization=False is not supported: weights are written as safetensors, which run no code."
+                "safe_serialization=False is not supported: loading pickled weights can run code. Leave it out."
             )
         names = ("repo_id", "commit_message", "private", "token", "create_pr", "overwrite")
         hub_arguments = {name: kwargs.pop(name) for name in names if name in kwargs}
@@ -136,21 +158,32 @@ class CFGPipeline(pipeline_cfg.CFGPipeline):
         overwrite: bool = False,
     ) -> str:
         """
-        Publish the pipeline, its code and a model card in one commit, and check that the published model draws the same
-        image. The card is filled from the files of the run that the pipeline was loaded from.
+        Publish the pipeline, its code and a model card in one commit, and check that the published model generates the
+        same image. The card is written from the files of the training run in the folder that the pipeline was loaded
+        from.
 
         Args:
             repo_id (`str`): `namespace/name`, or a name in your own namespace. Created if it does not exist.
             commit_message (`str`, *optional*), private (`bool`, *optional*), token (`str`, *optional*), create_pr
-                (`bool`): As in diffusers.
-            variant (`str`, *optional*): Name to publish the weights under, such as `"fp16"`, next to existing ones.
-            overwrite (`bool`): Whether to publish into a repository that holds something else.
+                (`bool`, *optional*, defaults to `False`): As in `DiffusionPipeline.push_to_hub`.
+            variant (`str`, *optional*): Variant to publish the weights as, such as `"fp16"`. The repository's existing
+                weights are kept.
+            overwrite (`bool`, *optional*, defaults to `False`): Whether to publish to a repository with other contents.
 
         Returns:
             `str`: URL of the commit.
 
         Raises:
-            PublishError: If publishing failed, or the published model does not draw the same image.
+            PublishError: If publishing failed, or the published model does not generate the same image.
+
+        Examples:
+
+        ```py
+        >>> from diffusers_cfg import CFGPipeline
+
+        >>> pipe = CFGPipeline.from_pretrained("path/to/model")
+        >>> url = pipe.push_to_hub("namespace/name")
+        ```
         """
         with tempfile.TemporaryDirectory() as folder:
             self.save_pretrained(folder, variant=variant)
@@ -178,8 +211,8 @@ def publish(
     verify: bool = True,
 ) -> str:
     """
-    Publish a saved pipeline, such as the output folder of a training run, in one commit. Arguments, result and errors
-    are those of `CFGPipeline.push_to_hub`; `verify=False` skips the final check.
+    Publish a saved pipeline, such as the output folder of a training run, in one commit. Arguments, return value and
+    errors are those of `CFGPipeline.push_to_hub`. `verify=False` skips the final check.
     """
     folder = Path(folder)
     if not (folder / "model_index.json").is_file():
@@ -198,7 +231,7 @@ def publish(
         )
     except PublishError:
         raise
-    except Exception as error:  # a network fails in many ways, and none of them means that the training run failed
+    except Exception as error:  # a network fails in many ways, and none of them may fail a finished training run
         raise PublishError(f"{repo_id} could not be published: {error}") from error
     if verify:
         verify_published(folder, repo_id, commit.pr_revision if create_pr else commit.oid, token, variant)
@@ -214,23 +247,24 @@ def prepare_repository(
     Args:
         repo_id (`str`), private (`bool`, *optional*), token (`str`, *optional*), overwrite (`bool`): As in
             `CFGPipeline.push_to_hub`.
-        create (`bool`): Whether to create a missing repository, or only check.
+        create (`bool`): Whether to create a missing repository.
 
     Returns:
         `str`: Full name of the repository.
 
     Raises:
-        PublishError: If the token is missing, wrong or cannot write, or the repository holds something else.
+        PublishError: If the token is missing, invalid or read-only, or the repository has other contents.
     """
     api = HfApi(token=token)
     try:
         user = retry(api.whoami)
     except Exception as error:
         raise PublishError(
-            f"The Hub does not accept the token, or there is none: {error}. Log in with `hf auth login`, or pass one."
+            f"The Hub does not accept the token, or no token was found: {error}. Log in with `hf auth login` or pass "
+            "a token."
         ) from error
     if user.get("auth", {}).get("accessToken", {}).get("role") == "read":
-        raise PublishError("The token can only read. Create one that can write in the settings of your account.")
+        raise PublishError("The token can only read. Create a token with write access in your account settings.")
     if "/" not in repo_id:
         repo_id = f"{user['name']}/{repo_id}"
     try:
@@ -240,19 +274,19 @@ def prepare_repository(
             if not create:
                 return repo_id
             return retry(lambda: api.create_repo(repo_id, private=private, exist_ok=True)).repo_id
-        ours = overwrite or not files - {".gitattributes", "README.md"} or holds_pipeline(repo_id, files, token)
+        is_ours = overwrite or not files - {".gitattributes", "README.md"} or holds_pipeline(repo_id, files, token)
     except Exception as error:
         raise PublishError(f"{repo_id} cannot be created or read: {error}") from error
-    if not ours:
+    if not is_ours:
         raise PublishError(
-            f"{repo_id} exists and holds something else ({', '.join(sorted(files)[:5])}, …). Choose another name or "
-            "pass overwrite."
+            f"{repo_id} exists and does not contain a CFGPipeline ({', '.join(sorted(files)[:5])}, …). Choose a "
+            "different name or pass overwrite."
         )
     return repo_id
 
 
 def holds_pipeline(repo_id: str, files: set[str], token: str | None) -> bool:
-    """Return whether a repository holds a pipeline of this package."""
+    """Return whether a repository contains a pipeline saved by this package."""
     if "model_index.json" not in files:
         return False
     index = json.loads(Path(hf_hub_download(repo_id, "model_index.json", token=token)).read_text(encoding="utf-8"))
@@ -260,7 +294,7 @@ def holds_pipeline(repo_id: str, files: set[str], token: str | None) -> bool:
 
 
 def read_card(repo_id: str, token: str | None) -> str | None:
-    """Return the text of the repository's card, or `None` if it has none."""
+    """Download the text of the repository's model card; `None` if there is no card."""
     try:
         path = retry(lambda: hf_hub_download(repo_id, "README.md", token=token, force_download=True))
     except EntryNotFoundError:
@@ -269,7 +303,7 @@ def read_card(repo_id: str, token: str | None) -> str | None:
 
 
 def allowed_files(folder: Path) -> list[Path]:
-    """Return the files of a saved pipeline that belong in its repository."""
+    """Return the files of a saved pipeline that may be uploaded."""
     found = [folder / name for name in ROOT_FILES]
     found += [path for name in COMPONENTS for pattern in COMPONENT_FILES for path in (folder / name).glob(pattern)]
     return [path for path in dict.fromkeys(found) if path.is_file()]
@@ -277,16 +311,16 @@ def allowed_files(folder: Path) -> list[Path]:
 
 def verify_published(folder: Path, repo_id: str, revision: str, token: str | None, variant: str | None) -> None:
     """
-    Check that the published model draws the image that the folder's model draws, with the model's own default number
-    of steps and scale, up to `rounding_tolerance`.
+    Check that the published model generates the same image as the model in the folder, up to `rounding_tolerance`.
+    Both use the default number of steps and the default guidance scale.
 
     Args:
         folder (`Path`): Saved pipeline.
-        repo_id (`str`), revision (`str`): Where it was published.
+        repo_id (`str`), revision (`str`): Published pipeline.
         token (`str`, *optional*), variant (`str`, *optional*): As in `publish`.
 
     Raises:
-        PublishError: If either image cannot be drawn, or they differ.
+        PublishError: If either image cannot be generated, or if the images differ.
     """
     images = []
     for source, hub_arguments in ((str(folder), {}), (repo_id, {"revision": revision, "token": token})):
@@ -295,14 +329,12 @@ def verify_published(folder: Path, repo_id: str, revision: str, token: str | Non
             pipe.set_progress_bar_config(disable=True)
             images.append(pipe(0, generator=torch.Generator().manual_seed(0), output_type="pt").images)
         except Exception as error:
-            raise PublishError(
-                f"{repo_id} was published, but an image could not be drawn from {source}: {error}"
-            ) from error
-    ours, theirs = images
-    difference = (ours - theirs).abs().max().item() if ours.shape == theirs.shape else math.inf
+            raise PublishError(f"{repo_id} was published, but {source} could not generate an image: {error}") from error
+    local, published = images
+    difference = (local - published).abs().max().item() if local.shape == published.shape else math.inf
     if not difference <= rounding_tolerance(pipe):
         raise PublishError(
-            f"{repo_id} was published, but does not draw the image that {folder} draws: pixels in [0, 1] differ by up "
+            f"{repo_id} was published, but does not generate the same image as {folder}: pixels in [0, 1] differ by up "
             f"to {difference:.2g}. Publish it again."
         )
 
@@ -311,20 +343,20 @@ def rounding_tolerance(
     pipeline: pipeline_cfg.CFGPipeline, guidance_scale: float = 1.0, num_inference_steps: int | None = None
 ) -> float:
     """
-    Return how far the pixels of two draws of one model may differ that were computed from separate copies of its
+    Return the largest difference from rounding between two images that one model generates from separate copies of its
     weights, or on different machines.
 
     Args:
         pipeline (`CFGPipeline`): The model.
-        guidance_scale (`float`): Largest w of the draws; a guider's own scale is used where it is larger.
-        num_inference_steps (`int`, *optional*): T of the draws; by default the pipeline's own.
+        guidance_scale (`float`): Largest w; the scale of the pipeline's guider is used if it is larger.
+        num_inference_steps (`int`, *optional*): T; by default the pipeline's own.
 
     Returns:
         `float`: Tolerance for images in [0, 1] or latents of about unit size.
     """
-    # Memory alignment and the number of threads choose the order of the sums in a layer, which moves its output by
-    # about the dtype's ε, relative to its size. The layers' errors are independent, so √depth ε of them reach the
-    # prediction. Guidance weighs two predictions by |1 + w| and |w|, and each of the T steps adds its error once.
+    # The order of the sums in a layer depends on memory alignment and the number of threads. It changes the output by a
+    # relative error of about the dtype's ε. The layers' errors are independent, so the prediction's is about √depth ε.
+    # Guidance weighs two predictions by |1 + w| and |w|, and each of the T steps adds its error once.
     networks = [component for component in pipeline.components.values() if isinstance(component, torch.nn.Module)]
     depth = sum(parameter.ndim > 1 for network in networks for parameter in network.parameters())
     w = max(abs(guidance_scale), abs(getattr(pipeline.guider, "guidance_scale", 0.0)))
@@ -333,7 +365,7 @@ def rounding_tolerance(
 
 
 def retry(call: Callable[[], Any]) -> Any:
-    """Call, and retry with growing pauses while the Hub is overloaded (429) or fails (5xx)."""
+    """Call a function, and retry with exponential backoff while the Hub is overloaded (429) or fails (5xx)."""
     for attempt in range(MAX_TRIES):
         try:
             return call()
@@ -342,6 +374,6 @@ def retry(call: Callable[[], Any]) -> Any:
             if attempt == MAX_TRIES - 1 or status is None or not (status == 429 or status >= 500):
                 raise
             pause = float(error.response.headers.get("Retry-After", 2**attempt))
-            logger.warning("The Hub answered %s. Retrying in %.0f s.", status, pause)
+            logger.warning("The Hub responded with status %s. Retrying in %.0f s.", status, pause)
             time.sleep(pause)
     raise AssertionError("unreachable")

@@ -1,4 +1,4 @@
-"""Class labels and a guidance scale to images (Ho & Salimans 2022, Algorithm 2)."""
+"""Generate images from class labels with classifier-free guidance (Ho & Salimans 2022, Algorithm 2)."""
 
 # Copied from diffusers_cfg.unet_2d_cfg
 # This file is saved with every model, so it must run alone under plain diffusers: it imports the standard library,
@@ -9,6 +9,7 @@ import inspect
 import json
 import math
 import operator
+import os
 from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -26,31 +27,32 @@ from diffusers.utils.torch_utils import randn_tensor
 
 class CFGPipeline(DiffusionPipeline):
     r"""
-    Class-conditional images with classifier-free guidance.
+    Pipeline for class-conditional image generation with classifier-free guidance.
 
     `guidance_scale` is the **paper's w**: ε̃ = (1 + w) ε(z, c) - w ε(z). 0 is the plain conditional model, -1 the plain
-    unconditional one. Most other pipelines of diffusers take s = 1 + w.
+    unconditional one. Most other diffusers pipelines take s = 1 + w.
 
     Args:
-        unet (`UNet2DCFGModel`): Predicts from (z, timestep, class_labels); has `num_classes` and `null_class_label`.
-        scheduler (`SchedulerMixin`): `LogSNRScheduler`, or one of diffusers' made by `from_config` from its config.
-        vae (`AutoencoderKL`, *optional*): Autoencoder of a model that was trained on its latents.
-        id2label (`dict`, *optional*): Name of each class id. Keys may be strings, as JSON makes them.
+        unet (`UNet2DCFGModel`): Network that predicts from z, the timestep and the class labels.
+        scheduler (`SchedulerMixin`): A `LogSNRScheduler`, or a diffusers scheduler created by `from_config` from its
+            config.
+        vae (`AutoencoderKL`, *optional*): Autoencoder for a model that was trained on latents.
+        id2label (`dict`, *optional*): Name of each class id. Keys may be strings, as in JSON.
         conditioning_dropout_prob (`float`, *optional*): The p_uncond that the model was trained with.
-        guide_unet (`UNet2DCFGModel`, *optional*): Weaker network for the same classes, to guide away from instead of
-            from the null class: autoguidance (Karras et al. 2024, arXiv 2406.02507).
-        guider (`BaseGuidance`, *optional*): One of diffusers' guiders, which replaces the rule above.
+        guide_unet (`UNet2DCFGModel`, *optional*): Weaker network for the same classes. Its predictions replace those
+            for the null class: autoguidance (Karras et al. 2024, arXiv 2406.02507).
+        guider (`BaseGuidance`, *optional*): A diffusers guider, which replaces the rule above.
         num_inference_steps (`int`, *optional*): Default number of sampling steps.
 
     Raises:
-        ValueError: If `id2label` names a class that the UNet does not have, or gives one name to two classes.
+        ValueError: If `id2label` names a class that the UNet does not have, or gives two classes the same name.
     """
 
     model_cpu_offload_seq = "guide_unet->unet->vae"
     _optional_components = ["vae", "guide_unet", "guider"]
     _callback_tensor_inputs = ["latents", "pred"]
 
-    # Tested to sample these models; other schedulers accept the same config and draw noise.
+    # Tested with these models. Other schedulers accept the same config and then return noise.
     schedulers = (
         "LogSNRScheduler",
         # Copied from diffusers_cfg.scheduling_log_snr.LogSNRScheduler
@@ -69,19 +71,19 @@ class CFGPipeline(DiffusionPipeline):
         "UniPCMultistepScheduler",
     )
 
-    # Guiders that do not work on these models, and why.
+    # Guiders that do not work with these models, and why.
     refused_guiders = {
-        "MagnitudeAwareGuidance": "it takes sequences of tokens only, not images",
-        "SmoothedEnergyGuidance": "it never blurs the attention, and draws what ClassifierFreeGuidance draws",
+        "MagnitudeAwareGuidance": "it accepts only token sequences, not images",
+        "SmoothedEnergyGuidance": "it never blurs the attention, so it returns the images of ClassifierFreeGuidance",
     }
 
-    # The files of this package that define components, by module: their classes replace the folder's copies in
-    # `load_config`, and nothing else is taken from a folder's index.
+    # This package's modules that define components. `load_config` uses their classes instead of the folder's copies
+    # and refuses all other modules.
     component_classes = {"unet_2d_cfg": ("UNet2DCFGModel",), "scheduling_log_snr": ("LogSNRScheduler",)}
 
     # Copied from diffusers_cfg.unet_2d_cfg.UNet2DCFGModel
-    # The text of this very class, written beside its weights by `CFGPipeline.save_pretrained`. It is read at import:
-    # repositories loaded as remote code share one path, and by the time of saving the file there may be another's.
+    # Source of this module, which `CFGPipeline.save_pretrained` writes next to the weights. Read at import: all
+    # repositories loaded as remote code share one path, so the file there may later belong to a different repository.
     remote_code = Path(__file__).read_text(encoding="utf-8")
 
     def __init__(
@@ -97,15 +99,15 @@ class CFGPipeline(DiffusionPipeline):
     ):
         super().__init__()
         self.register_modules(unet=unet, scheduler=scheduler, vae=vae, guide_unet=guide_unet, guider=guider)
-        self._noise_process = self._noise_process_of(scheduler)  # the one the network was trained on
+        self._noise_process = self._noise_process_of(scheduler)  # the process that the network was trained on
         if id2label is not None:
             id2label = {str(class_id): name for class_id, name in id2label.items()}
             unknown = [class_id for class_id in id2label if not 0 <= int(class_id) < unet.num_classes]
             if unknown:
-                raise ValueError(f"id2label names the classes {unknown}, but the UNet has 0 … {unet.num_classes - 1}.")
+                raise ValueError(f"id2label has the class ids {unknown}, but the UNet has 0 … {unet.num_classes - 1}.")
             repeated = sorted(name for name, count in Counter(id2label.values()).items() if count > 1)
             if repeated:
-                raise ValueError(f"id2label gives the names {repeated} to more than one class.")
+                raise ValueError(f"id2label uses the names {repeated} for more than one class. Use unique names.")
         self.register_to_config(
             id2label=id2label,
             conditioning_dropout_prob=conditioning_dropout_prob,
@@ -115,24 +117,24 @@ class CFGPipeline(DiffusionPipeline):
 
     @property
     def id2label(self) -> dict[int, str]:
-        """Name of each class id; empty if the classes have no names."""
+        """The name of each class id; empty if the classes have no names."""
         return {int(class_id): name for class_id, name in (self.config.id2label or {}).items()}
 
     @property
     def num_inference_steps(self) -> int:
-        """Default number of sampling steps: what the pipeline was saved with, or else 64."""
+        """The default number of sampling steps: the value saved with the pipeline, or 64."""
         return self.config.num_inference_steps or 64
 
     @property
     def sample_shape(self) -> tuple[int, int, int]:
-        """Channels, height and width of what the UNet models: latents, or images without a VAE."""
+        """The channels, height and width of a sample of the UNet: of latents, or of images without a VAE."""
         size = self.unet.config.sample_size
         height, width = (size, size) if isinstance(size, int) else size
         return self.unet.config.in_channels, height, width
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
-        """Channels, height and width of the images that `encode` takes and `decode` gives."""
+        """The channels, height and width of the images that `encode` takes and `decode` returns."""
         if self.vae is None:
             return self.sample_shape
         _, height, width = self.sample_shape
@@ -148,58 +150,75 @@ class CFGPipeline(DiffusionPipeline):
         num_images_per_label: int = 1,
         generator: torch.Generator | list[torch.Generator] | None = None,
         latents: torch.Tensor | None = None,
-        negative_class_labels: int | str | Sequence[int | str] | torch.Tensor | None = None,
+        negative_class_labels: (
+            int | str | dict[int | str, float] | Sequence[int | str | dict[int | str, float]] | torch.Tensor | None
+        ) = None,
         guidance_interval: tuple[float, float] | None = None,
         guidance_rescale: float = 0.0,
         guider: BaseGuidance | None = None,
         output_type: str = "pil",
         return_dict: bool = True,
-        callback_on_step_end: Callable[["CFGPipeline", int, torch.Tensor, dict], dict] | None = None,
+        callback_on_step_end: Callable[["CFGPipeline", int, torch.Tensor, dict], dict | None] | None = None,
         callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
     ) -> ImagePipelineOutput | tuple:
         r"""
-        Draw images of the given classes.
+        Generate images of the given classes.
 
         Args:
-            class_labels (`int`, `str`, `dict`, a list of them or `torch.Tensor`): Ids `0 … num_classes - 1`, names or
-                mixes; -1 is the null class. Integers are ids; names are looked up in `id2label`. A `dict` such as
-                `{"three": 0.7, "eight": 0.3}` mixes classes: its weights are at least 0 and add up to one, and weigh
-                the class embeddings. A tensor holds ids, `(labels,)`, or weights, `(labels, num_classes)`.
-            guidance_scale (`float`, a list of them, one per label or per image, or `Callable`): The paper's w, 1 by
-                default; s = 1 + w. A distilled network takes 0 … `unet.max_guidance_scale`. A callable gives it (or
-                the list) at each step's log-SNR: w(λ), λ = log(α²/σ²).
-            num_inference_steps (`int`, *optional*): T; by default `CFGPipeline.num_inference_steps`. Each step
-                evaluates the network on every image once if no image is guided (w = 0 or w = -1 for all of them) or
-                the network takes w as an input, else twice in one batch.
-            num_images_per_label (`int`): Number of images drawn for each label, next to each other in the output.
-            generator (`torch.Generator` or a list of them, one per image, *optional*): Source of all noise. With a list
-                an image does not depend on the batch that it is drawn in.
-            latents (`torch.Tensor` of shape `(images, channels, height, width)`, *optional*): z at λ_min, drawn from
-                N(0, I).
-            negative_class_labels (as `class_labels`, one or one per label, *optional*): Classes to guide away from. By
-                default the null class; with a `guide_unet` the same classes as that network sees them.
+            class_labels (`int`, `str`, `dict`, `list` or `torch.Tensor`): One label or a list of labels. A label is a
+                class id in `0 … num_classes - 1`, -1 for the null class, a name from `id2label`, or a mix of classes.
+                A mix is a `dict` such as `{"three": 0.7, "eight": 0.3}`: its values are the weights of the class
+                embeddings, which must be at least 0 and add up to one. A tensor contains ids, `(labels,)`, or weights,
+                `(labels, num_classes)`.
+            guidance_scale (`float`, `list[float]`, `torch.Tensor` or `Callable`, *optional*, defaults to 1): The
+                paper's w, for all images, for each label or for each image; s = 1 + w. A distilled network takes
+                0 … `unet.max_guidance_scale`. A callable is called with the log-SNR of each step, λ = log(α²/σ²), and
+                returns w(λ), a number or a list.
+            num_inference_steps (`int`, *optional*, defaults to `CFGPipeline.num_inference_steps`): T. A step evaluates
+                the network twice per image, in one batch. It evaluates the network once if w = 0 or w = -1 for all
+                images, or if the network takes w as an input.
+            num_images_per_label (`int`, *optional*, defaults to 1): Number of images for each label. They are adjacent
+                in the output.
+            generator (`torch.Generator` or `list[torch.Generator]`, *optional*): Source of all noise. With a list of
+                one generator per image, an image does not depend on the rest of its batch.
+            latents (`torch.Tensor` of shape `(images, channels, height, width)`, *optional*): z at λ_min. By default
+                sampled from N(0, I).
+            negative_class_labels (`int`, `str`, `dict`, `list` or `torch.Tensor`, *optional*): Classes to guide away
+                from, one label for all images or one for each of `class_labels`. Defaults to the null class, or to
+                `class_labels` if the pipeline has a `guide_unet`.
             guidance_interval (`tuple[float, float]`, *optional*): Guide only where σ_lo < σ/α ≤ σ_hi (Kynkäänniemi et
-                al. 2024, arXiv 2404.07724; σ/α = exp(-λ/2) is their σ). A step outside costs one evaluation.
-            guidance_rescale (`float`): φ in [0, 1] of Lin et al. 2023, arXiv 2305.08891, section 3.4, against
-                saturation: pulls the guided prediction's standard deviation towards the conditional one's.
-            guider (`BaseGuidance`, *optional*): One of diffusers' guiders instead of the pipeline's own, with its own
-                scale and its own `start` and `stop`. Most of them take s = 1 + w unless told
-                `use_original_formulation=True`.
-            output_type (`str`): `"pil"`; `"np"` (images, height, width, channels) or `"pt"` (images, channels, height,
-                width) with values in [0, 1]; `"latent"` for the last z.
-            return_dict (`bool`): Whether to return an `ImagePipelineOutput` instead of a tuple.
-            callback_on_step_end (*optional*): Called as `f(pipe, step, timestep, tensors)` after each step; may return
-                a dictionary with new `latents`.
-            callback_on_step_end_tensor_inputs: Names of the tensors it is given, of `"latents"` and `"pred"`.
+                al. 2024, arXiv 2404.07724; σ/α = exp(-λ/2) is their σ). A step outside the interval evaluates the
+                network once.
+            guidance_rescale (`float`, *optional*, defaults to 0.0): φ in [0, 1] of Lin et al. 2023, arXiv 2305.08891,
+                section 3.4. Reduces saturation by moving the standard deviation of the guided prediction towards that
+                of the conditional prediction.
+            guider (`BaseGuidance`, *optional*): A diffusers guider to use instead of the pipeline's own, with its own
+                scale, `start` and `stop`. Most guiders take s = 1 + w unless `use_original_formulation=True` is set.
+            output_type (`str`, *optional*, defaults to `"pil"`): `"pil"`; `"np"` (images, height, width, channels) or
+                `"pt"` (images, channels, height, width) with values in [0, 1]; `"latent"` for the final z.
+            return_dict (`bool`, *optional*, defaults to `True`): Whether to return an `ImagePipelineOutput` instead of
+                a tuple.
+            callback_on_step_end (`Callable`, *optional*): Function called after each step as
+                `callback_on_step_end(pipe, step, timestep, tensors)`. It may return a dictionary with new `latents`.
+            callback_on_step_end_tensor_inputs (`list[str]`, *optional*): Names of the tensors to pass to the callback:
+                `"latents"` and `"pred"`.
 
         Returns:
             `ImagePipelineOutput` or `tuple`: `images`, in the order of the labels.
 
         Raises:
-            ValueError: If an argument is wrong. The message names the value and the choices; nothing is computed.
-            FloatingPointError: If the images have values that are not finite.
+            ValueError: If an argument is invalid. Arguments are checked before the network is evaluated.
+            FloatingPointError: If the images contain non-finite values.
+
+        Examples:
+
+        ```py
+        >>> pipe = CFGPipeline.from_pretrained("path/to/model")
+        >>> images = pipe(class_labels=["three", 7], guidance_scale=2.0).images
+        >>> images = pipe({"three": 0.7, "eight": 0.3}, guidance_scale=2.0, guidance_interval=(0.3, 5.0)).images
+        ```
         """
-        # 1. Check and lay out everything per image
+        # 1. Check the arguments and expand the labels to one per image
         guider = guider if guider is not None else self.guider
         if num_inference_steps is None:
             num_inference_steps = self.num_inference_steps
@@ -219,44 +238,45 @@ class CFGPipeline(DiffusionPipeline):
         guide_labels = guide_labels.repeat_interleave(num_images_per_label, 0).to(device)
         num_images = len(class_labels)
 
-        # 2. λ_min … λ_max, w at each of them, and z ~ N(0, I)
+        # 2. Set λ_min … λ_max and w at each λ, and sample z ~ N(0, I)
         self._set_timesteps(num_inference_steps, device)
         scales = self._guidance_scales(guidance_scale, guidance_interval, num_images, num_images_per_label)
         needs_cond, needs_uncond = self._needed_passes(scales)
         self._warn_if_never_dropped(guide_labels, any(needs_uncond))
         scales = scales.view(*scales.shape, 1, 1, 1).to(device)  # (steps, images, 1, 1, 1)
-        latents = self._prepare_latents(latents, num_images, generator, device)
+        sample = self._prepare_latents(latents, num_images, generator, device)
         step_kwargs = self._step_kwargs(generator)
         dtype = self.unet.dtype  # read once: diffusers searches all modules for it
 
         # 3. Algorithm 2
-        for i, t in enumerate(self.progress_bar(self.scheduler.timesteps)):
-            z = self.scheduler.scale_model_input(latents, t).to(dtype)
+        timesteps = self.scheduler.timesteps
+        for i, t in enumerate(self.progress_bar(timesteps)):  # pyright: ignore[reportCallIssue, reportArgumentType]
+            z = self.scheduler.scale_model_input(sample, t).to(dtype)
             if guider is None:
                 preds = self.predictions(z, t, class_labels, guide_labels, scales[i], needs_cond[i], needs_uncond[i])
                 pred = self.guide(*preds, scales[i], guidance_rescale)
             else:
                 pred = self.guider_prediction(guider, z, t, i, class_labels, guide_labels)
-            latents = self.scheduler.step(pred, t, latents, **step_kwargs).prev_sample
+            sample = self.scheduler.step(pred, t, sample, **step_kwargs).prev_sample
 
             if callback_on_step_end is not None:
-                tensors = {"latents": latents, "pred": pred}
+                tensors = {"latents": sample, "pred": pred}
                 chosen = {name: tensors[name] for name in callback_on_step_end_tensor_inputs}
-                latents = (callback_on_step_end(self, i, t, chosen) or {}).get("latents", latents)
+                sample = (callback_on_step_end(self, i, t, chosen) or {}).get("latents", sample)
 
-        # 4. x̃ to images
-        images = latents if output_type == "latent" else self.decode(latents)
+        # 4. Decode x̃
+        images = sample if output_type == "latent" else self.decode(sample)
         if not torch.isfinite(images).all():
             raise FloatingPointError(
-                f"The images have values that are not finite: the UNet's predictions overflowed (dtype "
-                f"{self.unet.dtype}, guidance_scale up to {scales.max().item():g}). Try torch.bfloat16 or "
-                "torch.float32, or a smaller guidance_scale."
+                f"The images contain non-finite values: the UNet's predictions overflowed (dtype {self.unet.dtype}, "
+                f"guidance_scale up to {scales.max().item():g}). Use torch.bfloat16 or torch.float32, or a smaller "
+                "guidance_scale."
             )
         images = self.image_processor.postprocess(images, output_type=output_type)
         self.maybe_free_model_hooks()
         if not return_dict:
             return (images,)
-        return ImagePipelineOutput(images=images)
+        return ImagePipelineOutput(images=images)  # pyright: ignore[reportArgumentType] may be a tensor
 
     def predictions(
         self,
@@ -269,20 +289,21 @@ class CFGPipeline(DiffusionPipeline):
         needs_uncond: bool = True,
     ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
         r"""
-        Predict ε(z, c) and ε(z) by two passes in one batch; or the guided prediction in one pass, with a network that
-        takes w as an input.
+        Predict ε(z, c) and ε(z) with two passes in one batch. A network that takes w as an input predicts the guided
+        ε̃ in one pass.
 
         Args:
             z (`torch.Tensor` of shape `(batch, channels, height, width)`): Noisy samples, scaled by the scheduler, in
                 the dtype of `unet`.
-            t (`torch.Tensor` of shape `()` or `(batch,)`): Network's time.
+            t (`torch.Tensor` of shape `()` or `(batch,)`): Timestep.
             class_labels (`torch.Tensor` of shape `(batch,)`): c. Or weights, `(batch, num_classes + 1)`.
-            guide_labels (`torch.Tensor`, the same shape): Labels that replace ∅, for `guide_unet` or else `unet`.
+            guide_labels (`torch.Tensor` of the same shape): Labels that replace ∅, for `guide_unet` if the pipeline has
+                one.
             w (`torch.Tensor` of shape `(batch, 1, 1, 1)`): Guidance scales.
-            needs_cond (`bool`), needs_uncond (`bool`): `False` skips that pass, where w makes its weight zero.
+            needs_cond (`bool`), needs_uncond (`bool`): `False` skips that pass, whose weight is zero for all w.
 
         Returns:
-            Two `torch.Tensor` of the shape of z, in float32; `None` for one that was skipped.
+            Two `torch.Tensor` of the shape of z, in float32; `None` for a pass that was skipped.
         """
         guide = self.unet if self.guide_unet is None else self.guide_unet
         if self.unet.max_guidance_scale is not None:
@@ -306,26 +327,29 @@ class CFGPipeline(DiffusionPipeline):
         guidance_rescale: float = 0.0,
     ) -> torch.Tensor:
         r"""
-        Return the guided prediction ε̃ = (1 + w) ε(z, c) - w ε(z), equation 6. It holds for ε, v and x alike: each is
-        affine in ε at a given z, and the weights add up to one.
+        Return the guided prediction ε̃ = (1 + w) ε(z, c) - w ε(z), equation 6. The same equation holds for v and x:
+        both are affine in ε at a given z, and the weights add up to one.
 
         Args:
-            pred_cond, pred_uncond (`torch.Tensor` or `None`): Predictions as `predictions` returns them.
+            pred_cond, pred_uncond (`torch.Tensor` or `None`): Predictions as returned by `predictions`.
             w (`torch.Tensor` of shape `(batch, 1, 1, 1)`): Guidance scales.
-            guidance_rescale (`float`): φ in [0, 1]; 0 changes nothing.
+            guidance_rescale (`float`): φ in [0, 1]; 0 disables rescaling.
 
         Returns:
             `torch.Tensor` of the shape of the predictions.
         """
         if pred_cond is None or pred_uncond is None:
-            return pred_cond if pred_uncond is None else pred_uncond
+            pred = pred_cond if pred_uncond is None else pred_uncond
+            assert pred is not None  # at least one pass has a weight
+            return pred
         pred = (1 + w) * pred_cond - w * pred_uncond
         return rescale_noise_cfg(pred, pred_cond, guidance_rescale) if guidance_rescale else pred
 
     @staticmethod
     def _needed_passes(scales: torch.Tensor) -> tuple[list[bool], list[bool]]:
-        """Return whether any image needs ε(z, c), and whether any needs ε(z), at each step."""
-        return tuple((scales != w).flatten(1).any(1).tolist() for w in (-1, 0))
+        """Return for each step whether any image needs ε(z, c), and whether any image needs ε(z)."""
+        needs_cond, needs_uncond = ((scales != w).flatten(1).any(1).tolist() for w in (-1, 0))
+        return needs_cond, needs_uncond
 
     def guider_prediction(
         self,
@@ -337,18 +361,20 @@ class CFGPipeline(DiffusionPipeline):
         guide_labels: torch.Tensor,
     ) -> torch.Tensor:
         """
-        Predict with one of diffusers' guiders, by as many passes as it asks for.
+        Predict with a diffusers guider, which chooses the number of passes.
 
         Args:
-            guider (`BaseGuidance`): The guider, which gets `step` as its state.
+            guider (`BaseGuidance`): The guider. `step` is set as its state.
             z, t, class_labels, guide_labels: As in `predictions`.
             step (`int`): Index of the sampling step, from 0.
 
         Returns:
             `torch.Tensor` of the shape of z, in float32.
         """
-        guider.set_state(step=step, num_inference_steps=len(self.scheduler.timesteps), timestep=t)
-        batches = guider.prepare_inputs({"class_labels": (class_labels, guide_labels)})
+        num_inference_steps = len(self.scheduler.timesteps)
+        guider.set_state(step, num_inference_steps, timestep=t)  # pyright: ignore[reportArgumentType] says LongTensor
+        labels = {"class_labels": (class_labels, guide_labels)}
+        batches = guider.prepare_inputs(labels)  # pyright: ignore[reportArgumentType] says BlockState
         for batch in batches:
             guider.prepare_models(self.unet)
             try:
@@ -361,12 +387,13 @@ class CFGPipeline(DiffusionPipeline):
         self, images: torch.Tensor, generator: torch.Generator | list[torch.Generator] | None = None
     ) -> torch.Tensor:
         """
-        Encode images to what the UNet models: a draw from the VAE's posterior, shifted and scaled as its config says.
+        Encode images to latents: a sample from the VAE's posterior, shifted and scaled according to the VAE's config.
         Without a VAE, return the images.
 
         Args:
             images (`torch.Tensor` of shape `(batch, *image_shape)`): Images in [-1, 1].
-            generator (`torch.Generator` or a list of one per image, *optional*): Source of the posterior's noise.
+            generator (`torch.Generator` or `list[torch.Generator]`, *optional*): Source of the posterior's noise. A
+                list has one generator per image.
 
         Returns:
             `torch.Tensor` of shape `(batch, *sample_shape)`.
@@ -379,16 +406,18 @@ class CFGPipeline(DiffusionPipeline):
         self, moments: torch.Tensor, generator: torch.Generator | list[torch.Generator] | None = None
     ) -> torch.Tensor:
         """
-        Draw latents from the VAE's posterior, as `encode` does.
+        Sample latents from the VAE's posterior, as in `encode`.
 
         Args:
             moments (`torch.Tensor` of shape `(batch, 2 * channels, height, width)`): Mean and log-variance.
-            generator (`torch.Generator` or a list of one per image, *optional*): Source of the noise.
+            generator (`torch.Generator` or `list[torch.Generator]`, *optional*): Source of the noise. A list has one
+                generator per image.
 
         Returns:
             `torch.Tensor` of shape `(batch, *sample_shape)`.
         """
-        latents = DiagonalGaussianDistribution(moments).sample(generator)
+        posterior = DiagonalGaussianDistribution(moments)
+        latents = posterior.sample(generator)  # pyright: ignore[reportArgumentType] takes lists too
         return (latents - self._vae_shift) * self.vae.config.scaling_factor
 
     def decode(self, latents: torch.Tensor) -> torch.Tensor:
@@ -416,7 +445,7 @@ class CFGPipeline(DiffusionPipeline):
         unknown = [name for name in names if name not in self._callback_tensor_inputs]
         if unknown:
             raise ValueError(
-                f"callback_on_step_end_tensor_inputs {unknown} are not among {self._callback_tensor_inputs}."
+                f"callback_on_step_end_tensor_inputs must be in {self._callback_tensor_inputs}, but contains {unknown}."
             )
 
     def _check_guidance(self, guidance_interval: tuple[float, float] | None, guidance_rescale: float) -> None:
@@ -430,23 +459,25 @@ class CFGPipeline(DiffusionPipeline):
             raise ValueError(f"guidance_rescale must be in [0, 1], but is {guidance_rescale}.")
 
     def _check_guider(self, guider: BaseGuidance | None, **own: Any) -> None:
+        """Check that the guider works with these models and is not combined with the pipeline's own rule, `own`."""
         given = [name for name, value in {**own, "guide_unet": self.guide_unet}.items() if value is not None]
         if guider is not None and given:
             raise ValueError(
-                f"{', '.join(given)} cannot be combined with the guider {type(guider).__name__}, which has its own "
-                "rule. Set its scale, start and stop when you create it, or set pipe.guider = None."
+                f"{', '.join(given)} cannot be combined with the guider {type(guider).__name__}, which replaces the "
+                "pipeline's rule. Pass a scale, start and stop to the guider, or set pipe.guider = None."
             )
         if type(guider).__name__ in self.refused_guiders:
             reason = self.refused_guiders[type(guider).__name__]
-            raise ValueError(f"{type(guider).__name__} cannot guide this model: in this diffusers {reason}.")
+            raise ValueError(f"{type(guider).__name__} cannot guide this model: in this version of diffusers {reason}.")
 
     def _check_networks(self, **needs_two_passes: Any) -> None:
+        """Check that a distilled network needs only one pass, and that `guide_unet` matches `unet`."""
         given = {**needs_two_passes, "guide_unet": self.guide_unet}
         given = [name for name, value in given.items() if value is not None]
         if self.unet.max_guidance_scale is not None and given:
             raise ValueError(
-                f"{', '.join(given)} cannot be used with this model: it was distilled to guide in one pass, and this "
-                "needs a second one. Use the model that it was distilled from."
+                f"{', '.join(given)} cannot be used with this model: it was distilled to guide in one pass, but a "
+                "second pass would be needed. Use the model that it was distilled from."
             )
         for name in ("num_classes", "dtype"):
             ours, theirs = getattr(self.unet, name), getattr(self.guide_unet or self.unet, name)
@@ -454,15 +485,16 @@ class CFGPipeline(DiffusionPipeline):
                 raise ValueError(f"guide_unet has {name} {theirs}, but the UNet has {ours}. They must be the same.")
 
     def _check_scheduler(self) -> None:
-        """Refuse schedulers that would silently draw noise: most of them accept the config of any other."""
+        """Check the scheduler. Most schedulers accept the config of any other one and then silently return noise."""
         config, name = self.scheduler.config, type(self.scheduler).__name__
         if not any(base.__name__ in self.schedulers for base in type(self.scheduler).__mro__):
             raise ValueError(f"{name} is not supported. Supported schedulers: {', '.join(self.schedulers)}.")
         if config.get("use_flow_sigmas") or config.get("prediction_type") == "flow_prediction":
             raise ValueError(
                 f"{name} is configured for flow matching (use_flow_sigmas={config.get('use_flow_sigmas')}, "
-                f"prediction_type={config.get('prediction_type')!r}), but this model is a variance-preserving "
-                f"diffusion. Create it with {name}.from_config(pipe.scheduler.config)."
+                f"prediction_type={config.get('prediction_type')!r}), but this model was trained with a "
+                f"variance-preserving process. Create it with {name}.from_config(pipe.scheduler.config), using the "
+                "model's original scheduler."
             )
 
         network, (prediction_type, alphas_cumprod) = self._noise_process, self._noise_process_of(self.scheduler)
@@ -471,7 +503,7 @@ class CFGPipeline(DiffusionPipeline):
             raise ValueError(
                 f"{name} does not match the noise process this model was trained with (prediction_type "
                 f"{prediction_type!r} instead of {network[0]!r}; alphas_cumprod differs by up to {difference:.2g}). "
-                f"Create it with {name}.from_config(pipe.scheduler.config), from the model's own scheduler."
+                f"Create it with {name}.from_config(pipe.scheduler.config), using the model's original scheduler."
             )
 
     @staticmethod
@@ -481,24 +513,25 @@ class CFGPipeline(DiffusionPipeline):
         return scheduler.config.get("prediction_type"), alphas_cumprod.double().cpu()
 
     def _set_timesteps(self, num_inference_steps: int, device: torch.device) -> None:
+        """Set the scheduler's timesteps and check them."""
         self.scheduler.set_timesteps(num_inference_steps, device=device)
         if hasattr(self.scheduler, "set_begin_index"):
-            # A solver that rounds its timesteps and looks up the first one would take the second of two equal ones.
+            # Without it, solvers whose first two rounded timesteps are equal start at the second one.
             self.scheduler.set_begin_index(0)
         self._check_first_sigma()
         self._check_stride(num_inference_steps)
 
     def _check_first_sigma(self) -> None:
-        """Check, after `set_timesteps`, that a scheduler that steps in σ/α does not start at the end of the process."""
+        """Check, after `set_timesteps`, that a scheduler in σ/α does not start at the noisy end of the process."""
         sigma = float(self.scheduler.init_noise_sigma)
         if sigma > 1000:
             raise ValueError(
                 f"{type(self.scheduler).__name__} starts at σ/α = {sigma:.0f}, where one step multiplies the network's "
-                "error by as much. Keep use_exponential_sigmas and sigma_max as they are in pipe.scheduler.config."
+                "error by the same factor. Keep use_exponential_sigmas and sigma_max from pipe.scheduler.config."
             )
 
     def _check_stride(self, num_inference_steps: int) -> None:
-        """Refuse numbers of steps for which DDIM, which always steps by ⌊N / T⌋ timesteps, silently falls short."""
+        """Check that T steps of DDIM, each of ⌊N / T⌋ timesteps, reach the end of the process."""
         if "DDIM" not in type(self.scheduler).__name__:
             return
         num_train_timesteps, timesteps = self.scheduler.config.num_train_timesteps, self.scheduler.timesteps
@@ -508,20 +541,21 @@ class CFGPipeline(DiffusionPipeline):
             nearest = min(divisors, key=lambda steps: abs(steps - num_inference_steps))
             raise ValueError(
                 f"{type(self.scheduler).__name__} cannot take {num_inference_steps} steps: it steps by {stride} "
-                f"timesteps, but its {num_inference_steps} timesteps are farther apart. Use num_inference_steps="
-                f"{nearest}, another divisor of {num_train_timesteps}, or another scheduler."
+                f"timesteps, but the {num_inference_steps} timesteps are farther apart. Use num_inference_steps="
+                f"{nearest}, a different divisor of {num_train_timesteps}, or a different scheduler."
             )
 
-    # Labels pass two checks. `_check_class_id` and `_check_weights` see what a user entered, where the null class is -1
-    # and `num_classes` is an error. `unet.check_class_labels` sees what the network takes, where it is the last row.
+    # Labels are checked twice. `_check_class_id` and `_check_weights` check the labels that a user entered: the null
+    # class is -1, and `num_classes` is an error. `unet.check_class_labels` checks the labels that the network takes:
+    # the null class is `num_classes`, the last row.
 
     def _network_labels(self, name: str, labels: Any) -> torch.Tensor:
         """
-        Convert labels in any form to what the network takes.
+        Convert labels in any form to the labels that the network takes.
 
         Args:
             name (`str`): Name of the argument, for messages.
-            labels: Ids, names, mixes or tensors, as `__call__` documents them.
+            labels: Ids, names, mixes or tensors, as in `__call__`.
 
         Returns:
             `torch.Tensor`: Ids, int64 `(labels,)`, or weights, float32 `(labels, num_classes + 1)`.
@@ -549,7 +583,7 @@ class CFGPipeline(DiffusionPipeline):
             else:
                 labels = torch.tensor([class_id for mix in mixes for class_id, _ in mix], dtype=torch.int64)
         if labels.numel() == 0:
-            raise ValueError(f"{name} is empty. Give at least one class id or name.")
+            raise ValueError(f"{name} is empty. Pass at least one class id or name.")
         self.unet.check_class_labels(labels, len(labels))
         if labels.is_floating_point():
             return labels.float()
@@ -561,8 +595,8 @@ class CFGPipeline(DiffusionPipeline):
             return
         one_based = ", counted from 1?" if class_id == self.unet.num_classes else "."
         raise ValueError(
-            f"{name} has the unknown id {class_id}{one_based} The classes are {self._known_classes()}; -1 is the null "
-            "class."
+            f"{name} contains the unknown id {class_id}{one_based} The classes are {self._known_classes()}; -1 is the "
+            "null class."
         )
 
     def _check_weights(self, name: str, weights: torch.Tensor) -> None:
@@ -573,18 +607,18 @@ class CFGPipeline(DiffusionPipeline):
         one_based = ", counted from 1?" if shape[1:] == (num_classes + 1,) else "."
         raise ValueError(
             f"{name} has weights of shape {shape} ({weights.dtype}), but must have one column for each of the classes "
-            f"0 … {num_classes - 1}, shape (labels, {num_classes}){one_based} Only a mix such as {{-1: 0.5, 0: 0.5}} "
-            "takes a weight for the null class, -1; ids must be integers."
+            f"0 … {num_classes - 1}, shape (labels, {num_classes}){one_based} To give the null class, -1, a weight, "
+            "pass a mix such as {-1: 0.5, 0: 0.5}; ids must be integers."
         )
 
     def _guide_labels(self, class_labels: torch.Tensor, negative: Any) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return c and the labels that replace ∅ in the same form: both ids, or both weights."""
+        """Return c and the labels that replace ∅, both as ids or both as weights."""
         if negative is not None:
             guide_labels = self._network_labels("negative_class_labels", negative)
             if len(guide_labels) not in (1, len(class_labels)):
                 raise ValueError(
-                    f"negative_class_labels has {len(guide_labels)} labels, but must have one, or one for each of the "
-                    f"{len(class_labels)} class_labels."
+                    f"negative_class_labels has {len(guide_labels)} labels, but must have one label, or one for each "
+                    f"of the {len(class_labels)} class_labels."
                 )
             guide_labels = guide_labels.expand(len(class_labels), *guide_labels.shape[1:])
         elif self.guide_unet is not None:
@@ -596,7 +630,7 @@ class CFGPipeline(DiffusionPipeline):
         return class_labels, guide_labels
 
     def _weights(self, labels: torch.Tensor) -> torch.Tensor:
-        """Return ids `(labels,)` as weights `(labels, num_classes + 1)`, and weights as they are."""
+        """Convert ids `(labels,)` to weights `(labels, num_classes + 1)`; return weights unchanged."""
         if labels.is_floating_point():
             return labels
         return torch.nn.functional.one_hot(labels, self.unet.num_classes + 1).float()
@@ -605,21 +639,23 @@ class CFGPipeline(DiffusionPipeline):
         """Return the checked id of a label, `-1 … num_classes - 1`."""
         if isinstance(label, str):
             if not label2id:
-                raise ValueError(f"{name} has the name {label!r}, but this model's classes have no names. Use ids.")
+                raise ValueError(f"{name} contains the name {label!r}, but this model has no class names. Use ids.")
             if label not in label2id:
-                raise ValueError(f"{name} has the unknown name {label!r}. The classes are {self._known_classes()}.")
+                raise ValueError(
+                    f"{name} contains the unknown name {label!r}. The classes are {self._known_classes()}."
+                )
             return label2id[label]
         try:
             class_id = None if isinstance(label, bool) else operator.index(label)
         except TypeError:
             class_id = None
         if class_id is None:
-            raise ValueError(f"{name} has {label!r}, which is neither an integer id nor a name.")
+            raise ValueError(f"{name} contains {label!r}, which is neither an integer id nor a name.")
         self._check_class_id(name, class_id)
         return class_id
 
     def _known_classes(self) -> str:
-        """Return the classes as a message lists them, at most 50 names."""
+        """Return the classes formatted for a message, with at most 50 names."""
         named = [f"{class_name!r} ({class_id})" for class_id, class_name in sorted(self.id2label.items())]
         if not named:
             return f"0 … {self.unet.num_classes - 1}"
@@ -648,20 +684,20 @@ class CFGPipeline(DiffusionPipeline):
             inside = (low < sigma) & (sigma <= high)
             if not inside.any():
                 raise ValueError(
-                    f"None of the {len(sigma)} steps lies in guidance_interval ({low}, {high}]: σ/α goes from "
+                    f"None of the {len(sigma)} steps is in guidance_interval ({low}, {high}]: σ/α goes from "
                     f"{sigma.max():.4g} to {sigma.min():.4g}. Use a wider interval or more steps."
                 )
             scales = torch.where(inside[:, None], scales, 0.0)
         largest = self.unet.max_guidance_scale
         if largest is not None and not ((scales >= 0) & (scales <= largest)).all():
             raise ValueError(
-                f"guidance_scale goes from {scales.min():g} to {scales.max():g}, but this model was distilled for 0 … "
+                f"guidance_scale is from {scales.min():g} to {scales.max():g}, but this model was distilled for 0 … "
                 f"{largest:g}. Use the model that it was distilled from, or class_labels=-1 for unconditional images."
             )
         return scales
 
     def _scale_per_image(self, guidance_scale: Any, num_images: int, num_images_per_label: int) -> torch.Tensor:
-        """Return w for each image, float32 `(images,)` on the CPU, from one number, one per label or one per image."""
+        """Expand w, a number or one number per label or per image, to float32 `(images,)` on the CPU."""
         w = torch.as_tensor(guidance_scale, dtype=torch.float32, device="cpu")
         num_labels = num_images // num_images_per_label
         if w.ndim == 0:
@@ -675,7 +711,7 @@ class CFGPipeline(DiffusionPipeline):
             )
         wrong = [value for value in w.tolist() if not math.isfinite(value)]
         if wrong:
-            raise ValueError(f"guidance_scale must be finite, but has {wrong}.")
+            raise ValueError(f"guidance_scale must be finite, but contains {wrong}.")
         return w
 
     def log_snr(self) -> torch.Tensor:
@@ -692,8 +728,8 @@ class CFGPipeline(DiffusionPipeline):
         null_class = guide_labels.ndim == 1 and bool((guide_labels == self.unet.null_class_label).any())
         if needs_uncond and self.guide_unet is None and null_class and self.config.conditioning_dropout_prob == 0:
             logging.get_logger(__name__).warning(
-                "This model was trained with conditioning_dropout_prob = 0: its null class was never trained, so "
-                "guidance and unconditional samples are meaningless. Use guidance_scale=0, or train with 0.1 to 0.2."
+                "This model was trained with conditioning_dropout_prob = 0: its null class is untrained, so guidance "
+                "and unconditional samples are meaningless. Use guidance_scale=0, or train with 0.1 to 0.2."
             )
 
     def _prepare_latents(
@@ -703,39 +739,44 @@ class CFGPipeline(DiffusionPipeline):
         generator: torch.Generator | list[torch.Generator] | None,
         device: torch.device,
     ) -> torch.Tensor:
-        """Check the given z at λ_min or draw it, and scale it as the scheduler starts; float32 on `device`."""
+        """Check or sample z at λ_min, and multiply it by the scheduler's initial σ; float32 on `device`."""
         shape = (num_images, *self.sample_shape)
         if isinstance(generator, list) and len(generator) != num_images:
-            raise ValueError(f"generator is a list of {len(generator)}, but {num_images} images are drawn.")
+            raise ValueError(
+                f"generator has {len(generator)} generators, but must have one for each of {num_images} images."
+            )
         if latents is None:
-            # float32 whatever the UNet computes in: at the noisy end a step needs the digits.
+            # float32 even for a UNet in half precision: a step at the noisy end needs the digits.
             latents = randn_tensor(shape, generator=generator, device=device, dtype=torch.float32)
         elif latents.shape != shape:
             raise ValueError(f"latents have shape {tuple(latents.shape)}, but must have {shape}.")
         return latents.to(device=device, dtype=torch.float32) * self.scheduler.init_noise_sigma
 
     def _step_kwargs(self, generator: torch.Generator | list[torch.Generator] | None) -> dict[str, Any]:
-        """Return the arguments that this scheduler's `step` takes beyond the three that all of them take."""
+        """Return the additional arguments that this scheduler's `step` accepts."""
         accepted = inspect.signature(self.scheduler.step).parameters
-        # DDIM otherwise steps along an ε that contradicts the clipped x̃, which leaves speckles.
-        wanted = {"generator": generator, "use_clipped_model_output": True}
-        return {name: value for name, value in wanted.items() if name in accepted}
+        # By default DDIM steps along an ε that contradicts the clipped x̃, which leaves speckles.
+        available = {"generator": generator, "use_clipped_model_output": True}
+        return {name: value for name, value in available.items() if name in accepted}
 
-    # A saved folder loads with and without running the repository's code. The first,
-    # `DiffusionPipeline.from_pretrained(folder, trust_remote_code=True)`, needs the code in the folder, named by
-    # model_index.json. The second, `CFGPipeline.from_pretrained(folder)`, has the code installed and runs none of it.
+    # A saved folder loads with and without remote code. `DiffusionPipeline.from_pretrained(folder,
+    # trust_remote_code=True)` runs the code in the folder, which model_index.json names.
+    # `CFGPipeline.from_pretrained(folder)` uses the installed package and runs no code from the folder.
 
-    def save_pretrained(self, save_directory: str | Path, *args: Any, **kwargs: Any) -> None:
-        """Save as `DiffusionPipeline.save_pretrained`, with optional components that were assigned later."""
+    def save_pretrained(self, save_directory: str | os.PathLike, *args: Any, **kwargs: Any) -> None:
+        """
+        Save the pipeline to a folder, including optional components that were assigned after construction. Takes the
+        arguments of `DiffusionPipeline.save_pretrained`.
+        """
         self._record_optional_components()
         super().save_pretrained(save_directory, *args, **kwargs)
 
     def _record_optional_components(self) -> None:
-        """Record optional components in the config: diffusers does not where they are assigned after construction."""
+        """Record optional components in the config. diffusers records them only at construction."""
         self.register_modules(**{name: getattr(self, name) for name in self._optional_components})
 
     def to_json_string(self) -> str:
-        """Return model_index.json, which names this package's components by the files that `save_config` writes."""
+        """Return the text of model_index.json, which names the module files that `save_config` writes."""
         self._record_optional_components()
         index = json.loads(super().to_json_string())
         index["_class_name"] = ["pipeline_cfg", type(self).__name__]
@@ -746,8 +787,8 @@ class CFGPipeline(DiffusionPipeline):
                 index[name] = [module.rpartition(".")[2], class_name]
         return json.dumps(index, indent=2, sort_keys=True) + "\n"
 
-    def save_config(self, save_directory: str | Path, push_to_hub: bool = False, **kwargs) -> None:
-        """Write model_index.json, and the code that a plain `DiffusionPipeline` needs to load the folder."""
+    def save_config(self, save_directory: str | os.PathLike, push_to_hub: bool = False, **kwargs) -> None:
+        """Write model_index.json and the code that a plain `DiffusionPipeline` needs to load the folder."""
         self._record_optional_components()
         directory = Path(save_directory)
         for name, component in self.components.items():
@@ -756,7 +797,7 @@ class CFGPipeline(DiffusionPipeline):
                 (directory / name).mkdir(parents=True, exist_ok=True)
                 (directory / name / f"{module}.py").write_text(component.remote_code, encoding="utf-8")
             if (directory / name / "config.json").is_file():
-                # diffusers records where the component was loaded from, a path of this machine.
+                # Remove the path that the component was loaded from, which diffusers records.
                 config = json.loads((directory / name / "config.json").read_text(encoding="utf-8"))
                 config.pop("_name_or_path", None)
                 (directory / name / "config.json").write_text(
@@ -768,16 +809,16 @@ class CFGPipeline(DiffusionPipeline):
 
     @classmethod
     def load_config(
-        cls, pretrained_model_name_or_path: str | Path, *args: Any, **kwargs: Any
+        cls, pretrained_model_name_or_path: str | os.PathLike, *args: Any, **kwargs: Any
     ) -> dict[str, Any] | tuple[dict[str, Any], ...]:
         """
-        Load model_index.json for `CFGPipeline.from_pretrained`, with this package's classes in place of the folder's
-        copies, so that no code of the folder is needed, asked for or run. Takes the arguments of
-        `DiffusionPipeline.load_config` and returns what it returns.
+        Load model_index.json with this package's classes in place of the folder's copies, so that
+        `CFGPipeline.from_pretrained` runs no code from the folder. The arguments and return values are those of
+        `DiffusionPipeline.load_config`.
 
         Raises:
-            ValueError: If the index describes another pipeline, or a component that is neither diffusers' nor this
-                package's.
+            ValueError: If the index describes a different pipeline, or a component that belongs neither to diffusers
+                nor to this package.
         """
         loaded = super().load_config(pretrained_model_name_or_path, *args, **kwargs)
         index, *rest = loaded if isinstance(loaded, tuple) else (loaded,)
@@ -786,7 +827,7 @@ class CFGPipeline(DiffusionPipeline):
 
     @classmethod
     def _with_installed_classes(cls, index: dict[str, Any], source: str) -> dict[str, Any]:
-        """Return the index with this package's modules in place of the folder's, or refuse it."""
+        """Replace the folder's modules in the index by this package's; raise ValueError for unknown components."""
         class_name = index.get("_class_name")
         if isinstance(class_name, list):
             class_name = class_name[-1]
@@ -801,10 +842,11 @@ class CFGPipeline(DiffusionPipeline):
             module, component_class = value[0], value[1]
             if component_class not in cls.component_classes.get(module, ()):
                 raise ValueError(
-                    f"{source} wants {component_class} from {module} for its {name}, which is neither diffusers' nor "
-                    f"this package's. {cls.__name__}.from_pretrained runs no code of a repository. If you have read it "
-                    "and trust it, use DiffusionPipeline.from_pretrained(..., trust_remote_code=True)."
+                    f"{source} uses {component_class} from {module} as its {name}, which belongs neither to diffusers "
+                    f"nor to this package. {cls.__name__}.from_pretrained does not run code from a repository. If you "
+                    "have read that code and trust it, use DiffusionPipeline.from_pretrained(..., "
+                    "trust_remote_code=True)."
                 )
-            # diffusers finds a component's module only if it was imported, and this package imports at first use.
+            # Import the module now: diffusers looks it up in `sys.modules`, and this package imports lazily.
             index[name] = [importlib.import_module(f"{__package__}.{module}").__name__, component_class]
         return index

@@ -1,4 +1,4 @@
-"""The noise process and the sampler of classifier-free guidance (Ho & Salimans 2022, sections 2 and 4, Algorithm 2)."""
+"""Define the noise process and the sampler of Ho & Salimans 2022 (sections 2 and 4, Algorithm 2)."""
 
 # Copied from diffusers_cfg.unet_2d_cfg
 # This file is saved with every model, so it must run alone under plain diffusers: it imports the standard library,
@@ -32,44 +32,44 @@ class LogSNRSchedulerOutput(BaseOutput):
 
 class LogSNRScheduler(SchedulerMixin, ConfigMixin):
     r"""
-    Variance-preserving diffusion in continuous log-SNR λ = log(α²/σ²), with z = αx + σε.
+    A scheduler for variance-preserving diffusion in continuous log-SNR λ = log(α²/σ²), with z = αx + σε.
 
     A uniform u ∈ [0, 1] gives λ = -2 log tan(au + b), from λ_max at u = 0 (clean) to λ_min at u = 1 (noise). The
-    network's time, and every `timestep` here, is
+    network's time, and every `timestep` argument, is
 
         timestep = num_train_timesteps · u - 1,   a float in [-1, num_train_timesteps - 1].
 
-    Its integers 0 … num_train_timesteps - 1 are the timesteps of diffusers' own discrete schedulers, which read the
-    same process from `config.trained_betas`: `DDIMScheduler.from_config(pipe.scheduler.config)` samples the same model.
+    The integers 0 … num_train_timesteps - 1 are the timesteps of diffusers' discrete schedulers, which read the same
+    process from `config.trained_betas`: `DDIMScheduler.from_config(pipe.scheduler.config)` samples the same model.
 
     Sampling is Algorithm 2 with T = `num_inference_steps` network evaluations at u evenly spaced from 1 to 0. At the
-    noisy end the division by α multiplies an error of the network by up to exp(-λ_min/2) = 22026, so x̃ is clipped to
-    the range of the data unless told otherwise. The paper does not say whether it clips.
+    noisy end the division by α multiplies an error of the network by up to exp(-λ_min/2) = 22026, so by default x̃ is
+    clipped to the range of the data. The paper does not say whether it clips.
 
     Args:
         num_train_timesteps (`int`): Length of the network's time axis.
         log_snr_min (`float`): λ_min, the noisy end.
         log_snr_max (`float`): λ_max, the clean end.
         prediction_type (`str`): What the network predicts: `"epsilon"`, `"v_prediction"` (αε - σx) or `"sample"` (x).
-        variance_interpolation (`float`): The paper's v in [0, 1]. The sampling variance is (σ̃²)^(1-v) (σ²)^v, from
-            the posterior's (0) to the forward process's (1). The paper uses 0.3 at 64×64 and 0.2 at 128×128.
+        variance_interpolation (`float`): The paper's v in [0, 1]. The sampling variance is (σ̃²)^(1-v) (σ²)^v, between
+            those of the posterior (0) and of the forward process (1). The paper uses 0.3 at 64×64 and 0.2 at 128×128.
         clip_sample (`bool`): Whether to bound x̃. Set it to `False` for latents, which have no fixed range.
         clip_sample_range (`float`): Bound of x̃, which is clipped to ± this value.
-        thresholding (`bool`): Whether to bound x̃ by its own quantile (Imagen's dynamic thresholding, arXiv 2205.11487),
-            at most `sample_max_value`, and divide by the bound. With the default `sample_max_value` of 1 that is
-            clipping to ±1, in the only form that `DPMSolverMultistepScheduler` and `UniPCMultistepScheduler` have.
+        thresholding (`bool`): Whether to bound x̃ by a quantile of |x̃| (Imagen's dynamic thresholding, arXiv
+            2205.11487), at most `sample_max_value`, and divide by the bound. The default `sample_max_value` of 1 clips
+            to ±1. `DPMSolverMultistepScheduler` and `UniPCMultistepScheduler` have no other way to clip.
         dynamic_thresholding_ratio (`float`): Quantile of |x̃|, in [0, 1].
         sample_max_value (`float`): Largest bound.
         timestep_spacing (`str`), use_exponential_sigmas (`bool`), sigma_min (`float`), sigma_max (`float`),
-        lambda_min_clipped (`float`): Read by diffusers' own schedulers only; this one always goes from λ_min to λ_max.
-            Those that step in σ/α cannot start at its 22026, where the same amplification happens and nothing clips it:
-            they start at EDM's 80 (arXiv 2206.00364, table 1) and end at about one level of 8 bits. Even steps in
-            λ between the two were the closest to the exact solution, see `training/EXACTNESS.md`.
-        trained_betas (`list[float]`, *optional*): Derived from the arguments above, for diffusers' own schedulers; a
-            value passed in is replaced.
+        lambda_min_clipped (`float`): Read only by diffusers' schedulers; this scheduler always goes from λ_min to
+            λ_max. Schedulers that step in σ/α cannot start at 22026, where errors are amplified and not clipped. They
+            start at 80, as EDM (arXiv 2206.00364, table 1), and end at about one level of 8 bits. Even steps in λ
+            between these two were the closest to the exact solution, see `training/EXACTNESS.md`.
+        trained_betas (`list[float]`, *optional*): Derived from the arguments above for diffusers' schedulers. A value
+            that is passed is replaced.
 
     Raises:
-        ValueError: If an argument is out of range; the message names it.
+        ValueError: If an argument is out of range.
     """
 
     order = 1
@@ -91,8 +91,8 @@ class LogSNRScheduler(SchedulerMixin, ConfigMixin):
     ]
 
     # Copied from diffusers_cfg.unet_2d_cfg.UNet2DCFGModel
-    # The text of this very class, written beside its weights by `CFGPipeline.save_pretrained`. It is read at import:
-    # repositories loaded as remote code share one path, and by the time of saving the file there may be another's.
+    # Source of this module, which `CFGPipeline.save_pretrained` writes next to the weights. Read at import: all
+    # repositories loaded as remote code share one path, so the file there may later belong to a different repository.
     remote_code = Path(__file__).read_text(encoding="utf-8")
 
     @register_to_config
@@ -119,27 +119,29 @@ class LogSNRScheduler(SchedulerMixin, ConfigMixin):
             raise ValueError(f"num_train_timesteps must be at least 2, but is {num_train_timesteps}.")
         if not -60 <= log_snr_min < log_snr_max <= 60:
             raise ValueError(
-                f"log_snr_min={log_snr_min} and log_snr_max={log_snr_max} must be in increasing order and within ±60, "
-                "where α and σ still fit a float32."
+                f"log_snr_min must be less than log_snr_max and both must be within ±60, where α and σ fit in float32, "
+                f"but are log_snr_min={log_snr_min} and log_snr_max={log_snr_max}."
             )
         if prediction_type not in ("epsilon", "v_prediction", "sample"):
             raise ValueError(f"prediction_type must be epsilon, v_prediction or sample, but is {prediction_type!r}.")
         if not 0 <= variance_interpolation <= 1:
-            raise ValueError(f"variance_interpolation is the paper's v in [0, 1], but is {variance_interpolation}.")
+            raise ValueError(
+                f"variance_interpolation (the paper's v) must be in [0, 1], but is {variance_interpolation}."
+            )
 
         # λ = -2 log tan(au + b), so σ = sin(au + b) and α = cos(au + b).
         self._b = math.atan(math.exp(-log_snr_max / 2))
         self._a = math.atan(math.exp(-log_snr_min / 2)) - self._b
 
-        self.num_inference_steps = None
+        self.num_inference_steps: int | None = None
         self.timesteps = torch.arange(num_train_timesteps - 1, -1, -1, dtype=torch.float32)
-        self._log_snrs = None
-        self._step_index = None
+        self._log_snrs: list[float] | None = None
+        self._step_index: int | None = None
 
         alpha, _ = self.alpha_sigma(self.u(torch.arange(num_train_timesteps, dtype=torch.float64)))
         self.alphas_cumprod = (alpha**2).float()
-        # diffusers drops arguments left at their defaults when it hands a config to another class. Here the defaults
-        # are the process: every one of them has to arrive.
+        # diffusers does not pass arguments with default values on to a different scheduler class. Here the defaults
+        # define the process, so no value may count as a default.
         self.register_to_config(
             thresholding=thresholding and clip_sample,
             sigma_max=min(sigma_max, math.exp(-log_snr_min / 2)),
@@ -149,7 +151,7 @@ class LogSNRScheduler(SchedulerMixin, ConfigMixin):
 
     @staticmethod
     def _betas(alphas_cumprod: list[float]) -> list[float]:
-        """Return β with the float32 cumulative product `alphas_cumprod`; each absorbs the rounding of those before."""
+        """Return the β whose float32 cumulative product is `alphas_cumprod`; each β corrects earlier rounding."""
         betas, product = [], 1.0
         for target in alphas_cumprod:
             beta = torch.tensor(1 - target / product, dtype=torch.float32)
@@ -160,38 +162,37 @@ class LogSNRScheduler(SchedulerMixin, ConfigMixin):
     def __len__(self) -> int:
         return self.config.num_train_timesteps
 
-    # diffusers' own schedulers do not know these settings and warn about their names. Under private names they pass
-    # silently, also through files.
+    # diffusers' schedulers warn about settings that they do not know, except those with private names.
     _own_settings = ("log_snr_min", "log_snr_max", "variance_interpolation")
 
     def solver(self, scheduler_class: type[SchedulerMixin]) -> SchedulerMixin:
         """
-        Return one of diffusers' schedulers for the same model: `scheduler_class.from_config(self.config)` without a
-        warning. `LogSNRScheduler.from_config(solver.config)` gives this scheduler back.
+        Create a diffusers scheduler for the same model: `scheduler_class.from_config(self.config)` without warnings.
+        `LogSNRScheduler.from_config(solver.config)` restores this scheduler.
         """
         config = {f"_{name}" if name in self._own_settings else name: value for name, value in self.config.items()}
         return scheduler_class.from_config(config)
 
     @classmethod
     def extract_init_dict(cls, config_dict, **kwargs):
-        """Read this class's own settings under their private names too, as `solver` leaves them."""
+        """Accept this class's own settings also under the private names that `solver` gives them."""
         own = {name: config_dict[f"_{name}"] for name in cls._own_settings if f"_{name}" in config_dict}
         config_dict = {name: value for name, value in config_dict.items() if name.removeprefix("_") not in own}
         return super().extract_init_dict({**config_dict, **own}, **kwargs)
 
     def timestep(self, u: torch.Tensor) -> torch.Tensor:
-        """Return the network's time at u ∈ [0, 1]: `num_train_timesteps · u - 1`, in the shape and dtype of u."""
+        """Return the timestep at u ∈ [0, 1], `num_train_timesteps · u - 1`, in the shape and dtype of u."""
         return self.config.num_train_timesteps * u - 1
 
     def u(self, timestep: torch.Tensor) -> torch.Tensor:
-        """Return u ∈ [0, 1] at the network's time, the inverse of `timestep`. Integers become float32."""
+        """Return u ∈ [0, 1] at a timestep, the inverse of `timestep`. Integers become float32."""
         timestep = timestep if timestep.is_floating_point() else timestep.float()
         return (timestep + 1) / self.config.num_train_timesteps
 
     def alpha_sigma(self, u: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Return α and σ at u ∈ [0, 1], in the shape and dtype of u; α² + σ² = 1."""
-        # cos(au + b) as a sine of what is left to the noisy end: in float32 the cosine of a number near π/2 has no
-        # digits left, and at u = 1 α is 4.5e-5.
+        # cos(au + b) as a sine of the distance to π/2: the float32 cosine of a number near π/2 has no correct digits,
+        # and α is 4.5e-5 at u = 1.
         alpha = torch.sin(self._a * (1 - u) + (math.pi / 2 - self._a - self._b))
         sigma = torch.sin(self._a * u + self._b)
         return alpha, sigma
@@ -207,9 +208,8 @@ class LogSNRScheduler(SchedulerMixin, ConfigMixin):
 
         Args:
             original_samples (`torch.Tensor` of shape `(batch, …)`): x.
-            noise (`torch.Tensor`, the same shape): ε ~ N(0, I).
-            timesteps (`torch.Tensor` of shape `(batch,)`): Network's time, integers or floats in
-                [-1, num_train_timesteps - 1].
+            noise (`torch.Tensor` of the same shape): ε ~ N(0, I).
+            timesteps (`torch.Tensor` of shape `(batch,)`): Integers or floats in [-1, num_train_timesteps - 1].
 
         Returns:
             `torch.Tensor`: z, in the shape and dtype of x.
@@ -223,7 +223,7 @@ class LogSNRScheduler(SchedulerMixin, ConfigMixin):
 
         Args:
             sample (`torch.Tensor` of shape `(batch, …)`): x, clean samples.
-            noise (`torch.Tensor`, the same shape): ε ~ N(0, I).
+            noise (`torch.Tensor` of the same shape): ε ~ N(0, I).
             timesteps (`torch.Tensor` of shape `(batch,)`): As in `add_noise`.
 
         Returns:
@@ -240,7 +240,7 @@ class LogSNRScheduler(SchedulerMixin, ConfigMixin):
 
     def set_timesteps(self, num_inference_steps: int, device: str | torch.device | None = None) -> None:
         """
-        Choose the λ of Algorithm 2: u evenly spaced from 1 (λ_min) to 0 (λ_max), both included.
+        Set the λ of Algorithm 2: u evenly spaced from 1 (λ_min) to 0 (λ_max), both included.
 
         Args:
             num_inference_steps (`int`): T, the number of network evaluations, at least 1.
@@ -254,12 +254,12 @@ class LogSNRScheduler(SchedulerMixin, ConfigMixin):
         u = torch.linspace(1, 0, num_inference_steps, dtype=torch.float64)
         self.num_inference_steps = num_inference_steps
         self.timesteps = self.timestep(u).to(device=device, dtype=torch.float32)
-        # Kept on the host in double precision: a step then neither waits for the device nor loses digits.
+        # Kept on the host in double precision, so that a step does not synchronize with the device or lose digits.
         self._log_snrs = self.log_snr(u).tolist()
         self._step_index = None
 
     def scale_model_input(self, sample: torch.Tensor, timestep: torch.Tensor | None = None) -> torch.Tensor:
-        """Return `sample` unchanged: the process preserves the variance, so the network's input is z itself."""
+        """Return `sample` unchanged: the network's input is z, whose variance the process preserves."""
         return sample
 
     def step(
@@ -274,18 +274,19 @@ class LogSNRScheduler(SchedulerMixin, ConfigMixin):
         Take one step of Algorithm 2, from z at λ to z at the next λ' > λ.
 
         Args:
-            model_output (`torch.Tensor` of shape `(batch, …)`): The (guided) prediction, as `prediction_type` says.
-            timestep (`torch.Tensor` of shape `()`): Entry of `timesteps` that `model_output` was predicted at. It is
-                looked up in the first step only; later steps are counted.
-            sample (`torch.Tensor`, the shape of `model_output`): z.
-            generator (`torch.Generator` or a list of one per sample, *optional*): Source of the noise.
+            model_output (`torch.Tensor` of shape `(batch, …)`): The (guided) prediction, of type `prediction_type`.
+            timestep (`torch.Tensor` of shape `()`): Element of `timesteps` at which `model_output` was predicted. Used
+                only in the first step; the following steps are counted.
+            sample (`torch.Tensor` of the same shape): z.
+            generator (`torch.Generator` or `list[torch.Generator]`, *optional*): Source of the noise. A list has one
+                generator per sample.
             return_dict (`bool`): Whether to return a `LogSNRSchedulerOutput` instead of a tuple.
 
         Returns:
             `LogSNRSchedulerOutput` or `tuple`: z at λ' (x̃ after the last step), in the dtype of `sample`, and x̃.
 
         Raises:
-            ValueError: If `set_timesteps` was not called, or `timestep` is not one of its values.
+            ValueError: If `set_timesteps` was not called, or `timestep` is not in `timesteps`.
         """
         if self._log_snrs is None:
             raise ValueError("The number of steps is not set. Call set_timesteps before step.")
@@ -296,7 +297,7 @@ class LogSNRScheduler(SchedulerMixin, ConfigMixin):
 
         z, log_snr = sample.float(), self._log_snrs[i]
         x = self.predict_original_sample(model_output.float(), z, log_snr)
-        if i == self.num_inference_steps - 1:
+        if i == len(self._log_snrs) - 1:
             prev_sample = x
         else:
             prev_sample = self._posterior_sample(z, x, log_snr, self._log_snrs[i + 1], generator)
@@ -307,25 +308,28 @@ class LogSNRScheduler(SchedulerMixin, ConfigMixin):
         return LogSNRSchedulerOutput(prev_sample=prev_sample, pred_original_sample=x)
 
     def _index_of(self, timestep: torch.Tensor | float) -> int:
-        """Return the place of `timestep` in `timesteps`."""
+        """Return the index of `timestep` in `timesteps`."""
         matches = (self.timesteps == timestep).nonzero()
         if len(matches) == 0:
             raise ValueError(
-                f"timestep {float(timestep)} is not one of the {self.num_inference_steps} timesteps that set_timesteps "
-                "chose. Loop over scheduler.timesteps."
+                f"timestep {float(timestep)} is not one of the {self.num_inference_steps} values of "
+                "scheduler.timesteps. Loop over scheduler.timesteps."
             )
-        return matches[0].item()
+        return int(matches[0].item())
 
     def predict_original_sample(
         self, model_output: torch.Tensor, sample: torch.Tensor, log_snr: float | torch.Tensor
     ) -> torch.Tensor:
         """
-        Return x̃, the clean sample that the prediction at z and λ implies, clipped if the scheduler clips.
+        Convert a prediction at z and λ to the clean sample x̃, clipped if the scheduler clips.
 
         Args:
-            model_output (`torch.Tensor` of shape `(batch, …)`): Prediction, as `prediction_type` says.
-            sample (`torch.Tensor`, the same shape): z.
+            model_output (`torch.Tensor` of shape `(batch, …)`): Prediction, of type `prediction_type`.
+            sample (`torch.Tensor` of the same shape): z.
             log_snr (`float` or `torch.Tensor` that broadcasts against z): λ.
+
+        Returns:
+            `torch.Tensor`: x̃, in the shape of z.
         """
         alpha, sigma = self._alpha_sigma_of(log_snr)
         if self.config.prediction_type == "epsilon":
@@ -337,9 +341,14 @@ class LogSNRScheduler(SchedulerMixin, ConfigMixin):
         return self._clip(x)
 
     def _posterior_sample(
-        self, z: torch.Tensor, x: torch.Tensor, log_snr: float, next_log_snr: float, generator
+        self,
+        z: torch.Tensor,
+        x: torch.Tensor,
+        log_snr: float,
+        next_log_snr: float,
+        generator: torch.Generator | list[torch.Generator] | None,
     ) -> torch.Tensor:
-        """Draw z' ~ N(μ̃(z, x), (σ̃²)^(1-v) (σ²)^v), equations 3 and 4 and the sampling variance of section 2."""
+        """Sample z' ~ N(μ̃(z, x), (σ̃²)^(1-v) (σ²)^v), equations 3 and 4 and the sampling variance of section 2."""
         v = self.config.variance_interpolation
         (alpha, sigma), (next_alpha, next_sigma) = self._alpha_sigma_of(log_snr), self._alpha_sigma_of(next_log_snr)
         ratio = math.exp(log_snr - next_log_snr)  # e^(λ - λ')
@@ -360,7 +369,7 @@ class LogSNRScheduler(SchedulerMixin, ConfigMixin):
         return math.sqrt(1 / (1 + math.exp(-log_snr))), math.sqrt(1 / (1 + math.exp(log_snr)))
 
     def _clip(self, x: torch.Tensor) -> torch.Tensor:
-        """Bound x̃ `(batch, …)` to the range of the data, or by its own quantile."""
+        """Bound x̃ `(batch, …)` by the range of the data, or by a quantile of |x̃|."""
         if not self.config.clip_sample:
             return x
         if self.config.thresholding and self.config.sample_max_value > 1:

@@ -1,4 +1,4 @@
-"""A `UNet2DModel` with a null class: one network for ε(z, c) and ε(z) (Ho & Salimans 2022, section 3.2)."""
+"""Define a `UNet2DModel` with a null class: one network for ε(z, c) and ε(z) (Ho & Salimans 2022, section 3.2)."""
 
 # This file is saved with every model, so it must run alone under plain diffusers: it imports the standard library,
 # torch and diffusers only, and keeps its helpers inside the class.
@@ -6,7 +6,7 @@
 from pathlib import Path
 
 import torch
-from diffusers import ModelMixin, UNet2DModel  # noqa: F401 (diffusers finds how to load this class by ModelMixin here)
+from diffusers import ModelMixin, UNet2DModel  # noqa: F401 (diffusers looks for ModelMixin in this module)
 from diffusers.models.embeddings import TimestepEmbedding, Timesteps
 from diffusers.models.unets.unet_2d import UNet2DOutput
 
@@ -15,8 +15,8 @@ class UNet2DCFGModel(UNet2DModel):
     r"""
     A class-conditional `UNet2DModel` whose last class-embedding row is the null class ∅ of classifier-free guidance.
 
-    The constructor is that of `UNet2DModel` with one more argument; set `num_class_embeds` to the number of classes
-    **plus one**. The weights have the names of `UNet2DModel`, which loads them, and whose weights load here.
+    The constructor is that of `UNet2DModel` with one more argument. Set `num_class_embeds` to the number of classes
+    **plus one**. The weights have the same names as those of `UNet2DModel`: each class loads the other's weights.
 
     ```python
     unet = UNet2DCFGModel(sample_size=32, in_channels=1, out_channels=1, num_class_embeds=10 + 1)
@@ -24,20 +24,20 @@ class UNet2DCFGModel(UNet2DModel):
     ```
 
     Args:
-        max_guidance_scale (`float`, *optional*): Largest w of a network that takes w as an input: one that was
-            distilled to predict what its teacher predicts with guidance (Meng et al. 2023, arXiv 2210.03142). By
-            default there is no such input.
+        max_guidance_scale (`float`, *optional*): Largest w of a network that takes w as an input and was distilled to
+            predict its teacher's guided prediction (Meng et al. 2023, arXiv 2210.03142). By default the network does
+            not take w.
 
     Raises:
         ValueError: If `max_guidance_scale` is not a positive number.
     """
 
-    # The text of this very class, written beside its weights by `CFGPipeline.save_pretrained`. It is read at import:
-    # repositories loaded as remote code share one path, and by the time of saving the file there may be another's.
+    # Source of this module, which `CFGPipeline.save_pretrained` writes next to the weights. Read at import: all
+    # repositories loaded as remote code share one path, so the file there may later belong to a different repository.
     remote_code = Path(__file__).read_text(encoding="utf-8")
 
     # Not decorated with `register_to_config`: the parent registers its own arguments, and `max_guidance_scale` is
-    # registered only where it is given, so that a stock `UNet2DModel` reads the config without a warning.
+    # registered only if set, so that `UNet2DModel` reads the config without a warning.
     def __init__(
         self,
         sample_size: int | tuple[int, int] | None = None,
@@ -108,45 +108,45 @@ class UNet2DCFGModel(UNet2DModel):
             channels = self.time_embedding.linear_1.in_features
             self.guidance_proj = Timesteps(channels, flip_sin_to_cos=True, downscale_freq_shift=0)
             self.guidance_embedding = TimestepEmbedding(channels, self.time_embedding.linear_2.out_features)
-            # It starts as the network that it is made from: the conditional one, whatever w.
+            # Zero, so that a student starts as its conditional teacher for every w.
             torch.nn.init.zeros_(self.guidance_embedding.linear_2.weight)
             torch.nn.init.zeros_(self.guidance_embedding.linear_2.bias)
 
     @property
     def max_guidance_scale(self) -> float | None:
-        """Largest w that the network takes as an input; `None` if it takes none, and guidance needs two passes."""
+        """The largest w that the network takes as an input; `None` if guidance needs two passes."""
         return self.config.get("max_guidance_scale")
 
     @property
     def num_classes(self) -> int:
-        """Number of real classes, `num_class_embeds - 1`. They are labelled `0 … num_classes - 1`."""
+        """The number of classes without the null class, `num_class_embeds - 1`. Labels are `0 … num_classes - 1`."""
         num_class_embeds = self.config.num_class_embeds
         if num_class_embeds is None or num_class_embeds < 2 or self.config.class_embed_type is not None:
             raise ValueError(
                 f"{type(self).__name__} needs a class embedding with a row for the null class, but its config has "
-                f"num_class_embeds={num_class_embeds} and class_embed_type={self.config.class_embed_type!r}: set "
-                "num_class_embeds to the number of classes plus one and leave class_embed_type at None."
+                f"num_class_embeds={num_class_embeds} and class_embed_type={self.config.class_embed_type!r}. Set "
+                "num_class_embeds to the number of classes plus one and class_embed_type to None."
             )
         return num_class_embeds - 1
 
     @property
     def null_class_label(self) -> int:
-        """Label of the null class ∅: the last row of the class embedding, `num_classes`."""
+        """The label of the null class ∅, `num_classes`: the last row of the class embedding."""
         return self.num_classes
 
     def check_class_labels(self, class_labels: torch.Tensor, batch_size: int) -> None:
         """
-        Check a batch of labels in the form that the network takes, where the null class may be written as
-        `null_class_label`. Labels that a user enters are checked by `CFGPipeline`, which refuses that number.
+        Check a batch of labels for the network. They may contain `null_class_label`, which `CFGPipeline` refuses in
+        labels that a user enters.
 
-        This reads the labels' values, which waits for the device: call it once per batch, before the network.
-        `forward` calls it only for labels on the CPU.
+        Reads the values of the labels, which synchronizes with the device. Call this method once per batch, before the
+        network. `forward` calls it only for labels on the CPU.
 
         Args:
             class_labels (`torch.Tensor` of shape `(batch_size,)`): Integers in `-1 … num_classes`. Or floating-point
-                weights of the classes, `(batch_size, num_classes + 1)`, the null class last: each at least 0, each row
-                adding up to one.
-            batch_size (`int`): Number of samples that the labels are for.
+                weights of the classes, `(batch_size, num_classes + 1)`, with the null class last. Weights are at least
+                0, and each row adds up to one.
+            batch_size (`int`): Number of samples.
 
         Raises:
             ValueError: If the labels are neither integers nor weights, are not one per sample, or are out of range.
@@ -155,27 +155,29 @@ class UNet2DCFGModel(UNet2DModel):
         if class_labels.is_floating_point():
             wrong = [row for row in class_labels.tolist() if not (min(row) >= 0 and abs(sum(row) - 1) < 1e-3)]
             if wrong:
-                raise ValueError(f"The weights of the classes must be 0 or more and add up to one, but are {wrong[0]}.")
+                raise ValueError(
+                    f"The weights of the classes must be at least 0 and add up to one, but are {wrong[0]}."
+                )
             return
         wrong = sorted({label for label in class_labels.tolist() if not -1 <= label <= self.null_class_label})
         if wrong:
             raise ValueError(
-                f"class_labels {wrong} are out of range: this model has the classes 0 … {self.num_classes - 1}, and "
-                f"-1 (or {self.null_class_label}) for the null class."
+                f"class_labels {wrong} are out of range. The classes are 0 … {self.num_classes - 1}; -1 or "
+                f"{self.null_class_label} is the null class."
             )
 
     def _check_class_labels_layout(self, class_labels: torch.Tensor, batch_size: int) -> None:
-        """Check dtype and shape, which needs no values."""
+        """Check dtype and shape, without reading values."""
         if class_labels.is_floating_point() and class_labels.shape == (batch_size, self.num_classes + 1):
             return
         if class_labels.is_floating_point() or class_labels.is_complex() or class_labels.dtype == torch.bool:
             raise ValueError(
-                f"class_labels must be integers, or weights of shape ({batch_size}, {self.num_classes + 1}), but their "
-                f"dtype is {class_labels.dtype} and their shape {tuple(class_labels.shape)}."
+                f"class_labels must be integers, or weights of shape ({batch_size}, {self.num_classes + 1}), but have "
+                f"dtype {class_labels.dtype} and shape {tuple(class_labels.shape)}."
             )
         if class_labels.shape != (batch_size,):
             raise ValueError(
-                f"class_labels must hold one label per sample, shape ({batch_size},), but their shape is "
+                f"class_labels must contain one label per sample, shape ({batch_size},), but have shape "
                 f"{tuple(class_labels.shape)}."
             )
 
@@ -188,27 +190,27 @@ class UNet2DCFGModel(UNet2DModel):
         guidance_scale: torch.Tensor | None = None,
     ) -> UNet2DOutput | tuple[torch.Tensor]:
         """
-        Predict from the noisy sample, its time and its class: `UNet2DModel.forward` with more terms in the embedding.
+        Predict from noisy samples, their timesteps and classes: `UNet2DModel.forward` with more terms in the embedding.
 
         Args:
-            sample (`torch.Tensor` of shape `(batch, channels, height, width)`): Noisy sample z, in the dtype that the
-                network computes in.
-            timestep (`torch.Tensor` of shape `()` or `(batch,)`): Network's time. Pass a tensor: as in diffusers, a
-                Python float is cut to an integer.
+            sample (`torch.Tensor` of shape `(batch, channels, height, width)`): Noisy samples z, in the network's
+                compute dtype.
+            timestep (`torch.Tensor` of shape `()` or `(batch,)`): Timestep. Pass a tensor: as in diffusers, a Python
+                float is truncated to an integer.
             class_labels (`torch.Tensor` of shape `(batch,)`, *optional*): Integers; `-1` or `null_class_label` is the
-                null class for that sample, `None` is the null class for the whole batch. Or weights,
-                `(batch, num_classes + 1)`, which mix the rows of the class embedding.
-            return_dict (`bool`): Whether to return a `UNet2DOutput` instead of a tuple.
+                null class. Or weights, `(batch, num_classes + 1)`, which mix the rows of the class embedding. By
+                default the null class for the whole batch.
+            return_dict (`bool`, *optional*, defaults to `True`): Whether to return a `UNet2DOutput` instead of a tuple.
             guidance_scale (`torch.Tensor` of shape `(batch,)`, *optional*): The paper's w in [0, `max_guidance_scale`],
-                for a network that takes it; `None` is 0.
+                for a network that takes w. By default 0.
 
         Returns:
             `UNet2DOutput` or `tuple`: The prediction, `(batch, out_channels, height, width)`.
 
         Raises:
-            ValueError: If the labels are neither integers nor weights, or not one per sample; or if w is given to a
-                network that does not take it. A label out of range raises on the CPU only: on other devices reading it
-                would stall every step, and `check_class_labels` is there to be called before.
+            ValueError: If the labels are neither integers nor weights, or not one per sample; or if `guidance_scale`
+                is passed to a network that does not take w. The range of labels is checked only on the CPU, because
+                reading them on other devices would stall every step; call `check_class_labels` before.
         """
         class_labels = self._fill_class_labels(class_labels, sample)
         if self.config.center_input_sample:
@@ -223,7 +225,7 @@ class UNet2DCFGModel(UNet2DModel):
         emb = emb + conditions.to(sample.dtype)
 
         # 2. in and down
-        skip_sample = sample  # of the blocks with `skip_conv`: the image beside the features
+        skip_sample = sample  # the image, which blocks with `skip_conv` take in addition to the features
         sample = self.conv_in(sample)
         residuals = (sample,)
         for block in self.down_blocks:
@@ -240,7 +242,7 @@ class UNet2DCFGModel(UNet2DModel):
         # 4. up and out
         skip_sample = None
         for block in self.up_blocks:
-            count = len(block.resnets)
+            count = len(block.resnets)  # pyright: ignore[reportArgumentType] a ModuleList
             residuals, block_residuals = residuals[:-count], residuals[-count:]
             if hasattr(block, "skip_conv"):
                 sample, skip_sample = block(sample, block_residuals, emb, skip_sample)
@@ -255,7 +257,7 @@ class UNet2DCFGModel(UNet2DModel):
         return UNet2DOutput(sample=sample) if return_dict else (sample,)
 
     def _fill_class_labels(self, class_labels: torch.Tensor | None, sample: torch.Tensor) -> torch.Tensor:
-        """Return checked labels with the null class as its row: for `None`, and for -1."""
+        """Check the labels and replace `None` and -1 by the row of the null class."""
         batch_size = sample.shape[0]
         if class_labels is None:
             return torch.full((batch_size,), self.null_class_label, device=sample.device)
@@ -269,7 +271,7 @@ class UNet2DCFGModel(UNet2DModel):
 
     @staticmethod
     def _expand_timestep(timestep: torch.Tensor | float | int, sample: torch.Tensor) -> torch.Tensor:
-        """Return one timestep per sample, `(batch,)`, as `UNet2DModel` does."""
+        """Expand the timestep to `(batch,)`, as in `UNet2DModel`."""
         if not torch.is_tensor(timestep):
             timestep = torch.tensor(timestep, dtype=torch.long, device=sample.device)
         if timestep.ndim == 0:
@@ -278,20 +280,23 @@ class UNet2DCFGModel(UNet2DModel):
 
     def _embed_class_labels(self, class_labels: torch.Tensor) -> torch.Tensor:
         """Return the row of each label, or the mix of all rows by weights, `(batch, channels)`."""
+        assert self.class_embedding is not None
         if not class_labels.is_floating_point():
             return self.class_embedding(class_labels)
-        # The rows come from a call of the module, not from its weight, which hooks may keep elsewhere between calls.
+        # Call the module instead of reading its weight, which hooks may move or cast between calls.
         rows = self.class_embedding(torch.arange(self.num_classes + 1, device=class_labels.device))
         return class_labels.to(rows.dtype) @ rows
 
     def _embed_guidance_scale(self, w: torch.Tensor | None, sample: torch.Tensor) -> torch.Tensor:
         """Return the embedding of w, `(batch, channels)`; `None` is 0."""
-        if self.guidance_embedding is None:
+        largest = self.max_guidance_scale
+        if self.guidance_embedding is None or largest is None:
             raise ValueError(
-                "This network takes no guidance_scale: it was not distilled (its config has no max_guidance_scale)."
+                "This network does not take guidance_scale: it was not distilled (its config has no "
+                "max_guidance_scale). Use CFGPipeline, which guides with two passes."
             )
         if w is None:
             w = torch.zeros(len(sample), device=sample.device)
-        # By its root, as a small w changes more than a large one; up to 100 the sinusoids turn at most sixteen times.
-        position = 100 * (w / self.max_guidance_scale).sqrt()
+        # The root, because a small w changes the prediction more; up to 100 the sinusoids have at most sixteen periods.
+        position = 100 * (w / largest).sqrt()
         return self.guidance_embedding(self.guidance_proj(position).to(sample.dtype))

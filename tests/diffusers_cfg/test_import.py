@@ -1,4 +1,4 @@
-"""The package is lazy: importing it is cheap, and its public classes are where they were."""
+"""Test the lazy imports of the package: importing it is fast, and its public classes can be found and pickled."""
 
 import importlib
 import pickle
@@ -26,11 +26,11 @@ def test_importing_loads_neither_torch_nor_diffusers():
     assert result.returncode == 0, result.stderr
 
 
-def test_the_classes_add_little_to_the_import_of_diffusers(monkeypatch):
-    _ = diffusers_cfg.CFGPipeline  # diffusers and what the package needs of it are imported
+def test_classes_add_little_to_the_import_time_of_diffusers(monkeypatch):
+    _ = diffusers_cfg.CFGPipeline  # imports diffusers and the modules that the package needs
     for name in [name for name in sys.modules if name.split(".")[0] == "diffusers_cfg"]:
         monkeypatch.delitem(sys.modules, name)
-    then = time.process_time()  # CPU time of this process, whatever else runs
+    then = time.process_time()  # CPU time, so that other processes do not count
     again = importlib.import_module("diffusers_cfg")
     assert again.CFGPipeline is not diffusers_cfg.CFGPipeline
     assert time.process_time() - then < 0.3
@@ -49,7 +49,7 @@ def test_public_classes_are_found_by_name(name, module):
     assert cls is getattr(sys.modules[cls.__module__], name)
 
 
-def test_other_names_are_not():
+def test_unknown_names_raise_attribute_error():
     with pytest.raises(AttributeError, match="module 'diffusers_cfg' has no attribute 'UNet'"):
         _ = diffusers_cfg.UNet
-    assert set(diffusers_cfg.__all__) == set(diffusers_cfg._HOMES)
+    assert set(diffusers_cfg.__all__) == set(diffusers_cfg._MODULES)

@@ -1,4 +1,8 @@
+"""Test sampling with `CFGPipeline`: guidance, labels, schedulers, guiders and latents."""
+
 import math
+from collections.abc import Callable, Iterable
+from typing import Any
 
 import diffusers
 import numpy as np
@@ -15,9 +19,18 @@ from tests.support.draws import assert_same_draws
 from tests.support.models import generators, make_pipeline, make_unet
 
 
-def draw(pipeline: CFGPipeline, class_labels, guidance_scale=1.0, seeds=(0,), **settings) -> torch.Tensor:
+def draw(
+    pipeline: CFGPipeline,
+    class_labels,
+    guidance_scale: float | list[float] | Callable[[float], Any] | None = 1.0,
+    seeds: Iterable[int] = (0,),
+    **settings: Any,
+) -> torch.Tensor:
+    """Return images as a tensor, with one seed per image."""
     settings = {"num_inference_steps": 4, "output_type": "pt", **settings}
-    return pipeline(class_labels, guidance_scale, generator=generators(*seeds), **settings).images
+    images = pipeline(class_labels, guidance_scale, generator=generators(*seeds), **settings).images
+    assert isinstance(images, torch.Tensor)
+    return images
 
 
 def guided(pipeline: CFGPipeline, z, t, class_labels, guide_labels, w, guidance_rescale=0.0) -> torch.Tensor:
@@ -26,13 +39,13 @@ def guided(pipeline: CFGPipeline, z, t, class_labels, guide_labels, w, guidance_
 
 
 class Calls:
-    """Remembers what the UNet was called with."""
+    """A record of the arguments that a network was called with."""
 
     def __init__(self, unet: torch.nn.Module):
         self.samples, self.timesteps, self.labels, self.scales = [], [], [], []
-        unet.register_forward_pre_hook(self.remember, with_kwargs=True)
+        unet.register_forward_pre_hook(self.record, with_kwargs=True)
 
-    def remember(self, _, args, kwargs):
+    def record(self, _, args, kwargs):
         self.samples.append(args[0])
         self.timesteps.append(args[1])
         self.labels.append(kwargs["class_labels"].tolist())
@@ -41,7 +54,7 @@ class Calls:
 
 
 @pytest.mark.parametrize("w", [-0.5, 0.3, 1.0, 4.0])
-def test_the_rule_is_diffusers_original_formulation(pipeline, w):
+def test_guidance_matches_diffusers_original_formulation(pipeline, w):
     z = torch.randn(2, 1, 8, 8, generator=torch.Generator().manual_seed(0))
     t, labels = torch.tensor(300.0), torch.tensor([0, 2])
     pred_cond = pipeline.unet(z, t, class_labels=labels).sample
@@ -53,8 +66,8 @@ def test_the_rule_is_diffusers_original_formulation(pipeline, w):
 
 
 @pytest.mark.parametrize(("w", "labels"), [(0.0, [2]), (-1.0, [3])])
-def test_one_pass_where_the_other_has_no_weight(pipeline, w, labels):
-    """w = 0 is the plain conditional model bit for bit, w = -1 the unconditional one."""
+def test_pass_with_zero_weight_is_skipped(pipeline, w, labels):
+    """w = 0 is the conditional model bit for bit, and w = -1 the unconditional model."""
     calls = Calls(pipeline.unet)
     images = draw(pipeline, 2, w, output_type="latent")
     assert calls.labels == [labels] * 4
@@ -69,13 +82,13 @@ def test_one_pass_where_the_other_has_no_weight(pipeline, w, labels):
     assert torch.equal(images, z)
 
 
-def test_two_passes_in_one_batch(pipeline):
+def test_two_passes_run_in_one_batch(pipeline):
     calls = Calls(pipeline.unet)
     draw(pipeline, [1, 2], [0.0, 2.5], seeds=(0, 1))
     assert calls.labels == [[1, 2, 3, 3]] * 4
 
 
-def test_a_scale_for_each_image(pipeline):
+def test_one_guidance_scale_per_image(pipeline):
     together = draw(pipeline, [1, 1, 1], [-1.0, 0.0, 3.0], seeds=(0, 0, 0))
     for image, w in zip(together, (-1.0, 0.0, 3.0), strict=True):
         torch.testing.assert_close(image, draw(pipeline, 1, w)[0], rtol=1e-4, atol=1e-5)
@@ -83,12 +96,12 @@ def test_a_scale_for_each_image(pipeline):
     assert (together[1] - together[2]).abs().max() > 1e-3
 
 
-def test_an_image_does_not_depend_on_its_batch(pipeline):
+def test_image_does_not_depend_on_its_batch(pipeline):
     together = draw(pipeline, [0, 1, 2], 2.0, seeds=(5, 6, 7))
     torch.testing.assert_close(together[1:2], draw(pipeline, 1, 2.0, seeds=(6,)), rtol=1e-4, atol=1e-5)
 
 
-def test_the_prediction_is_float32_whatever_the_network_computes_in(pipeline):
+def test_prediction_of_a_bfloat16_network_is_float32(pipeline):
     pipeline.to(torch.bfloat16)
     z, w = torch.randn(1, 1, 8, 8), torch.ones(1, 1, 1, 1)
     pred = guided(pipeline, z, torch.tensor(5.0), torch.tensor([0]), torch.tensor([3]), w)
@@ -96,7 +109,7 @@ def test_the_prediction_is_float32_whatever_the_network_computes_in(pipeline):
     assert draw(pipeline, 0).isfinite().all()
 
 
-def test_steps_outside_the_interval_cost_one_pass(pipeline):
+def test_steps_outside_the_interval_take_one_pass(pipeline):
     calls = Calls(pipeline.unet)
     latents = draw(pipeline, 1, 2.0, guidance_interval=(0.1, 1.1), num_inference_steps=9, output_type="latent")
     u = torch.linspace(1, 0, 9, dtype=torch.float64)
@@ -110,7 +123,7 @@ def test_steps_outside_the_interval_cost_one_pass(pipeline):
     assert torch.equal(latents, by_schedule)
 
 
-def test_a_schedule_sees_the_log_snr_of_each_step(pipeline):
+def test_guidance_schedule_receives_the_log_snr_of_each_step(pipeline):
     seen = []
 
     def schedule(log_snr):
@@ -124,7 +137,7 @@ def test_a_schedule_sees_the_log_snr_of_each_step(pipeline):
 
 
 @pytest.mark.parametrize("name", CFGPipeline.schedulers)
-def test_the_log_snr_is_the_one_that_the_scheduler_steps_from(pipeline, name):
+def test_log_snr_matches_the_schedulers_steps(pipeline, name):
     pipeline.scheduler = getattr(diffusers, name, LogSNRScheduler).from_config(pipeline.scheduler.config)
     seen = []
     draw(pipeline, 0, lambda log_snr: seen.append(log_snr) or 0.0, num_inference_steps=10)
@@ -133,7 +146,7 @@ def test_the_log_snr_is_the_one_that_the_scheduler_steps_from(pipeline, name):
     assert seen == sorted(seen) or name == "KDPM2AncestralDiscreteScheduler"  # which evaluates half a step ahead
     if name in ("EulerDiscreteScheduler", "DPMSolverMultistepScheduler", "UniPCMultistepScheduler"):
         sigmas = torch.tensor(seen[:-1]).mul(-0.5).exp()
-        # Some round to a whole timestep, a part in t of σ
+        # Some schedulers round to a whole timestep, a relative error of up to 1/t in σ
         torch.testing.assert_close(sigmas, pipeline.scheduler.sigmas[: len(sigmas)].float(), rtol=0.2, atol=0)
 
 
@@ -143,7 +156,7 @@ def test_the_log_snr_is_the_one_that_the_scheduler_steps_from(pipeline, name):
         ({"guidance_interval": (1.0, 0.5)}, r"σ_lo < σ_hi, but is \(1.0, 0.5\)"),
         (
             {"guidance_interval": (0.5, 0.51)},
-            r"None of the 4 steps lies in guidance_interval \(0.5, 0.51\].*2.203e\+04",
+            r"None of the 4 steps is in guidance_interval \(0.5, 0.51\].*2.203e\+04",
         ),
         ({"guidance_scale": lambda log_snr: math.inf}, "inf"),
         ({"guidance_scale": lambda log_snr: [1.0, 2.0]}, r"shape \(2,\)"),
@@ -153,10 +166,10 @@ def test_the_log_snr_is_the_one_that_the_scheduler_steps_from(pipeline, name):
         ({"guider": ClassifierFreeGuidance(), "guidance_scale": 1.0}, "guidance_scale cannot.*ClassifierFreeGuidance"),
         ({"guider": ClassifierFreeGuidance(), "guidance_interval": (0, 1)}, "guidance_interval cannot"),
         ({"guider": ClassifierFreeGuidance(), "guidance_rescale": 0.5}, "guidance_rescale cannot"),
-        ({"guider": guiders.MagnitudeAwareGuidance()}, "MagnitudeAwareGuidance cannot.*tokens"),
+        ({"guider": guiders.MagnitudeAwareGuidance()}, "MagnitudeAwareGuidance cannot.*token sequences"),
     ],
 )
-def test_wrong_guidance_is_named_before_anything_is_computed(pipeline, settings, message):
+def test_invalid_guidance_is_refused_before_the_network_runs(pipeline, settings, message):
     calls = Calls(pipeline.unet)
     with pytest.raises(ValueError, match=message):
         pipeline(**{"class_labels": 0, "num_inference_steps": 4, **settings})
@@ -167,11 +180,12 @@ def test_wrong_guidance_is_named_before_anything_is_computed(pipeline, settings,
 def student() -> CFGPipeline:
     torch.manual_seed(1)
     unet = make_unet(max_guidance_scale=3.0)
+    assert unet.guidance_embedding is not None
     torch.nn.init.normal_(unet.guidance_embedding.linear_2.weight)
     return make_pipeline(unet)
 
 
-def test_a_student_takes_w_in_one_pass(student):
+def test_student_takes_w_in_one_pass(student):
     calls = Calls(student.unet)
     images = draw(student, [0, 1, 1], [0.0, 1.0, 3.0], seeds=(0, 1, 1))
     assert calls.labels == [[0, 1, 1]] * 4
@@ -193,7 +207,7 @@ def test_a_student_takes_w_in_one_pass(student):
         ({"guider": ClassifierFreeGuidance()}, "guider cannot be used"),
     ],
 )
-def test_what_needs_a_second_pass_is_refused(student, settings, message):
+def test_student_refuses_settings_that_need_a_second_pass(student, settings, message):
     calls = Calls(student.unet)
     with pytest.raises(ValueError, match=message):
         student(**{"class_labels": 0, "num_inference_steps": 4, **settings})
@@ -203,18 +217,18 @@ def test_what_needs_a_second_pass_is_refused(student, settings, message):
         draw(student, 0)
 
 
-def test_a_student_of_small_scales_draws_without_being_told_one():
+def test_default_scale_is_within_the_students_range():
     pipeline = make_pipeline(make_unet(max_guidance_scale=0.5))
     calls = Calls(pipeline.unet)
     draw(pipeline, 0, None)
     assert calls.scales == [[0.5]] * 4
 
 
-def test_a_student_loads_with_and_without_remote_code(student, tmp_path):
+def test_student_loads_with_and_without_remote_code(student, tmp_path):
     student.register_to_config(num_inference_steps=3)
     student.save_pretrained(tmp_path)
     images = draw(student, [0, 1], [0.5, 3.0], seeds=(0, 1), num_inference_steps=None)
-    loaded = [CFGPipeline.from_pretrained(tmp_path)]
+    loaded: list[Any] = [CFGPipeline.from_pretrained(tmp_path)]
     loaded.append(diffusers.DiffusionPipeline.from_pretrained(tmp_path, trust_remote_code=True))
     assert type(loaded[1]) is not CFGPipeline
     for pipe in loaded:
@@ -225,7 +239,7 @@ def test_a_student_loads_with_and_without_remote_code(student, tmp_path):
         assert calls.labels == [[0, 1]] * 3
 
 
-def test_rescale_restores_the_conditional_deviation(pipeline):
+def test_rescale_restores_the_conditional_standard_deviation(pipeline):
     z = torch.randn(2, 1, 8, 8, generator=torch.Generator().manual_seed(0))
     arguments = (z, torch.tensor(300.0), torch.tensor([0, 2]), torch.tensor([3, 3]))
     w = torch.full((2, 1, 1, 1), 3.0)
@@ -239,7 +253,7 @@ def test_rescale_restores_the_conditional_deviation(pipeline):
     assert not torch.equal(draw(pipeline, 0, 3.0), draw(pipeline, 0, 3.0, guidance_rescale=0.7))
 
 
-def test_a_negative_class_stands_in_the_place_of_the_null_class(pipeline):
+def test_negative_class_replaces_the_null_class(pipeline):
     calls = Calls(pipeline.unet)
     images = draw(pipeline, [0, 1], 1.5, seeds=(0, 1), negative_class_labels=["two", 0])
     assert calls.labels == [[0, 1, 2, 0]] * 4
@@ -266,17 +280,17 @@ def test_soft_labels_mix_classes(pipeline):
     "labels",
     [3, [0, 3], np.array([0, 3]), torch.tensor([0, 3]), torch.tensor(3), {3: 1.0}, [{0: 1.0}, {-1: 0.5, 3: 0.5}]],
 )
-def test_a_label_counted_from_one_is_not_the_null_class(pipeline, argument, labels):
-    """The network would take the number of classes for the null class, and silently draw without a class."""
+def test_one_based_label_is_not_the_null_class(pipeline, argument, labels):
+    """The network takes the number of classes as the null class and would silently generate unconditional images."""
     message = (
-        rf"^{argument} has the unknown id 3, counted from 1\? The classes are 'zero' \(0\).*; -1 is the null class"
+        rf"^{argument} contains the unknown id 3, counted from 1\? The classes are 'zero' \(0\).*; -1 is the null class"
     )
     with pytest.raises(ValueError, match=message):
         draw(pipeline, **{"class_labels": [0, 1], "seeds": (0, 1), argument: labels})
     assert pipeline.unet(torch.zeros(1, 1, 8, 8), torch.tensor(5.0), torch.tensor([3])).sample.shape == (1, 1, 8, 8)
 
 
-def test_a_mix_may_weigh_the_null_class(pipeline):
+def test_mix_may_include_the_null_class(pipeline):
     calls = Calls(pipeline.unet)
     draw(pipeline, {-1: 0.25, "one": 0.75}, 0.0)
     assert calls.labels == [[[0.0, 0.75, 0.0, 0.25]]] * 4
@@ -286,19 +300,19 @@ def test_a_mix_may_weigh_the_null_class(pipeline):
     ("labels", "message"),
     [
         ({"zero": 0.5, "two": 0.6}, "add up to one"),
-        ({"zero": 1.5, "two": -0.5}, "0 or more"),
+        ({"zero": 1.5, "two": -0.5}, "at least 0"),
         ({"seven": 1.0}, "'seven'"),
         (torch.ones(2, 5) / 5, r"\(2, 5\).*shape \(labels, 3\)\."),
         (torch.ones(2, 4) / 4, r"\(2, 4\).*shape \(labels, 3\), counted from 1\?.*null class, -1"),
         ({"zero": 0.5, 3: 0.5}, r"unknown id 3, counted from 1\?.*-1 is the null class"),
     ],
 )
-def test_wrong_soft_labels_are_named(pipeline, labels, message):
+def test_invalid_soft_labels_are_refused(pipeline, labels, message):
     with pytest.raises(ValueError, match=message):
         draw(pipeline, labels)
 
 
-def test_autoguidance_takes_the_same_classes_from_a_second_network(pipeline):
+def test_autoguidance_uses_the_same_classes_in_both_networks(pipeline):
     torch.manual_seed(7)
     weak = UNet2DCFGModel.from_config(pipeline.unet.config, block_out_channels=(8, 8)).eval()
     strong = Calls(pipeline.unet)
@@ -325,7 +339,7 @@ def test_autoguidance_takes_the_same_classes_from_a_second_network(pipeline):
     assert torch.equal(draw(pipeline, [0, 2], 1.5, seeds=(0, 1)), plain)
 
 
-def test_a_guide_for_other_classes_is_refused(pipeline):
+def test_guide_unet_for_different_classes_is_refused(pipeline):
     pipeline.guide_unet = make_unet(num_class_embeds=6)
     with pytest.raises(ValueError, match="guide_unet has num_classes 5, but the UNet has 3"):
         draw(pipeline, 0)
@@ -357,8 +371,8 @@ GUIDERS = {
 
 
 @pytest.mark.parametrize("name", GUIDERS)
-def test_guiders_of_diffusers(pipeline, name):
-    """Each guides, leaves nothing behind in itself or in the network, and is classifier-free guidance only by name."""
+def test_diffusers_guiders_change_the_images_and_keep_no_state(pipeline, name):
+    """Repeated calls agree, the network is unchanged, and only two guiders equal classifier-free guidance."""
     plain, guider = draw(pipeline, [0, 1], 2.0, seeds=(0, 1), output_type="latent"), GUIDERS[name]()
     images = draw(pipeline, [0, 1], None, seeds=(0, 1), output_type="latent", guider=guider)
     assert torch.equal(images, draw(pipeline, [0, 1], None, seeds=(0, 1), output_type="latent", guider=guider))
@@ -368,19 +382,19 @@ def test_guiders_of_diffusers(pipeline, name):
     assert (images - draw(pipeline, [0, 1], 0.0, seeds=(0, 1), output_type="latent")).abs().max() > 1e-2
 
 
-def test_every_guider_of_diffusers_was_tried():
-    tried = {*GUIDERS, *CFGPipeline.refused_guiders, "FrequencyDecoupledGuidance"}  # the last wants kornia
+def test_every_diffusers_guider_is_tested():
+    tested = {*GUIDERS, *CFGPipeline.refused_guiders, "FrequencyDecoupledGuidance"}  # the last one needs kornia
     exported = {name for name in dir(guiders) if name.endswith("Guidance") and name != "BaseGuidance"}
-    assert exported == tried
+    assert exported == tested
 
 
-def test_a_guider_is_asked_no_more_passes_than_it_needs(pipeline):
+def test_guider_runs_only_the_passes_that_it_needs(pipeline):
     calls = Calls(pipeline.unet)
     draw(pipeline, 1, None, guider=guiders.ClassifierFreeGuidance(**ORIGINAL, stop=0.5))
     assert calls.labels == [[1], [3], [1], [3], [1], [1]]
 
 
-def test_a_pass_that_fails_leaves_no_hook_in_the_network(pipeline):
+def test_failed_pass_leaves_no_hook_in_the_network(pipeline):
     guider, plain = GUIDERS["SkipLayerGuidance"](), draw(pipeline, 0)
     forward, calls = pipeline.unet.forward, []
 
@@ -397,7 +411,7 @@ def test_a_pass_that_fails_leaves_no_hook_in_the_network(pipeline):
     assert torch.equal(draw(pipeline, 0), plain)
 
 
-def test_ids_names_and_tensors_are_the_same_labels(pipeline):
+def test_ids_names_and_tensors_are_equivalent_labels(pipeline):
     expected = draw(pipeline, [2, 0], seeds=(0, 1))
     for labels in (["two", "zero"], ["two", 0], torch.tensor([2, 0]), np.array([2, 0]), (2, "zero")):
         assert torch.equal(draw(pipeline, labels, seeds=(0, 1)), expected)
@@ -409,7 +423,7 @@ def test_minus_one_is_the_null_class(pipeline):
     torch.testing.assert_close(draw(pipeline, -1, 0.0), draw(pipeline, 0, -1.0))
 
 
-def test_several_images_of_a_label(pipeline):
+def test_several_images_per_label(pipeline):
     images = draw(pipeline, [0, 2], [0.0, 3.0], seeds=(0, 1, 2, 3), num_images_per_label=2)
     expected = draw(pipeline, [0, 0, 2, 2], [0.0, 0.0, 3.0, 3.0], seeds=(0, 1, 2, 3))
     assert torch.equal(images, expected)
@@ -436,32 +450,32 @@ def test_several_images_of_a_label(pipeline):
         ({"num_inference_steps": 2.5}, "num_inference_steps.*2.5"),
         ({"num_images_per_label": 0}, "num_images_per_label.*0"),
         ({"output_type": "jpeg"}, "'jpeg'"),
-        ({"generator": generators(0)}, "list of 1, but 4 images"),
+        ({"generator": generators(0)}, "1 generators.*each of 4 images"),
         ({"latents": torch.zeros(4, 3, 8, 8)}, r"\(4, 3, 8, 8\).*\(4, 1, 8, 8\)"),
         ({"callback_on_step_end_tensor_inputs": ["noise"]}, "noise"),
     ],
 )
-def test_wrong_arguments_are_named_before_anything_is_computed(pipeline, settings, message):
+def test_invalid_arguments_are_refused_before_the_network_runs(pipeline, settings, message):
     calls = Calls(pipeline.unet)
     with pytest.raises(ValueError, match=message):
         pipeline(**{"class_labels": [0, 1], "num_images_per_label": 2, **settings})
     assert calls.samples == []
 
 
-def test_without_names_ids_are_asked_for():
-    with pytest.raises(ValueError, match="no names"):
+def test_names_are_refused_if_the_model_has_none():
+    with pytest.raises(ValueError, match="no class names"):
         draw(make_pipeline(id2label=None), "two")
 
 
 @pytest.mark.parametrize(
-    ("id2label", "message"), [({0: "a", 3: "b"}, r"\['3'\].*0 … 2"), ({0: "a", 1: "a"}, r"\['a'\] to more than one")]
+    ("id2label", "message"), [({0: "a", 3: "b"}, r"\['3'\].*0 … 2"), ({0: "a", 1: "a"}, r"\['a'\] for more than one")]
 )
-def test_wrong_names_are_refused(id2label, message):
+def test_invalid_id2label_is_refused(id2label, message):
     with pytest.raises(ValueError, match=message):
         make_pipeline(id2label=id2label)
 
 
-def test_a_model_that_never_saw_the_null_class_warns(caplog):
+def test_model_trained_without_the_null_class_warns(caplog):
     diffusers.utils.logging.enable_propagation()
     pipeline = make_pipeline(conditioning_dropout_prob=0.0)
     draw(pipeline, 0, 0.0)
@@ -473,9 +487,9 @@ def test_a_model_that_never_saw_the_null_class_warns(caplog):
     assert "conditioning_dropout_prob" not in caplog.text
 
 
-def test_values_that_are_not_finite_are_not_drawn():
+def test_non_finite_images_raise():
     unet = make_unet()
-    unet.conv_out.bias.data.fill_(math.nan)
+    torch.nn.init.constant_(unet.get_parameter("conv_out.bias"), math.nan)
     with pytest.raises(FloatingPointError, match="float32.*guidance_scale up to 1"):
         draw(make_pipeline(unet), 0)
 
@@ -485,11 +499,11 @@ def test_output_types(pipeline):
     assert tensors.shape == (2, 1, 8, 8)
     assert tensors.min() >= 0
     assert tensors.max() <= 1
-    arrays = draw(pipeline, [0, 1], seeds=(0, 1), output_type="np")
+    arrays = pipeline([0, 1], num_inference_steps=4, generator=generators(0, 1), output_type="np").images
     np.testing.assert_array_equal(arrays, tensors.permute(0, 2, 3, 1).numpy())
-    pictures = draw(pipeline, [0, 1], seeds=(0, 1), output_type="pil")
-    assert [picture.mode for picture in pictures] == ["L", "L"]
-    np.testing.assert_array_equal(np.asarray(pictures[1]), (arrays[1, ..., 0] * 255).round().astype(np.uint8))
+    images = pipeline([0, 1], num_inference_steps=4, generator=generators(0, 1), output_type="pil").images
+    assert [image.mode for image in images] == ["L", "L"]
+    np.testing.assert_array_equal(np.asarray(images[1]), (arrays[1, ..., 0] * 255).round().astype(np.uint8))
     latents = draw(pipeline, [0, 1], seeds=(0, 1), output_type="latent")
     torch.testing.assert_close(tensors, (latents / 2 + 0.5).clamp(0, 1))
 
@@ -499,14 +513,14 @@ def test_return_dict(pipeline):
     assert torch.equal(images, draw(pipeline, 0, num_inference_steps=2))
 
 
-def test_latents_are_the_start(pipeline):
+def test_latents_are_the_initial_noise(pipeline):
     (generator,) = generators(0)
     latents = torch.randn(1, 1, 8, 8, generator=generator)
     out = pipeline(0, num_inference_steps=4, latents=latents, generator=[generator], output_type="pt").images
     assert torch.equal(out, draw(pipeline, 0))
 
 
-def test_the_number_of_steps_is_the_pipelines_own(pipeline):
+def test_default_number_of_steps_is_the_pipelines(pipeline):
     calls = Calls(pipeline.unet)
     draw(pipeline, 0, 0.0, num_inference_steps=None)
     assert len(calls.labels) == pipeline.num_inference_steps == 64
@@ -518,8 +532,8 @@ def test_the_number_of_steps_is_the_pipelines_own(pipeline):
 
 
 @pytest.mark.slow
-def test_a_compiled_network_is_compiled_once_for_each_number_of_passes(pipeline, tmp_path):
-    """Whatever w, the labels and the step; with aot_eager, which traces as inductor does but generates no code."""
+def test_compiled_network_compiles_once_per_number_of_passes(pipeline, tmp_path):
+    """For all w, labels and steps. aot_eager traces the network as inductor does, but generates no code."""
     torch._dynamo.reset()
     images = draw(pipeline, [0, 1], seeds=(0, 1))
     pipeline.unet = torch.compile(pipeline.unet, fullgraph=True, backend="aot_eager")
@@ -533,8 +547,8 @@ def test_a_compiled_network_is_compiled_once_for_each_number_of_passes(pipeline,
     torch.testing.assert_close(draw(CFGPipeline.from_pretrained(tmp_path), [0, 1], seeds=(0, 1)), images)
 
 
-class ReadsOffTheDevice(TorchDispatchMode):
-    """Counts what would wait for a GPU."""
+class DeviceReads(TorchDispatchMode):
+    """A counter of operations that would synchronize with a GPU."""
 
     def __init__(self):
         super().__init__()
@@ -546,11 +560,11 @@ class ReadsOffTheDevice(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("name", ["LogSNRScheduler", "UniPCMultistepScheduler", "DPMSolverMultistepScheduler"])
-def test_a_step_does_not_wait_for_the_device(pipeline, name):
+def test_step_does_not_synchronize_with_the_device(pipeline, name):
     pipeline.scheduler = getattr(diffusers, name, LogSNRScheduler).from_config(pipeline.scheduler.config)
     counts = []
     for steps in (5, 15):
-        with ReadsOffTheDevice() as reads:
+        with DeviceReads() as reads:
             draw(pipeline, [0, 1], 1.0, seeds=(0, 1), num_inference_steps=steps)
         counts.append(reads.count)
     assert counts[0] == counts[1]
@@ -581,33 +595,33 @@ def test_timesteps_reach_the_network_as_tensors(pipeline):
 @pytest.mark.parametrize("name", CFGPipeline.schedulers)
 def test_every_listed_scheduler_recovers_the_data(name):
     """
-    The exact ε for data that is one known image: whatever w, every sampler must return it. A scheduler whose input is
-    not scaled, or whose first sample is not, misses it.
+    With the exact ε for data that is one known image, every sampler must return that image for every w. A scheduler
+    whose inputs or first sample are not scaled returns a different one.
     """
-    picture = torch.linspace(-0.9, 0.9, 64).view(1, 1, 8, 8)
+    target = torch.linspace(-0.9, 0.9, 64).view(1, 1, 8, 8)
     reference = LogSNRScheduler()
 
     def exact(z, t, class_labels):
         alpha, sigma = reference.alpha_sigma(reference.u(t.double()))
-        return UNet2DOutput(sample=((z - alpha * picture) / sigma).float())
+        return UNet2DOutput(sample=((z - alpha * target) / sigma).float())
 
     pipeline = make_pipeline()
     pipeline.unet.forward = exact
     pipeline.scheduler = getattr(diffusers, name, LogSNRScheduler).from_config(reference.config)
     images = draw(pipeline, [0, 1], 1.5, seeds=(0, 1), num_inference_steps=20)
-    torch.testing.assert_close(images, (picture / 2 + 0.5).expand(2, -1, -1, -1), atol=0.02, rtol=0)
+    torch.testing.assert_close(images, (target / 2 + 0.5).expand(2, -1, -1, -1), atol=0.02, rtol=0)
 
 
 @pytest.mark.parametrize("name", CFGPipeline.schedulers)
-def test_the_network_sees_samples_of_unit_variance(pipeline, name):
-    """At the first step there is noise only, whatever the scheduler calls its standard deviation."""
+def test_network_inputs_have_unit_variance(pipeline, name):
+    """The first input is pure noise, which some schedulers scale by their largest σ."""
     pipeline.scheduler = getattr(diffusers, name, LogSNRScheduler).from_config(pipeline.scheduler.config)
     calls = Calls(pipeline.unet)
     draw(pipeline, [0] * 64, 0.0, seeds=range(64), num_inference_steps=5)
     assert calls.samples[0].std().item() == pytest.approx(1, abs=0.05)
 
 
-def test_ddim_steps_along_the_noise_of_the_clipped_sample(pipeline):
+def test_ddim_uses_the_noise_of_the_clipped_sample(pipeline):
     pipeline.scheduler = diffusers.DDIMScheduler.from_config(pipeline.scheduler.config)
     latents = draw(pipeline, 0, 3.0, output_type="latent")
     scheduler, (generator,) = diffusers.DDIMScheduler.from_config(pipeline.scheduler.config), generators(0)
@@ -618,13 +632,14 @@ def test_ddim_steps_along_the_noise_of_the_clipped_sample(pipeline):
         for t in scheduler.timesteps:
             with torch.no_grad():
                 pred = guided(pipeline, z, t, torch.tensor([0]), torch.tensor([3]), torch.full((1, 1, 1, 1), 3.0))
-            z = scheduler.step(pred, t, z, use_clipped_model_output=clipped).prev_sample
+            out = scheduler.step(pred, t, z, use_clipped_model_output=clipped)  # pyright: ignore[reportArgumentType]
+            z = out.prev_sample
         expected[clipped] = z
     assert torch.equal(latents, expected[True])
     assert not torch.allclose(latents, expected[False], atol=1e-3)
 
 
-def test_the_lists_of_schedulers_agree():
+def test_lists_of_schedulers_agree():
     assert set(CFGPipeline.schedulers) == {"LogSNRScheduler", *LogSNRScheduler._compatibles}
 
 
@@ -640,7 +655,7 @@ def test_the_lists_of_schedulers_agree():
         "TCDScheduler",
     ],
 )
-def test_other_schedulers_are_refused_by_name(pipeline, name):
+def test_unsupported_schedulers_are_refused(pipeline, name):
     pipeline.scheduler = getattr(diffusers, name).from_config(pipeline.scheduler.config)
     calls = Calls(pipeline.unet)
     with pytest.raises(
@@ -664,7 +679,7 @@ def test_flow_matching_settings_are_refused(pipeline, settings, message):
         draw(pipeline, 0)
 
 
-def test_a_start_at_the_very_end_is_refused(pipeline):
+def test_start_at_the_noisy_end_is_refused(pipeline):
     pipeline.scheduler = diffusers.EulerDiscreteScheduler.from_config(
         pipeline.scheduler.config, use_exponential_sigmas=False
     )
@@ -672,7 +687,7 @@ def test_a_start_at_the_very_end_is_refused(pipeline):
         draw(pipeline, 0)
 
 
-def test_a_scheduler_with_another_noise_process_is_refused(pipeline):
+def test_scheduler_with_a_different_noise_process_is_refused(pipeline):
     own = pipeline.scheduler.config
     for scheduler, message in (
         (diffusers.DDIMScheduler(), r"DDIMScheduler does not match the noise process.*differs by up to 0\.\d+"),
@@ -688,8 +703,8 @@ def test_a_scheduler_with_another_noise_process_is_refused(pipeline):
 
 
 @pytest.mark.parametrize("name", ["DDIMScheduler", "DDIMParallelScheduler"])
-def test_ddim_is_refused_where_it_would_step_short(pipeline, name):
-    """It steps by ⌊1000 / T⌋ timesteps even where its timesteps are farther apart, and never arrives."""
+def test_ddim_is_refused_if_its_steps_fall_short(pipeline, name):
+    """It steps by ⌊1000 / T⌋ timesteps even if its timesteps are farther apart, and never reaches the data."""
     pipeline.scheduler = getattr(diffusers, name).from_config(pipeline.scheduler.config)
     with pytest.raises(ValueError, match=r"cannot take 256 steps: it steps by 3.*num_inference_steps=250"):
         draw(pipeline, 0, num_inference_steps=256)
@@ -697,8 +712,8 @@ def test_ddim_is_refused_where_it_would_step_short(pipeline, name):
 
 
 @pytest.mark.parametrize("name", CFGPipeline.schedulers)
-def test_many_steps(name):
-    """Solvers that round their timesteps meet equal ones at the noisy end, and used to run off theirs."""
+def test_schedulers_take_many_steps(name):
+    """Solvers that round their timesteps have equal ones at the noisy end, and used to step past the last one."""
     pipeline = make_pipeline()
     pipeline.unet.forward = lambda z, t, class_labels: UNet2DOutput(sample=torch.zeros_like(z))
     pipeline.scheduler = getattr(diffusers, name, LogSNRScheduler).from_config(pipeline.scheduler.config)
@@ -708,15 +723,16 @@ def test_many_steps(name):
 @pytest.fixture
 def latent_pipeline():
     torch.manual_seed(0)
-    vae = diffusers.AutoencoderKL(
-        block_out_channels=(8, 8),
-        norm_num_groups=4,
-        latent_channels=2,
-        down_block_types=("DownEncoderBlock2D",) * 2,
-        up_block_types=("UpDecoderBlock2D",) * 2,
-        scaling_factor=0.5,
-        shift_factor=0.25,
-    ).eval()
+    settings: dict[str, Any] = {
+        "block_out_channels": (8, 8),
+        "norm_num_groups": 4,
+        "latent_channels": 2,
+        "down_block_types": ("DownEncoderBlock2D",) * 2,
+        "up_block_types": ("UpDecoderBlock2D",) * 2,
+        "scaling_factor": 0.5,
+        "shift_factor": 0.25,
+    }
+    vae = diffusers.AutoencoderKL(**settings).eval()
     return make_pipeline(make_unet(in_channels=2, out_channels=2), LogSNRScheduler(clip_sample=False), vae=vae)
 
 
@@ -728,14 +744,14 @@ def test_latents_are_shifted_and_scaled(latent_pipeline):
     torch.testing.assert_close(latent_pipeline.decode(latents), vae.decode(latents / 0.5 + 0.25).sample)
 
 
-def test_a_latent_model_draws_images(latent_pipeline):
+def test_latent_model_generates_images(latent_pipeline):
     assert latent_pipeline.sample_shape == (2, 8, 8)
     assert latent_pipeline.image_shape == (3, 16, 16)
     assert draw(latent_pipeline, [0, 1], seeds=(0, 1)).shape == (2, *latent_pipeline.image_shape)
     assert draw(latent_pipeline, 0, output_type="latent").shape == (1, *latent_pipeline.sample_shape)
 
 
-def test_shapes_without_an_autoencoder():
+def test_shapes_without_a_vae():
     pipeline = make_pipeline(make_unet(sample_size=(8, 16), in_channels=3, out_channels=3))
     assert pipeline.sample_shape == pipeline.image_shape == (3, 8, 16)
     assert draw(pipeline, 0).shape == (1, 3, 8, 16)

@@ -1,4 +1,4 @@
-"""The files saved with every model cannot share code: what they repeat is marked, and stays the same."""
+"""Test that code repeated in the files that are saved with every model is marked and identical."""
 
 import re
 from itertools import combinations
@@ -8,7 +8,7 @@ import pytest
 
 PACKAGE = Path(__file__).parents[2] / "diffusers_cfg"
 NAMES = ("unet_2d_cfg", "scheduling_log_snr", "pipeline_cfg")
-# The mark, and what follows at its indentation up to a blank line
+# The mark and the lines with its indentation up to a blank line
 MARK = re.compile(r"^( *)# Copied from diffusers_cfg\.(\w+)(?:\.\w+)?\n((?:\1.+\n)+)", flags=re.MULTILINE)
 
 
@@ -17,14 +17,14 @@ def read(name: str) -> str:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_copies_are_the_text_that_they_were_copied_from(name):
+def test_copies_match_their_source(name):
     for _, source, text in MARK.findall(read(name)):
         assert text in read(source)
 
 
 @pytest.mark.parametrize("pair", list(combinations(NAMES, 2)))
-def test_what_two_files_repeat_is_marked(pair):
-    """Three lines that follow each other in both files, but for imports and what is only punctuation."""
+def test_repeated_code_is_marked_as_copied(pair):
+    """No three consecutive lines occur in both files, except imports and punctuation."""
     copies = [text for name in NAMES for *_, text in MARK.findall(read(name))]
     found = []
     for name in pair:
@@ -36,5 +36,5 @@ def test_what_two_files_repeat_is_marked(pair):
     assert found[0] & found[1] == set()
 
 
-def test_the_marks_are_found():
+def test_marks_are_found():
     assert [len(MARK.findall(read(name))) for name in NAMES] == [0, 2, 3]

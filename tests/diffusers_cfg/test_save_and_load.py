@@ -1,4 +1,4 @@
-"""A saved folder loads with and without its code: by plain diffusers, and by this package."""
+"""Test that a saved folder loads with plain diffusers, which runs its code, and with this package, which does not."""
 
 import json
 import os
@@ -16,9 +16,9 @@ from diffusers_cfg.hub import allowed_files
 from tests.support.draws import assert_same_draws
 from tests.support.models import generators, make_pipeline, make_unet
 
-# Run in a process that cannot import the package: editable installs are found through hooks that no directory can hide,
-# so the import itself is made to fail. Arguments: for each model its source, the file for its images, and the folder to
-# save it to.
+# Run in a process that cannot import the package. Editable installs are found through import hooks, so changing the
+# path is not enough and the import is made to fail. Arguments for each model: its source, the file for its images, and
+# the folder to save it to.
 WITHOUT_THE_PACKAGE = """
 import sys
 import torch
@@ -34,7 +34,7 @@ try:
 except ModuleNotFoundError:
     pass
 else:
-    raise AssertionError("the package is there")
+    raise AssertionError("the package can be imported")
 
 from diffusers import DiffusionPipeline
 
@@ -68,7 +68,7 @@ def folder(pipeline, tmp_path):
     return tmp_path / "model"
 
 
-def test_the_folder_holds_the_code_and_names_it(folder):
+def test_saved_folder_contains_and_names_the_code(folder):
     index = json.loads((folder / "model_index.json").read_text())
     assert index["_class_name"] == ["pipeline_cfg", "CFGPipeline"]
     assert index["unet"] == ["unet_2d_cfg", "UNet2DCFGModel"]
@@ -86,7 +86,7 @@ def test_the_folder_holds_the_code_and_names_it(folder):
 
 
 @pytest.mark.slow
-def test_plain_diffusers_without_the_package(pipeline, folder, tmp_path):
+def test_plain_diffusers_loads_without_the_package(pipeline, folder, tmp_path):
     plain = draw(pipeline)
     pipeline.guide_unet = weaker_unet()
     pipeline.save_pretrained(tmp_path / "guided model")
@@ -106,12 +106,12 @@ def test_plain_diffusers_without_the_package(pipeline, folder, tmp_path):
         assert (tmp_path / "plain copy" / path.relative_to(folder)).read_text() == path.read_text()
 
 
-def test_plain_diffusers_asks_for_trust(folder):
+def test_plain_diffusers_requires_trust_remote_code(folder):
     with pytest.raises(ValueError, match="trust_remote_code"):
         DiffusionPipeline.from_pretrained(folder)
 
 
-def test_the_package_loads_its_own_classes(pipeline, folder):
+def test_package_loads_its_own_classes(pipeline, folder):
     loaded = CFGPipeline.from_pretrained(folder)
     assert type(loaded) is CFGPipeline
     assert type(loaded.unet) is UNet2DCFGModel
@@ -120,25 +120,25 @@ def test_the_package_loads_its_own_classes(pipeline, folder):
     assert_same_model(draw(loaded), draw(pipeline), pipeline)
 
 
-def test_the_package_runs_no_code_of_the_folder(pipeline, folder, monkeypatch):
+def test_package_runs_no_code_from_the_folder(pipeline, folder, monkeypatch):
     for path in folder.rglob("*.py"):
-        path.write_text("raise SystemExit('the code of the folder was run')")
+        path.write_text("raise SystemExit('code from the folder was run')")
     monkeypatch.setattr(diffusers.utils.dynamic_modules_utils, "DIFFUSERS_DISABLE_REMOTE_CODE", True)
     assert_same_model(draw(CFGPipeline.from_pretrained(folder)), draw(pipeline), pipeline)
 
 
-def test_the_package_runs_no_code_even_if_told_to_trust_it(pipeline, folder):
+def test_package_runs_no_code_even_with_trust_remote_code(pipeline, folder):
     for path in folder.rglob("*.py"):
-        path.write_text("raise SystemExit('the code of the folder was run')")
+        path.write_text("raise SystemExit('code from the folder was run')")
     assert_same_model(draw(CFGPipeline.from_pretrained(folder, trust_remote_code=True)), draw(pipeline), pipeline)
-    # diffusers looks for a component's module in its folder first, under the name that the index gives
-    (folder / "unet" / "diffusers_cfg.unet_2d_cfg.py").write_text("raise SystemExit('the code of the folder was run')")
+    # diffusers first looks for a component's module in the component's folder, under its name in the index
+    (folder / "unet" / "diffusers_cfg.unet_2d_cfg.py").write_text("raise SystemExit('code from the folder was run')")
     with pytest.raises(ValueError, match="trust_remote_code"):
         CFGPipeline.from_pretrained(folder, trust_remote_code=True)
 
 
-def test_the_package_finds_its_modules_before_they_are_imported(folder, monkeypatch):
-    """The package is lazy, so a neighbour of the pipeline's module may not be in `sys.modules` yet."""
+def test_package_imports_its_component_modules(folder, monkeypatch):
+    """The package imports lazily, so a component's module may not be in `sys.modules` yet."""
     for name in CFGPipeline.component_classes:
         monkeypatch.delitem(sys.modules, f"diffusers_cfg.{name}")
     loaded = CFGPipeline.from_pretrained(folder)
@@ -146,9 +146,10 @@ def test_the_package_finds_its_modules_before_they_are_imported(folder, monkeypa
     assert draw(loaded).shape == (2, 1, 8, 8)
 
 
-def test_the_config_can_be_loaded_alone(folder):
-    """With the arguments and results of `DiffusionPipeline.load_config`."""
+def test_load_config_matches_diffusers(folder):
+    """The arguments and return values are those of `DiffusionPipeline.load_config`."""
     index = CFGPipeline.load_config(folder)
+    assert isinstance(index, dict)
     assert index["_class_name"] == "CFGPipeline"
     assert index["unet"] == ["diffusers_cfg.unet_2d_cfg", "UNet2DCFGModel"]
     assert CFGPipeline.load_config(folder / "model_index.json") == index
@@ -156,7 +157,7 @@ def test_the_config_can_be_loaded_alone(folder):
     assert CFGPipeline.load_config(folder, True, True) == (index, {}, None)
 
 
-def test_what_was_loaded_can_be_saved_and_loaded(pipeline, folder, tmp_path):
+def test_loaded_pipeline_can_be_saved_and_loaded_again(pipeline, folder, tmp_path):
     once = CFGPipeline.from_pretrained(folder)
     once.save_pretrained(tmp_path / "again")
     files = {path.relative_to(folder): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
@@ -170,7 +171,7 @@ def weaker_unet() -> UNet2DCFGModel:
     return UNet2DCFGModel.from_config(make_unet().config, block_out_channels=(8, 8)).eval()
 
 
-def test_a_guide_assigned_later_is_saved(pipeline, tmp_path):
+def test_guide_unet_assigned_later_is_saved(pipeline, tmp_path):
     plain = draw(pipeline)
     pipeline.guide_unet = weaker_unet()
     images = draw(pipeline)
@@ -185,7 +186,7 @@ def test_a_guide_assigned_later_is_saved(pipeline, tmp_path):
     assert_same_model(draw(CFGPipeline.from_pretrained(tmp_path / "without")), plain, pipeline)
 
 
-def test_a_guide_assigned_later_is_a_component(pipeline, tmp_path):
+def test_guide_unet_assigned_later_is_a_component(pipeline, tmp_path):
     pipeline.guide_unet = weaker_unet()
     assert pipeline.components["guide_unet"] is pipeline.guide_unet
     pipeline.to(torch.float64)
@@ -196,7 +197,7 @@ def test_a_guide_assigned_later_is_a_component(pipeline, tmp_path):
     assert json.loads((tmp_path / "model_index.json").read_text())["guide_unet"] == ["unet_2d_cfg", "UNet2DCFGModel"]
 
 
-def test_a_guider_is_saved(pipeline, tmp_path):
+def test_guider_is_saved(pipeline, tmp_path):
     pipeline.guider = AdaptiveProjectedGuidance(2.0, use_original_formulation=True, eta=0.5)
     pipeline.save_pretrained(tmp_path)
     loaded = CFGPipeline.from_pretrained(tmp_path)
@@ -205,12 +206,12 @@ def test_a_guider_is_saved(pipeline, tmp_path):
     for pipe in (pipeline, loaded):
         pipe.set_progress_bar_config(disable=True)
         images.append(pipe(1, num_inference_steps=4, generator=generators(0), output_type="pt").images)
-    assert_same_draws(*images, pipeline, guidance_scale=2.0, num_inference_steps=4)
+    assert_same_draws(images[0], images[1], pipeline, guidance_scale=2.0, num_inference_steps=4)
     with pytest.raises(ValueError, match=r"guidance_scale cannot.*AdaptiveProjectedGuidance.*pipe.guider = None"):
         loaded(1, guidance_scale=2.0)
 
 
-def test_what_is_published_includes_guide_and_guider(pipeline, tmp_path):
+def test_published_files_include_guide_unet_and_guider(pipeline, tmp_path):
     pipeline.guide_unet = weaker_unet()
     pipeline.save_pretrained(tmp_path)
     pipeline.guide_unet, pipeline.guider = None, AdaptiveProjectedGuidance(2.0)
@@ -220,8 +221,8 @@ def test_what_is_published_includes_guide_and_guider(pipeline, tmp_path):
     assert {"guide_unet/diffusion_pytorch_model.safetensors", "guider/guider_config.json"} <= names
 
 
-def test_remote_code_saves_its_own_text(folder, tmp_path):
-    """Two folders share the path of their code in the cache; the one loaded first must not save the other's."""
+def test_remote_code_saves_its_own_source(folder, tmp_path):
+    """The code of both folders has the same path in the cache. The pipeline loaded first must save its own version."""
     code = folder / "unet" / "unet_2d_cfg.py"
     own_text = code.read_text()
     first = DiffusionPipeline.from_pretrained(folder, trust_remote_code=True)
@@ -233,7 +234,7 @@ def test_remote_code_saves_its_own_text(folder, tmp_path):
     assert (tmp_path / "second" / "unet" / "unet_2d_cfg.py").read_text() == own_text + "\n# another version\n"
 
 
-def test_two_versions_in_one_process_do_not_disturb_each_other(pipeline, folder):
+def test_two_versions_coexist_in_one_process(pipeline, folder):
     code = folder / "unet" / "unet_2d_cfg.py"
     first = DiffusionPipeline.from_pretrained(folder, trust_remote_code=True)
     changed = code.read_text().replace("class_labels == -1", "class_labels >= -1")  # always null
@@ -246,19 +247,19 @@ def test_two_versions_in_one_process_do_not_disturb_each_other(pipeline, folder)
     assert torch.equal(draw(first), before)
 
 
-def test_facts_of_the_training_survive(tmp_path):
+def test_conditioning_dropout_prob_is_saved(tmp_path):
     make_pipeline(conditioning_dropout_prob=0.25).save_pretrained(tmp_path)
     assert CFGPipeline.from_pretrained(tmp_path).config.conditioning_dropout_prob == 0.25
 
 
-def test_a_compiled_network_is_saved_as_itself(pipeline, tmp_path):
+def test_compiled_network_is_saved_uncompiled(pipeline, tmp_path):
     images = draw(pipeline)
     pipeline.unet = torch.compile(pipeline.unet, backend="eager")
     pipeline.save_pretrained(tmp_path)
     assert_same_model(draw(CFGPipeline.from_pretrained(tmp_path)), images, CFGPipeline.from_pretrained(tmp_path))
 
 
-def test_a_scheduler_of_diffusers_is_loaded_as_such(pipeline, tmp_path):
+def test_diffusers_scheduler_keeps_its_class(pipeline, tmp_path):
     pipeline.scheduler = diffusers.DDIMScheduler.from_config(pipeline.scheduler.config)
     pipeline.save_pretrained(tmp_path)
     loaded = CFGPipeline.from_pretrained(tmp_path)
@@ -268,7 +269,7 @@ def test_a_scheduler_of_diffusers_is_loaded_as_such(pipeline, tmp_path):
     assert back.config.log_snr_min == -20
 
 
-def test_a_latent_model_survives(tmp_path):
+def test_latent_model_is_saved(tmp_path):
     vae = diffusers.AutoencoderKL(
         block_out_channels=(8,), norm_num_groups=4, latent_channels=2, scaling_factor=0.5, sample_size=8
     )
@@ -285,16 +286,16 @@ def test_components_can_be_passed(pipeline, folder):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"unet": ["os", "system"]}, "wants system from os for its unet"),
-        ({"unet": ["../unet_2d_cfg", "UNet2DCFGModel"]}, "wants UNet2DCFGModel from ../unet_2d_cfg"),
-        ({"unet": ["unet_2d_cfg", "Path"]}, "wants Path from unet_2d_cfg"),
-        ({"unet": ["hub", "CFGPipeline"]}, "wants CFGPipeline from hub"),
-        ({"scheduler": ["evil", "Scheduler"]}, "wants Scheduler from evil for its scheduler"),
+        ({"unet": ["os", "system"]}, "uses system from os as its unet"),
+        ({"unet": ["../unet_2d_cfg", "UNet2DCFGModel"]}, "uses UNet2DCFGModel from ../unet_2d_cfg"),
+        ({"unet": ["unet_2d_cfg", "Path"]}, "uses Path from unet_2d_cfg"),
+        ({"unet": ["hub", "CFGPipeline"]}, "uses CFGPipeline from hub"),
+        ({"scheduler": ["evil", "Scheduler"]}, "uses Scheduler from evil as its scheduler"),
         ({"_class_name": ["pipeline_cfg", "OtherPipeline"]}, "describes a OtherPipeline"),
         ({"_class_name": "DiTPipeline"}, "describes a DiTPipeline"),
     ],
 )
-def test_a_strangers_index_is_refused(folder, change, message):
+def test_index_with_unknown_classes_is_refused(folder, change, message):
     index = json.loads((folder / "model_index.json").read_text())
     (folder / "model_index.json").write_text(json.dumps({**index, **change}))
     with pytest.raises(ValueError, match=message):

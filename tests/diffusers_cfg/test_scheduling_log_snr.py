@@ -1,3 +1,5 @@
+"""Test `LogSNRScheduler` against the paper's formulas and diffusers' schedulers."""
+
 import math
 
 import diffusers
@@ -17,7 +19,7 @@ def paper_log_snr(u: torch.Tensor, low: float = -20.0, high: float = 20.0) -> to
 
 
 @pytest.mark.parametrize(("low", "high"), [(-20.0, 20.0), (-10.0, 15.0)])
-def test_log_snr_is_the_papers(low, high):
+def test_log_snr_matches_the_paper(low, high):
     scheduler = LogSNRScheduler(log_snr_min=low, log_snr_max=high)
     torch.testing.assert_close(scheduler.log_snr(U), paper_log_snr(U, low, high), rtol=1e-9, atol=1e-9)
     assert scheduler.log_snr(U[0]).item() == pytest.approx(high, abs=1e-9)
@@ -32,14 +34,14 @@ def test_alpha_and_sigma_are_roots_of_sigmoids():
     torch.testing.assert_close(alpha**2 + sigma**2, torch.ones_like(U))
 
 
-def test_float32_keeps_its_digits_at_both_ends():
+def test_float32_is_accurate_at_both_ends():
     scheduler = LogSNRScheduler()
     u = torch.tensor([0.0, 1e-4, 0.3, 0.999, 1.0])
     for rough, exact in zip(scheduler.alpha_sigma(u), scheduler.alpha_sigma(u.double()), strict=True):
         torch.testing.assert_close(rough.double(), exact, rtol=1e-6, atol=0)
 
 
-def test_timestep_and_u_are_inverse_and_the_integers_are_diffusers_timesteps():
+def test_timestep_and_u_are_inverse_and_match_diffusers():
     scheduler = LogSNRScheduler()
     torch.testing.assert_close(scheduler.u(scheduler.timestep(U)), U)
     assert scheduler.timestep(torch.tensor([0.0, 1.0])).tolist() == [-1, 999]
@@ -56,9 +58,9 @@ def test_add_noise_and_velocity():
     # Integers, as diffusers' own schedulers take them
     stock = diffusers.DDPMScheduler.from_config(scheduler.config)
     t = torch.tensor([0, 500, 999])
-    torch.testing.assert_close(
-        scheduler.add_noise(x[:3].float(), noise[:3].float(), t), stock.add_noise(x[:3].float(), noise[:3].float(), t)
-    )
+    x, noise = x[:3].float(), noise[:3].float()
+    expected = stock.add_noise(x, noise, t)  # pyright: ignore[reportArgumentType] says IntTensor
+    torch.testing.assert_close(scheduler.add_noise(x, noise, t), expected)
 
 
 STOCK = [name for name in LogSNRScheduler._compatibles if not name.startswith("LogSNR")]
@@ -66,7 +68,7 @@ STOCK = [name for name in LogSNRScheduler._compatibles if not name.startswith("L
 
 @pytest.mark.parametrize("reloaded", [False, True])
 @pytest.mark.parametrize("name", STOCK)
-def test_from_config_keeps_the_process(name, reloaded, tmp_path):
+def test_from_config_keeps_the_noise_process(name, reloaded, tmp_path):
     scheduler = LogSNRScheduler(log_snr_min=-18.0, prediction_type="v_prediction")
     if reloaded:
         scheduler.save_pretrained(tmp_path)
@@ -74,7 +76,7 @@ def test_from_config_keeps_the_process(name, reloaded, tmp_path):
     stock = getattr(diffusers, name).from_config(scheduler.config)
     u = scheduler.u(torch.arange(1000, dtype=F64))
     exact = torch.sigmoid(paper_log_snr(u, low=-18.0))
-    # Both to 1e-6, and α to that part of itself, which is 1e-4 at the noisy end.
+    # α is compared by its relative error, as it is only 1e-4 at the noisy end.
     torch.testing.assert_close(stock.alphas_cumprod.double().sqrt(), exact.sqrt(), rtol=1e-6, atol=1e-8)
     torch.testing.assert_close(stock.alphas_cumprod.double(), exact, rtol=0, atol=2e-7)
     torch.testing.assert_close(scheduler.alphas_cumprod.double(), exact, rtol=1e-6, atol=0)
@@ -87,7 +89,7 @@ def test_from_config_keeps_the_process(name, reloaded, tmp_path):
 
 
 @pytest.mark.parametrize("reloaded", [False, True])
-def test_a_solver_converts_back_without_a_warning(reloaded, tmp_path, caplog):
+def test_solver_converts_back_without_a_warning(reloaded, tmp_path, caplog):
     diffusers.utils.logging.enable_propagation()
     scheduler = LogSNRScheduler(log_snr_min=-15.0, variance_interpolation=0.2, prediction_type="v_prediction")
     solver = scheduler.solver(diffusers.UniPCMultistepScheduler)
@@ -107,13 +109,13 @@ def test_a_solver_converts_back_without_a_warning(reloaded, tmp_path, caplog):
     assert "not expected" not in caplog.text
 
 
-def test_a_changed_process_is_passed_on():
+def test_changed_noise_process_reaches_diffusers_schedulers():
     changed = LogSNRScheduler.from_config(LogSNRScheduler().config, log_snr_min=-10.0)
     stock = diffusers.DDIMScheduler.from_config(changed.config)
     assert stock.alphas_cumprod[-1].item() == pytest.approx(1 / (1 + math.exp(10)), rel=1e-3)
 
 
-def test_solvers_that_step_in_sigma_start_within_the_process():
+def test_sigma_schedulers_start_within_the_process():
     for low, sigma_max in ((-20.0, 80.0), (-4.0, math.exp(2))):
         stock = diffusers.EulerDiscreteScheduler.from_config(LogSNRScheduler(log_snr_min=low).config)
         stock.set_timesteps(20)
@@ -121,13 +123,13 @@ def test_solvers_that_step_in_sigma_start_within_the_process():
         assert stock.sigmas[-2].item() == pytest.approx(0.01, rel=1e-5)
 
 
-def test_without_clipping_the_others_do_not_clip_either():
+def test_disabled_clipping_reaches_diffusers_schedulers():
     config = LogSNRScheduler(clip_sample=False).config
     assert not diffusers.DDIMScheduler.from_config(config).config.clip_sample
     assert not diffusers.DPMSolverMultistepScheduler.from_config(config).config.thresholding
 
 
-def test_timesteps_go_from_noise_to_data_evenly_in_u():
+def test_timesteps_are_evenly_spaced_in_u():
     scheduler = LogSNRScheduler()
     scheduler.set_timesteps(5)
     assert scheduler.timesteps.tolist() == [999, 749, 499, 249, -1]
@@ -137,7 +139,7 @@ def test_timesteps_go_from_noise_to_data_evenly_in_u():
 
 
 @pytest.mark.parametrize("v", [0.0, 0.3, 1.0])
-def test_step_has_the_posteriors_mean_and_the_interpolated_variance(v):
+def test_step_has_the_posterior_mean_and_the_interpolated_variance(v):
     scheduler = LogSNRScheduler(prediction_type="sample", variance_interpolation=v, clip_sample=False)
     scheduler.set_timesteps(5)
     draws, generator = 200_000, torch.Generator().manual_seed(0)
@@ -154,8 +156,8 @@ def test_step_has_the_posteriors_mean_and_the_interpolated_variance(v):
     assert out.var().item() == pytest.approx(variance, rel=0.02)
 
 
-def test_the_posterior_is_bayes_rule():
-    """With x ~ N(0, 1) and a perfect x̃ drawn from p(x | z), a step at v = 0 keeps z ~ N(0, 1) at every λ."""
+def test_posterior_follows_bayes_rule():
+    """With x ~ N(0, 1) and x̃ sampled from p(x | z), a step with v = 0 keeps z ~ N(0, 1) at every λ."""
     scheduler = LogSNRScheduler(prediction_type="sample", variance_interpolation=0.0, clip_sample=False)
     scheduler.set_timesteps(6)
     generator = torch.Generator().manual_seed(0)
@@ -168,7 +170,7 @@ def test_the_posterior_is_bayes_rule():
         assert z.var().item() == pytest.approx(1, abs=0.02)
 
 
-def test_the_last_step_returns_x():
+def test_last_step_returns_x():
     scheduler = LogSNRScheduler()
     scheduler.set_timesteps(3)
     z, noise = torch.randn(2, 4, 1, generator=torch.Generator().manual_seed(0))
@@ -178,7 +180,7 @@ def test_the_last_step_returns_x():
 
 
 @pytest.mark.parametrize("u", [0.0, 0.1, 0.5, 0.9, 1.0])
-def test_the_prediction_types_agree(u):
+def test_prediction_types_agree(u):
     u = torch.tensor([u], dtype=F64)
     x, noise = torch.randn(2, 1, 5, dtype=F64, generator=torch.Generator().manual_seed(0))
     t = LogSNRScheduler().timestep(u)
@@ -196,9 +198,8 @@ def test_x_is_clipped():
     assert out.tolist() == [[-1.0, 0.5, 1.0]]
 
 
-def test_dynamic_thresholding_is_diffusers():
-    settings = {"sample_max_value": 2.0, "dynamic_thresholding_ratio": 0.8}
-    scheduler = LogSNRScheduler(prediction_type="sample", **settings)
+def test_dynamic_thresholding_matches_diffusers():
+    scheduler = LogSNRScheduler(prediction_type="sample", sample_max_value=2.0, dynamic_thresholding_ratio=0.8)
     stock = diffusers.DDIMScheduler.from_config(scheduler.config)
     x = 2 * torch.randn(4, 3, 8, 8, generator=torch.Generator().manual_seed(0))
     torch.testing.assert_close(
@@ -206,7 +207,7 @@ def test_dynamic_thresholding_is_diffusers():
     )
 
 
-def test_one_generator_for_each_sample():
+def test_one_generator_per_sample():
     scheduler = LogSNRScheduler()
     z, noise = torch.randn(2, 3, 4, generator=torch.Generator().manual_seed(0))
 
@@ -240,12 +241,12 @@ def test_half_precision_is_computed_in_float32():
         ({"num_train_timesteps": 1}, "num_train_timesteps.*1"),
     ],
 )
-def test_wrong_settings_are_named(settings, message):
+def test_invalid_settings_are_refused(settings, message):
     with pytest.raises(ValueError, match=message):
         LogSNRScheduler(**settings)
 
 
-def test_wrong_calls_are_named():
+def test_invalid_calls_are_refused():
     scheduler = LogSNRScheduler()
     z = torch.zeros(1, 1)
     with pytest.raises(ValueError, match="set_timesteps"):

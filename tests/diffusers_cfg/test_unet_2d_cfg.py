@@ -1,3 +1,5 @@
+"""Test `UNet2DCFGModel` against `UNet2DModel`: outputs, labels, settings and the guidance input."""
+
 import inspect
 
 import pytest
@@ -26,14 +28,14 @@ def test_none_and_minus_one_are_the_null_class(unet):
     assert not torch.allclose(mixed[0], null[0])
 
 
-def test_given_labels_are_not_changed(unet):
+def test_labels_are_not_modified(unet):
     labels = torch.tensor([1, -1])
     unet(Z, T, class_labels=labels)
     assert labels.tolist() == [1, -1]
 
 
 def test_weights_mix_the_rows_of_the_class_embedding(unet):
-    """A whole weight is the label itself; a mix is what the network says of a class with the mean of two rows."""
+    """A weight of one is the label itself. A mix equals a class whose row is the weighted mean of two rows."""
     one_hot = torch.eye(4)[[1, 3]]
     assert torch.equal(unet(Z, T, class_labels=one_hot).sample, unet(Z, T, class_labels=torch.tensor([1, -1])).sample)
     mixed = unet(Z, T, class_labels=torch.tensor([[0.25, 0.75, 0, 0]] * 2)).sample
@@ -66,10 +68,11 @@ SKIP_BLOCKS = {
         SKIP_BLOCKS,
     ],
 )
-def test_is_the_stock_unet_bit_for_bit(settings):
-    """On the same weights in memory: outputs and gradients, in training mode too."""
+def test_matches_unet2dmodel_bit_for_bit(settings):
+    """Outputs and gradients with the same weights in memory, in evaluation and training mode."""
     unet = make_unet(**settings)
     stock = UNet2DModel.from_config(unet.config)
+    assert isinstance(stock, UNet2DModel)
     stock.load_state_dict(unet.state_dict(), assign=True)
     labels, z = torch.tensor([0, 3]), torch.randn(2, unet.config.in_channels, 8, 8)
     t = torch.tensor([3, 700]) if unet.config.time_embedding_type == "learned" else T
@@ -81,15 +84,17 @@ def test_is_the_stock_unet_bit_for_bit(settings):
             outputs.append(network(z, t, class_labels=labels).sample)
             outputs[-1].square().mean().backward()
         assert torch.equal(*outputs)
-        gradients = dict(unet.named_parameters())
         for name, parameter in stock.named_parameters():
-            assert torch.equal(parameter.grad, gradients[name].grad), name
+            expected, actual = parameter.grad, unet.get_parameter(name).grad
+            assert expected is not None, name
+            assert actual is not None, name
+            assert torch.equal(actual, expected), name
     with torch.no_grad():
         cut = [network.eval()(z, 5.7, class_labels=labels, return_dict=False)[0] for network in (stock, unet)]
     assert torch.equal(*cut)
 
 
-def test_the_constructor_is_the_stock_one_with_a_guidance_scale():
+def test_constructor_adds_only_max_guidance_scale():
     stock = list(inspect.signature(UNet2DModel.__init__).parameters.values())
     *shared, added = inspect.signature(UNet2DCFGModel.__init__).parameters.values()
     assert [(parameter.name, parameter.default) for parameter in shared] == [
@@ -98,7 +103,7 @@ def test_the_constructor_is_the_stock_one_with_a_guidance_scale():
     assert (added.name, added.default) == ("max_guidance_scale", None)
 
 
-def test_every_setting_survives_save_and_load(tmp_path):
+def test_every_setting_is_saved_and_loaded(tmp_path):
     settings = {"sample_size": (8, 16), "center_input_sample": True, "dropout": 0.25, "attention_head_dim": 4}
     unet = make_unet(**settings)
     unet.save_pretrained(tmp_path)
@@ -110,7 +115,7 @@ def test_every_setting_survives_save_and_load(tmp_path):
         assert torch.equal(loaded.state_dict()[name], value), name
 
 
-def test_the_stock_unet_loads_it_without_a_warning(unet, tmp_path, caplog):
+def test_unet2dmodel_loads_it_without_a_warning(unet, tmp_path, caplog):
     diffusers_logging.enable_propagation()
     unet.save_pretrained(tmp_path)
     stock, loaded = UNet2DModel.from_pretrained(tmp_path), UNet2DCFGModel.from_pretrained(tmp_path)
@@ -133,17 +138,17 @@ def test_the_stock_unet_loads_it_without_a_warning(unet, tmp_path, caplog):
         (torch.tensor(1), r"shape \(2,\).*\(\)"),
         (torch.full((2, 3), 1 / 3), r"weights of shape \(2, 4\).*\(2, 3\)"),
         (torch.full((2, 4), 0.5), r"add up to one, but are \[0.5, 0.5, 0.5, 0.5\]"),
-        (torch.tensor([[2.0, -1.0, 0.0, 0.0]] * 2), r"0 or more.*-1.0"),
+        (torch.tensor([[2.0, -1.0, 0.0, 0.0]] * 2), r"at least 0.*-1.0"),
         (torch.full((2, 4), torch.nan), "nan"),
     ],
 )
-def test_wrong_labels_are_named(unet, labels, message):
+def test_invalid_labels_are_refused(unet, labels, message):
     with pytest.raises(ValueError, match=message):
         unet(Z, T, class_labels=labels)
 
 
-def test_values_are_not_read_off_the_device(unet):
-    """On the meta device any look at a value raises, as it would wait for a GPU."""
+def test_label_values_are_not_read_from_the_device(unet):
+    """Reading a value on the meta device raises; on a GPU it would synchronize."""
     unet, labels = unet.to("meta"), torch.tensor([0, 99], device="meta")
     assert unet(Z.to("meta"), T.to("meta"), class_labels=labels).sample.shape == Z.shape
     with pytest.raises(ValueError, match="float32"):
@@ -151,7 +156,7 @@ def test_values_are_not_read_off_the_device(unet):
 
 
 @pytest.mark.parametrize("settings", [{"num_class_embeds": None}, {"num_class_embeds": 1}])
-def test_a_config_without_null_class_is_named(settings):
+def test_config_without_a_null_class_is_refused(settings):
     with pytest.raises(ValueError, match=f"num_class_embeds={settings['num_class_embeds']}"):
         _ = make_unet(**settings).null_class_label
 
@@ -171,13 +176,13 @@ def test_gradient_checkpointing_gives_the_same_gradients():
         if checkpointing:
             unet.enable_gradient_checkpointing()
         unet(Z, T, class_labels=torch.tensor([0, -1])).sample.square().mean().backward()
-        gradients.append([p.grad.clone() for p in unet.parameters()])
+        gradients.append([p.grad for p in unet.parameters()])
     for expected, actual in zip(*gradients, strict=True):
         torch.testing.assert_close(actual, expected)
 
 
 @pytest.mark.slow
-def test_compiles_without_a_graph_break_and_not_again_for_other_values(unet):
+def test_compiles_to_one_graph_without_recompilation(unet):
     torch._dynamo.reset()
     compiled = torch.compile(unet, fullgraph=True, backend="aot_eager")
     labels = torch.tensor([0, -1])
@@ -199,21 +204,22 @@ def with_guidance_input(unet) -> UNet2DCFGModel:
     return student
 
 
-def test_w_is_an_input_only_where_it_is_configured(unet, tmp_path):
+def test_w_is_an_input_only_if_configured(unet, tmp_path):
     assert "max_guidance_scale" not in unet.config
     assert unet.max_guidance_scale is None
     assert not [name for name in unet.state_dict() if "guidance" in name]
-    with pytest.raises(ValueError, match="takes no guidance_scale"):
+    with pytest.raises(ValueError, match="does not take guidance_scale"):
         unet(Z, T, guidance_scale=torch.ones(2))
     for wrong in (0.0, -1.0, float("inf")):
         with pytest.raises(ValueError, match=f"max_guidance_scale must be a positive number, but is {wrong}"):
             UNet2DCFGModel.from_config(unet.config, max_guidance_scale=wrong)
 
 
-def test_a_student_starts_as_its_teacher_and_can_depend_on_w(unet, tmp_path):
+def test_student_starts_as_its_teacher_and_can_depend_on_w(unet, tmp_path):
     student, labels, w = with_guidance_input(unet), torch.tensor([0, -1]), torch.tensor([0.5, 4.0])
     assert torch.equal(student(Z, T, labels, guidance_scale=w).sample, unet(Z, T, labels).sample)
     torch.manual_seed(0)
+    assert student.guidance_embedding is not None
     torch.nn.init.normal_(student.guidance_embedding.linear_2.weight)
     guided = student(Z, T, labels, guidance_scale=w).sample
     assert not torch.allclose(guided, unet(Z, T, labels).sample, atol=1e-3)
@@ -228,7 +234,7 @@ def test_a_student_starts_as_its_teacher_and_can_depend_on_w(unet, tmp_path):
     torch.testing.assert_close(again(Z, T, labels, guidance_scale=w).sample, guided)
 
 
-def test_the_dtype_is_that_of_the_computation(unet):
+def test_dtype_is_the_compute_dtype(unet):
     assert unet.dtype == torch.float32
     assert unet.to(torch.bfloat16).dtype == torch.bfloat16
     labels = torch.tensor([0, -1])
