@@ -1,4 +1,4 @@
-"""Write a model card from the files of a saved pipeline and of the run that trained it, and from nothing else."""
+"""Write the model card of a saved pipeline from its files and the files of its training run."""
 
 import json
 import re
@@ -14,17 +14,17 @@ EVALUATION, TABLE, CURVES, GRID = (
 )
 FACTS = (RUN, EVALUATION, TABLE, CURVES, GRID)
 
-PICTURES = {
-    SAMPLES: "A row for each class, a column for each w",
-    GRID: "A row for each w, the same noise down each column",
+CAPTIONS = {
+    SAMPLES: "One row per class, one column per guidance scale w",
+    GRID: "One row per guidance scale w; each column uses the same noise",
 }
 
-# Names in the Hub's index of results, for the metrics that it has.
+# The Hub's identifiers of the metrics that it knows.
 METRIC_TYPES = {"FID": "fid", "KID": "kid", "IS": "inception_score", "Fréchet distance": "frechet_distance"}
 
-# Text between these marks is replaced at every push; the rest of a card is its author's. A card is recognized by the
-# first words of BEGIN.
-BEGIN = "<!-- Written by diffusers-cfg and replaced at the next push. Your own text belongs below the end mark. -->"
+# The text between these markers is replaced at every push; the rest of the card belongs to its author. Published cards
+# are recognized by END and by the first words of BEGIN, so neither may change.
+BEGIN = "<!-- Written by diffusers-cfg and replaced at every push. Add your own text below the end marker. -->"
 END = "<!-- End of what diffusers-cfg writes. -->"
 
 CITATION = """```bibtex
@@ -39,16 +39,16 @@ CITATION = """```bibtex
 
 def model_card(folder: Path, repo_id: str, existing: str | None = None) -> str:
     """
-    Return the card of a saved pipeline.
+    Return the model card of a saved pipeline.
 
     Args:
-        folder (`Path`): Saved pipeline; `run.json`, `evaluation/` and samples are read if they exist.
-        repo_id (`str`): Name that the card loads the pipeline by.
-        existing (`str`, *optional*): Card of the repository. Its text outside the marks is kept, and metadata that this
-            function does not write.
+        folder (`Path`): Saved pipeline. `run.json`, `evaluation/` and samples are read if they exist.
+        repo_id (`str`): Repository or folder from which the card's examples load the pipeline.
+        existing (`str`, *optional*): Current card of the repository. The text outside the markers is kept, and so is
+            metadata that this function does not write.
 
     Returns:
-        `str`: Metadata in YAML, and Markdown. Unknown facts are left out.
+        `str`: The card: YAML metadata and Markdown. Unknown facts are omitted.
     """
     index, run, evaluation = (read_json(folder / name) for name in ("model_index.json", RUN, EVALUATION))
     unet, scheduler = (
@@ -58,14 +58,14 @@ def model_card(folder: Path, repo_id: str, existing: str | None = None) -> str:
     has_samples = find_samples(folder) is not None
 
     gallery = {SAMPLES: has_samples, GRID: (folder / GRID).is_file()}
-    metadata = card_metadata(repo_id, run, evaluation, [name for name, is_there in gallery.items() if is_there])
+    metadata = card_metadata(repo_id, run, evaluation, [name for name, exists in gallery.items() if exists])
     sections = [
         introduction(repo_id, index, unet, run, has_samples),
-        how_to_load(repo_id, index),
-        the_scale(index, unet),
-        classes(index),
-        training(index, unet, scheduler, run),
-        results(folder),
+        usage_section(repo_id, index),
+        guidance_section(index, unet),
+        classes_section(index),
+        training_section(index, unet, scheduler, run),
+        results_section(folder),
         LIMITS,
         f"## Citation\n\n{CITATION}",
     ]
@@ -77,27 +77,27 @@ def model_card(folder: Path, repo_id: str, existing: str | None = None) -> str:
     metadata = ModelCardData(**{**card.data.to_dict(), **metadata.to_dict()}, ignore_metadata_errors=True)
     before, *rest = re.split(r"<!-- Written by diffusers-cfg\b.*?-->", card.text, maxsplit=1)
     _, end, after = "".join(rest).partition(END)
-    if not end:  # a card by someone else, or the Hub's empty one
+    if not end:  # a card that this package did not write
         before, after = "", card.text
     text = f"{before.strip()}\n\n{body}\n\n{after.strip()}".strip()
     return f"---\n{metadata.to_yaml()}\n---\n\n{text}\n"
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """Return the object in a JSON file, or an empty one if there is no such file."""
+    """Load the object in a JSON file; empty if the file does not exist."""
     return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
 
 
 def find_samples(folder: Path) -> Path | None:
-    """Return a folder's picture of samples, or else the last grid that a training run drew."""
+    """Return the path of a folder's samples.png, or of the last grid of samples from a training run."""
     if (folder / SAMPLES).is_file():
         return folder / SAMPLES
     grids = (folder / "samples").glob("step-*.png")
     return max(grids, key=lambda path: int(path.stem.removeprefix("step-")), default=None)
 
 
-def card_metadata(repo_id: str, run: dict, evaluation: dict, pictures: list[str]) -> ModelCardData:
-    """Return the card's metadata: license, dataset, gallery, and results at the w that matter."""
+def card_metadata(repo_id: str, run: dict[str, Any], evaluation: dict[str, Any], images: list[str]) -> ModelCardData:
+    """Return the card's metadata: license, dataset, gallery, and the results at w = 0 and at the best w."""
     facts: dict[str, Any] = {}
     if run.get("license"):
         facts["license"] = run["license"]
@@ -105,8 +105,8 @@ def card_metadata(repo_id: str, run: dict, evaluation: dict, pictures: list[str]
         facts["datasets"] = [run["dataset_id"]]
     if run.get("base_model"):
         facts["base_model"] = run["base_model"]
-    if pictures:
-        facts["widget"] = [{"text": PICTURES[name], "output": {"url": name}} for name in pictures]
+    if images:
+        facts["widget"] = [{"text": CAPTIONS[name], "output": {"url": name}} for name in images]
     if evaluation and run.get("dataset"):
         facts["model_name"] = repo_id.split("/")[-1]
         facts["eval_results"] = [
@@ -114,14 +114,14 @@ def card_metadata(repo_id: str, run: dict, evaluation: dict, pictures: list[str]
                 task_type="unconditional-image-generation",
                 dataset_type=run.get("dataset_id") or run["dataset"],
                 dataset_name=run["dataset"],
-                metric_type=METRIC_TYPES.get(name, name.replace(" ", "_")),
+                metric_type=METRIC_TYPES.get(name) or name.replace(" ", "_"),
                 metric_name=f"{name} at w = {row['guidance_scale']:g}, {evaluation['num_samples']} samples, "
                 f"{row['network_evaluations']:g} network evaluations, features of "
                 f"{evaluation['feature_extractor']['name']}",
                 metric_value=round(row[metric], 4),
             )
             for row in evaluation["results"]
-            if row["guidance_scale"] in {0, *evaluation["best"].values()}  # the table has them all
+            if row["guidance_scale"] in {0, *evaluation["best"].values()}  # the table has all of them
             for metric, name in evaluation["metric_names"].items()
             if metric in row
         ]
@@ -149,17 +149,17 @@ def introduction(repo_id: str, index: dict, unet: dict, run: dict, has_samples: 
         "[classifier-free guidance](https://arxiv.org/abs/2207.12598) with diffusers-cfg."
     )
     if has_samples:
-        text += f"\n\n![A row for each class, a column for each guidance scale w]({SAMPLES})"
+        text += f"\n\n![{CAPTIONS[SAMPLES]}]({SAMPLES})"
     return text
 
 
-def how_to_load(repo_id: str, index: dict) -> str:
-    """Return how to load the model with and without running the repository's code."""
+def usage_section(repo_id: str, index: dict[str, Any]) -> str:
+    """Return code that loads the model with and without remote code."""
     label = json.dumps(next(iter((index.get("id2label") or {}).values()), 0), ensure_ascii=False)
     scale = "" if has_guider(index) else ", guidance_scale=1.0"
     return f"""## Use
 
-With diffusers alone. The repository's own code is run; read it first:
+With diffusers only. This runs the code in the repository, so read it first:
 
 ```python
 from diffusers import DiffusionPipeline
@@ -168,7 +168,7 @@ pipe = DiffusionPipeline.from_pretrained("{repo_id}", trust_remote_code=True)
 image = pipe(class_labels=[{label}]{scale}).images[0]
 ```
 
-With the package diffusers-cfg installed. No code of the repository is run:
+With the package diffusers-cfg. This does not run code from the repository:
 
 ```python
 from diffusers_cfg import CFGPipeline
@@ -179,88 +179,93 @@ image = pipe(class_labels=[{label}]{scale}).images[0]
 
 
 def has_guider(index: dict) -> bool:
-    """Return whether the pipeline was saved with one of diffusers' guiders."""
+    """Return whether the pipeline was saved with a diffusers guider."""
     return bool(index.get("guider", [None])[0])
 
 
-def the_scale(index: dict, unet: dict) -> str:
-    """Return what `guidance_scale` means for this model."""
+def guidance_section(index: dict[str, Any], unet: dict[str, Any]) -> str:
+    """Explain `guidance_scale` for this model."""
     if unet.get("max_guidance_scale") is not None:
         return (
             f"`guidance_scale` is the paper's w, in 0 … {unet['max_guidance_scale']:g}. The model was distilled "
-            "([Meng et al. 2023](https://arxiv.org/abs/2210.03142)): by one network evaluation a step it draws what "
-            "ε̃ = (1 + w) ε(z, c) − w ε(z) draws by two. Most other pipelines of diffusers take s = 1 + w."
+            "([Meng et al. 2023](https://arxiv.org/abs/2210.03142)): it predicts ε̃ = (1 + w) ε(z, c) − w ε(z) with one "
+            "network evaluation per step instead of two. Most other diffusers pipelines take s = 1 + w."
         )
     if has_guider(index):
         return (
-            f"The pipeline comes with diffusers' `{index['guider'][1]}`, which brings its own rule and scale. Set "
-            "`pipe.guider = None` to guide by `guidance_scale`, the paper's w."
+            f"The pipeline uses diffusers' `{index['guider'][1]}`, which has its own rule and scale. Set "
+            "`pipe.guider = None` to guide with `guidance_scale`, the paper's w."
         )
     text = (
         "`guidance_scale` is the paper's w: ε̃ = (1 + w) ε(z, c) − w ε(z). 0 is the plain conditional model and −1 the "
-        "plain unconditional one. Most other pipelines of diffusers take s = 1 + w."
+        "plain unconditional one. Most other diffusers pipelines take s = 1 + w."
     )
     if index.get("conditioning_dropout_prob") == 0:
-        text += " **This model was trained without dropping labels: it cannot be guided. Use 0.**"
+        text += " **This model was trained without label dropout and cannot be guided. Use 0.**"
     if index.get("guide_unet", [None])[0]:
-        text += " A second, weaker network in `guide_unet` takes the place of ε(z): autoguidance (arXiv 2406.02507)."
+        text += " A second, weaker network in `guide_unet` replaces ε(z): autoguidance (arXiv 2406.02507)."
     return text
 
 
-def classes(index: dict, most: int = 1000) -> str:
-    """Return a table of the classes' names, at most `most` of them."""
+def classes_section(index: dict[str, Any], max_rows: int = 1000) -> str:
+    """Return a table of the class names with at most `max_rows` rows; empty if the classes have no names."""
     id2label = index.get("id2label") or {}
     if not id2label:
         return ""
     names = sorted((int(class_id), name.replace("|", r"\|")) for class_id, name in id2label.items())
     rows = [f"| {class_id} | {name} |" for class_id, name in names]
-    more = f"\n\n… {len(rows)} in all." if len(rows) > most else ""
-    return "## Classes\n\n| id | name |\n|---|---|\n" + "\n".join(rows[:most]) + more
+    more = f"\n\n… {len(rows)} in total." if len(rows) > max_rows else ""
+    return "## Classes\n\n| id | name |\n|---|---|\n" + "\n".join(rows[:max_rows]) + more
 
 
-def training(index: dict, unet: dict, scheduler: dict, run: dict) -> str:
-    """Return a table of the facts about the training run."""
-    seconds = run.get("seconds")
-    # Under the names of LogSNRScheduler, or the private ones that it gives diffusers' schedulers
+def training_section(
+    index: dict[str, Any], unet: dict[str, Any], scheduler: dict[str, Any], run: dict[str, Any]
+) -> str:
+    """Return a table of facts about the training run."""
+    seconds, precision = run.get("seconds"), run.get("mixed_precision")
+    duration = None
+    if seconds is not None:
+        duration = f"{seconds / 3600:.1f} h" if seconds > 5400 else f"{seconds / 60:.0f} min"
+    # `LogSNRScheduler.solver` makes the names private for diffusers' schedulers
     low, high = (scheduler.get(name, scheduler.get(f"_{name}")) for name in ("log_snr_min", "log_snr_max"))
     steps = index.get("num_inference_steps")
     facts = {
-        "data": run.get("dataset"),
+        "dataset": run.get("dataset"),
         "images": run.get("num_images"),
-        "started from": run.get("base_model"),
+        "pretrained model": run.get("base_model"),
         "label dropout p_uncond": index.get("conditioning_dropout_prob"),
-        "prediction": scheduler.get("prediction_type"),
+        "prediction type": scheduler.get("prediction_type"),
         "log-SNR λ": f"{low:g} … {high:g}" if low is not None else None,
-        "sampled by": f"{index['scheduler'][1]}, {steps} steps by default" if steps else None,
+        "sampler": f"{index['scheduler'][1]}, {steps} steps by default" if steps else None,
         "parameters": f"{run['num_parameters'] / 1e6:.1f} M" if "num_parameters" in run else None,
         "channels": ", ".join(map(str, unet["block_out_channels"])),
         "steps": run.get("steps"),
-        "images per step": run.get("batch_size"),
+        "batch size": run.get("batch_size"),
         "peak learning rate": run.get("learning_rate"),
-        "average of the weights (EMA)": run.get("ema"),
-        "precision": {"no": "fp32"}.get(run.get("mixed_precision"), run.get("mixed_precision")),
+        "EMA decay": run.get("ema"),
+        "precision": "fp32" if precision == "no" else precision,
         "hardware": run.get("hardware"),
-        "time": f"{seconds / 3600:.1f} h" if seconds and seconds > 5400 else seconds and f"{seconds / 60:.0f} min",
+        "training time": duration,
         "seed": run.get("seed"),
     }
     rows = [f"| {name} | {value} |" for name, value in facts.items() if value is not None]
     return "## Training\n\n| | |\n|---|---|\n" + "\n".join(rows)
 
 
-def results(folder: Path) -> str:
-    """Return the evaluation's table and pictures; empty without an evaluation."""
+def results_section(folder: Path) -> str:
+    """Return the table and figures of the evaluation; empty if there was none."""
     if not (folder / TABLE).is_file():
         return ""
     text = f"## Results\n\n{(folder / TABLE).read_text(encoding='utf-8').strip()}"
     if (folder / CURVES).is_file():
-        text += f"\n\n![Quality over the guidance scale]({CURVES})"
+        text += f"\n\n![Metrics as a function of the guidance scale]({CURVES})"
     if (folder / GRID).is_file():
-        text += f"\n\n![{PICTURES[GRID]}]({GRID})"
+        text += f"\n\n![{CAPTIONS[GRID]}]({GRID})"
     return text
 
 
 LIMITS = """## Intended use and limits
 
-For research and for learning. The model draws what its training data holds, with its gaps and its biases. A larger w
-makes samples truer to their class and less varied. `from_pipe` and `device_map="balanced"` do not work where the model
-is loaded as remote code."""
+This model is intended for research and education. It reproduces the gaps and biases of its training data. A larger w
+makes samples more typical of their class and less diverse. `from_pipe` and `device_map="balanced"` are not supported if
+the model is loaded with remote code."""

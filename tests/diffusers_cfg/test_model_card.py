@@ -70,7 +70,7 @@ def full(folder):
     return folder
 
 
-def test_a_full_card(full):
+def test_card_of_an_evaluated_model(full):
     metadata, text = parse(model_card(full, "me/scribbles"))
     assert metadata["library_name"] == "diffusers"
     assert metadata["pipeline_tag"] == "unconditional-image-generation"
@@ -88,44 +88,45 @@ def test_a_full_card(full):
     for line in (
         "| 2 | two |",
         "| label dropout p_uncond | 0.1 |",
-        "| time | 10 min |",
+        "| training time | 10 min |",
+        "| EMA decay | 0.9999 |",
         "| parameters | 1.5 M |",
         "| hardware | 2 × CPU |",
         "| 1 | **0.250** |",
         "64 steps of HeunDiscreteScheduler",
-        "![A row for each w, the same noise down each column](evaluation/grid.png)",
+        "![One row per guidance scale w; each column uses the same noise](evaluation/grid.png)",
         "](evaluation/curves.png)",
         "s = 1 + w",
         "8×8 grayscale images of someone/scribbles, 3 classes",
-        "![A row for each class",
+        "![One row per class, one column per guidance scale w](samples.png)",
         "@article{ho2022classifier",
     ):
         assert line in text
 
 
-def test_names_do_not_break_the_table(tmp_path):
+def test_pipe_characters_in_class_names_are_escaped(tmp_path):
     make_pipeline(make_unet(), id2label={0: "a|b", 1: "c", 2: "d"}).save_pretrained(tmp_path)
     assert r"| 0 | a\|b |" in model_card(tmp_path, "me/scribbles")
 
 
-def test_what_is_not_known_is_left_out(folder):
+def test_unknown_facts_are_omitted(folder):
     metadata, text = parse(model_card(folder, "me/scribbles"))
     assert set(metadata) == {"library_name", "pipeline_tag", "tags"}
     assert "None" not in text
-    for heading in ("## Results", "evaluation/", "samples.png", "| data |", "| hardware |", "| time |"):
+    for heading in ("## Results", "evaluation/", "samples.png", "| dataset |", "| hardware |", "| training time |"):
         assert heading not in text
 
 
-def test_a_model_without_names_and_without_dropout(tmp_path):
+def test_card_without_class_names_and_label_dropout(tmp_path):
     make_pipeline(make_unet(), id2label=None, conditioning_dropout_prob=0.0).save_pretrained(tmp_path)
     _, text = parse(model_card(tmp_path, "me/scribbles"))
     assert "## Classes" not in text
     assert "class_labels=[0]" in text
-    assert "it cannot be guided" in text
+    assert "cannot be guided" in text
 
 
-def test_the_code_in_the_card_runs(folder, monkeypatch):
-    """Both ways to load, with the folder in the place of the repository."""
+def test_code_in_the_card_runs(folder, monkeypatch):
+    """With a local folder instead of a repository."""
     _, text = parse(model_card(folder, str(folder)))
     blocks = re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL)
     assert len(blocks) == 2
@@ -135,7 +136,7 @@ def test_the_code_in_the_card_runs(folder, monkeypatch):
         assert names["image"].size == (8, 8)
 
 
-def test_a_persons_words_are_kept(folder, full):
+def test_authors_text_is_kept(folder, full):
     card = model_card(full, "me/scribbles")
     edited = card.replace(BEGIN, f"Read this first.\n\n{BEGIN}").replace(END, f"{END}\n\nAnd this last.")
     edited = edited.replace("license: mit", "license: mit\nlanguage: en")
@@ -146,30 +147,34 @@ def test_a_persons_words_are_kept(folder, full):
     assert text.index("Read this first.") < text.index("| steps | 8 |") < text.index("And this last.")
     assert "| steps | 7 |" not in text
     assert model_card(full, "me/scribbles", again) == again
-    # A card by an earlier version, whose first mark had other words
-    old = "<!-- Written by diffusers-cfg, and written anew at the next push. Your own words belong below. -->"
-    assert model_card(full, "me/scribbles", again.replace(BEGIN, old)) == again
+    # Cards from earlier versions, with different first markers
+    for old in (
+        "<!-- Written by diffusers-cfg, and written anew at the next push. Your own words belong below. -->",
+        "<!-- Written by diffusers-cfg and replaced at the next push. Your own text belongs below the end mark. -->",
+    ):
+        assert model_card(full, "me/scribbles", again.replace(BEGIN, old)) == again
+    assert END == "<!-- End of what diffusers-cfg writes. -->"
 
 
-@pytest.mark.parametrize("own", ["# Mine\n\nAll my own words.\n", "---\nlicense: mit\n---\n\nAll my own words.\n"])
-def test_a_card_of_another_hand_is_kept_below(folder, own):
+@pytest.mark.parametrize("own", ["# Title\n\nExisting text.\n", "---\nlicense: mit\n---\n\nExisting text.\n"])
+def test_card_without_markers_is_kept_below_the_generated_text(folder, own):
     metadata, text = parse(model_card(folder, "me/scribbles", own))
-    assert text.rstrip().endswith("All my own words.")
+    assert text.rstrip().endswith("Existing text.")
     assert metadata["library_name"] == "diffusers"
     assert ("license" in metadata) == ("license" in own)
 
 
-def test_a_student_and_its_sampler_are_told_of(tmp_path):
+def test_card_describes_a_student_and_its_sampler(tmp_path):
     scheduler = LogSNRScheduler().solver(diffusers.DDIMScheduler)
     pipeline = make_pipeline(make_unet(max_guidance_scale=3.0), scheduler, num_inference_steps=4)
     pipeline.save_pretrained(tmp_path)
     card = model_card(tmp_path, "me/student")
     assert "the paper's w, in 0 … 3. The model was distilled" in card
-    assert "| sampled by | DDIMScheduler, 4 steps by default |" in card
+    assert "| sampler | DDIMScheduler, 4 steps by default |" in card
     assert "| log-SNR λ | -20 … 20 |" in card
 
 
-def test_a_guider_and_a_guide_are_told_of(pipeline, tmp_path):
+def test_card_describes_guider_and_guide_unet(pipeline, tmp_path):
     pipeline.guide_unet = make_unet()
     pipeline.save_pretrained(tmp_path / "guide")
     _, text = parse(model_card(tmp_path / "guide", "me/scribbles"))
@@ -180,4 +185,4 @@ def test_a_guider_and_a_guide_are_told_of(pipeline, tmp_path):
     _, text = parse(model_card(tmp_path / "guider", "me/scribbles"))
     assert "diffusers' `AdaptiveProjectedGuidance`" in text
     assert "guide_unet" not in text
-    assert "guidance_scale=1.0" not in text  # the pipeline would refuse it
+    assert "guidance_scale=1.0" not in text  # the pipeline refuses it with a guider

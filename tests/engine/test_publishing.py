@@ -44,7 +44,7 @@ def test_train_publish_and_go_on(hub, script, tmp_path):
     card = files["README.md"].decode()
     for line in (
         "license: mit",
-        "| data | scikit-learn's digits |",
+        "| dataset | scikit-learn's digits |",
         "| steps | 4 |",
         "| images | 1797 |",
         "samples.png",
