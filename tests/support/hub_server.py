@@ -1,6 +1,7 @@
 """
-A stand-in for the Hub on loopback: what the real `huggingface_hub` client needs to make, fill and read model
-repositories, with private ones, tokens, revisions and faults on demand. Everything is kept in memory.
+Serve a stand-in for the Hub on localhost, with the endpoints that the real `huggingface_hub` client needs to create,
+write and read model repositories. Supports private repositories, tokens, revisions and injected faults. All data is in
+memory.
 """
 
 import base64
@@ -9,6 +10,7 @@ import json
 import os
 import re
 import threading
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -19,6 +21,8 @@ LFS_SUFFIXES = (".safetensors", ".png", ".bin")
 
 @dataclass
 class Commit:
+    """A commit with the contents of all files."""
+
     oid: str
     message: str
     files: dict[str, bytes]
@@ -26,18 +30,21 @@ class Commit:
 
 @dataclass
 class Repository:
+    """A model repository: its commits, and the commit of each branch."""
+
     private: bool
     commits: list[Commit]
     branches: dict[str, str] = field(default_factory=dict)
 
     def at(self, revision: str) -> Commit | None:
+        """Return the commit of a branch or with an oid; `None` if there is none."""
         oid = self.branches.get(revision, revision)
         return next((commit for commit in self.commits if commit.oid == oid), None)
 
 
 @dataclass
 class Fault:
-    """Answer the next `times` requests whose method and path match with a status, or by hanging up (status 0)."""
+    """An error status, or a closed connection (status 0), for the next `times` requests that match the pattern."""
 
     pattern: str
     status: int
@@ -46,7 +53,7 @@ class Fault:
 
 
 class Hub:
-    """The state, and what tests look at."""
+    """The state of the Hub, which tests set up and inspect."""
 
     def __init__(self):
         self.tokens = {"hf_writer": "write", "hf_reader": "read"}
@@ -56,12 +63,14 @@ class Hub:
         self.requests: list[str] = []
 
     def create(self, repo_id: str, files: dict[str, bytes] | None = None, private: bool = False) -> Repository:
+        """Create a repository with an initial commit."""
         repository = Repository(private, [])
         self.repositories[repo_id] = repository
         self.commit(repo_id, "initial commit", {".gitattributes": b"", **(files or {})})
         return repository
 
     def commit(self, repo_id: str, message: str, files: dict[str, bytes], branch: str = "main") -> Commit:
+        """Replace the files of a branch in a new commit."""
         repository = self.repositories[repo_id]
         oid = hashlib.sha1(f"{repo_id}{len(repository.commits)}".encode()).hexdigest()
         commit = Commit(oid, message, files)
@@ -70,10 +79,13 @@ class Hub:
         return commit
 
     def files(self, repo_id: str, revision: str = "main") -> dict[str, bytes]:
-        return self.repositories[repo_id].at(revision).files
+        """Return the files of a repository at a revision, by name."""
+        commit = self.repositories[repo_id].at(revision)
+        assert commit is not None, revision
+        return commit.files
 
     def environment(self, home: str, token: str | None = None) -> dict[str, str]:
-        """Variables for a process that knows this Hub only, and has a cache of its own."""
+        """Return environment variables for a process that uses only this Hub, with its own cache."""
         return {
             **{name: value for name, value in os.environ.items() if not name.startswith("HF_")},
             "HF_ENDPOINT": self.url,
@@ -84,7 +96,8 @@ class Hub:
         }
 
     @contextmanager
-    def serve(self):
+    def serve(self) -> Iterator["Hub"]:
+        """Serve the Hub from a thread, at `self.url`."""
         server = ThreadingHTTPServer(("127.0.0.1", 0), type("Handler", (Handler,), {"hub": self}))
         server.daemon_threads = True
         thread = threading.Thread(target=server.serve_forever, daemon=True)
@@ -99,6 +112,8 @@ class Hub:
 
 
 class Handler(BaseHTTPRequestHandler):
+    """A handler of the Hub's endpoints in `ROUTES`."""
+
     protocol_version = "HTTP/1.1"
     hub: Hub
 
@@ -106,6 +121,7 @@ class Handler(BaseHTTPRequestHandler):
         pass
 
     def handle_any(self) -> None:
+        """Record the request, then apply the first matching fault or call the endpoint."""
         url = urlparse(self.path)
         path = unquote(url.path)
         self.body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
@@ -146,14 +162,13 @@ class Handler(BaseHTTPRequestHandler):
         if self.command != "HEAD":
             self.wfile.write(body)
 
-    # ----- who is asking -----
-
     @property
     def role(self) -> str | None:
+        """The role of the request's token; `None` without a valid token."""
         return self.hub.tokens.get(self.headers.get("Authorization", "").removeprefix("Bearer "))
 
     def find(self, repo_id: str, revision: str = "main", write: bool = False) -> tuple[Repository, Commit] | None:
-        """The repository and the commit; answers with the error if the asker is not to have them."""
+        """Return the repository and the commit, or answer with an error if the token does not give access to them."""
         if self.headers.get("Authorization") and self.role is None:
             return self.answer(401, {"error": "Invalid credentials"})
         if write and self.role != "write":
@@ -165,8 +180,6 @@ class Handler(BaseHTTPRequestHandler):
         if commit is None:
             return self.answer(404, {"error": "x"}, {"X-Error-Code": "RevisionNotFound"})
         return repository, commit
-
-    # ----- endpoints -----
 
     def whoami(self) -> None:
         if self.role is None:
@@ -210,7 +223,7 @@ class Handler(BaseHTTPRequestHandler):
 
     def preupload(self, repo_id: str, revision: str) -> None:
         if found := self.find(repo_id, revision, write=True):
-            there = found[1].files
+            existing = found[1].files
             self.answer(
                 200,
                 {
@@ -219,7 +232,7 @@ class Handler(BaseHTTPRequestHandler):
                             "path": file["path"],
                             "uploadMode": "lfs" if file["path"].endswith(LFS_SUFFIXES) else "regular",
                             "shouldIgnore": False,
-                            "oid": git_oid(there[file["path"]]) if file["path"] in there else None,
+                            "oid": git_oid(existing[file["path"]]) if file["path"] in existing else None,
                         }
                         for file in json.loads(self.body)["files"]
                     ]
@@ -229,16 +242,16 @@ class Handler(BaseHTTPRequestHandler):
     def lfs_batch(self, repo_id: str) -> None:
         if self.find(repo_id, write=True):
             objects = []
-            for asked in json.loads(self.body)["objects"]:
-                entry = {"oid": asked["oid"], "size": asked["size"]}
-                if asked["oid"] not in self.hub.uploads:
-                    entry["actions"] = {"upload": {"href": f"http://{self.headers['Host']}/lfs/{asked['oid']}"}}
+            for requested in json.loads(self.body)["objects"]:
+                entry = {"oid": requested["oid"], "size": requested["size"]}
+                if requested["oid"] not in self.hub.uploads:
+                    entry["actions"] = {"upload": {"href": f"http://{self.headers['Host']}/lfs/{requested['oid']}"}}
                 objects.append(entry)
             self.answer(200, {"transfer": "basic", "objects": objects})
 
     def lfs_put(self, oid: str) -> None:
         if hashlib.sha256(self.body).hexdigest() != oid:
-            return self.answer(400, {"error": "the content is not that of its oid"})
+            return self.answer(400, {"error": "the content does not match its oid"})
         self.hub.uploads[oid] = self.body
         self.answer(200, {})
 
@@ -282,6 +295,7 @@ class Handler(BaseHTTPRequestHandler):
 
 
 def git_oid(data: bytes) -> str:
+    """Return Git's hash of a file."""
     return hashlib.sha1(b"blob %d\0" % len(data) + data).hexdigest()
 
 

@@ -1,4 +1,4 @@
-"""Small datasets on disk, of images that say by their pixels which they are."""
+"""Write small datasets to disk, with images that are identified by their pixels."""
 
 import io
 import tarfile
@@ -28,20 +28,20 @@ dataset_info:
 
 
 def solid(value: int, size: tuple[int, int] = (12, 10), mode: str = "RGB") -> Image.Image:
-    """Return an image of one color, with a value in its first channel."""
+    """Return an image of one color with `value` in its first channel."""
     return Image.new(mode, size, value if mode == "L" else (value, 0, 255 - value))
 
 
 def numbered(number: int) -> bytes:
-    """Return an 8×8 grayscale PNG with a number in its pixels."""
+    """Return an 8×8 grayscale PNG whose pixels are `number`."""
     file = io.BytesIO()
     solid(number, (8, 8), "L").save(file, "PNG")
     return file.getvalue()
 
 
 def save_dataset(path: Path, labels: list | None, feature: datasets.ClassLabel | datasets.Value | None = None) -> str:
-    """Write a Parquet dataset in the Hub's layout: grayscale images of 0, 10, 20, … and their labels, if any."""
-    rows = {"image": [solid(10 * i, mode="L") for i in range(3 if labels is None else len(labels))]}
+    """Write a Parquet dataset in the Hub's layout: grayscale images of 0, 10, 20, … and optional labels."""
+    rows: dict[str, list] = {"image": [solid(10 * i, mode="L") for i in range(3 if labels is None else len(labels))]}
     if labels is not None:
         rows["label"] = labels
     features = datasets.Features({"image": datasets.Image(), "label": feature}) if feature is not None else None
@@ -59,22 +59,27 @@ def save_shards(
     broken: Collection[int] = (),
 ) -> str:
     """
-    Write a Parquet dataset with a file for each size, of images that are numbered through.
+    Write a Parquet dataset of consecutively numbered images.
 
     Args:
-        folder (`Path`): the folder to create.
-        sizes (`int`): number of images in each shard.
-        labels (*optional*): the label of the image with a number; None for no column of labels.
-        feature (*optional*): the type of the labels; by default a ClassLabel of `CLASSES`.
-        broken (`Collection[int]`): numbers of the images that cannot be decoded.
+        folder (`Path`): Folder to create.
+        sizes (`int`): Number of images in each shard.
+        labels (`Callable`, *optional*): Function from the number of an image to its label; `None` for no label column.
+        feature (*optional*): Type of the labels; by default a ClassLabel of `CLASSES`.
+        broken (`Collection[int]`): Numbers of images that cannot be decoded.
+
+    Returns:
+        `str`: The folder.
     """
     folder.mkdir()
-    features = {"image": datasets.Image()}
+    features: dict[str, datasets.Image | datasets.ClassLabel | datasets.Value] = {"image": datasets.Image()}
     if labels is not None:
         features["label"] = feature or datasets.ClassLabel(names=CLASSES)
     for shard in range(len(sizes)):
         numbers = range(sum(sizes[:shard]), sum(sizes[: shard + 1]))
-        rows = {"image": [{"bytes": b"broken" if n in broken else numbered(n), "path": f"{n}.png"} for n in numbers]}
+        rows: dict[str, list] = {
+            "image": [{"bytes": b"broken" if n in broken else numbered(n), "path": f"{n}.png"} for n in numbers]
+        }
         if labels is not None:
             rows["label"] = [labels(number) for number in numbers]
         dataset = datasets.Dataset.from_dict(rows, features=datasets.Features(features))
@@ -83,7 +88,7 @@ def save_shards(
 
 
 def save_unchecked_label(folder: Path, label: int) -> str:
-    """Write six images of two classes, of which row 3 has a label that `datasets` would not have written."""
+    """Write six images of two classes. Row 3 has a label that `datasets` refuses to write."""
     source = save_shards(folder, 6)
     path = folder / "train-00000-of-00001.parquet"
     table = pq.read_table(path)
@@ -94,7 +99,7 @@ def save_unchecked_label(folder: Path, label: int) -> str:
 
 
 def save_tars(folder: Path) -> str:
-    """Write a WebDataset of two shards of six images; its card, `WEBDATASET_CARD`, is the caller's."""
+    """Write a WebDataset of two shards with six images each, without its card (see `WEBDATASET_CARD`)."""
     (folder / "train").mkdir(parents=True)
     for shard in range(2):
         with tarfile.open(folder / "train" / f"{shard:05d}.tar", "w") as tar:
@@ -107,7 +112,7 @@ def save_tars(folder: Path) -> str:
 
 
 def save_class_folders(folder: Path) -> str:
-    """Write twelve numbered images into a folder for each of two classes."""
+    """Write twelve numbered images, alternating between two class folders."""
     for number in range(12):
         path = folder / CLASSES[number % 2] / f"{number}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -116,7 +121,7 @@ def save_class_folders(folder: Path) -> str:
 
 
 def save_three_classes(folder: Path) -> Path:
-    """Write four RGB images of one colour into a folder for each of three classes."""
+    """Write three class folders, each with four RGB images of one colour."""
     for label, name in enumerate(("cat", "dog", "eel")):
         (folder / name).mkdir(parents=True)
         for i in range(4):
@@ -125,7 +130,7 @@ def save_three_classes(folder: Path) -> Path:
 
 
 def save_folder_with_broken_image(folder: Path) -> None:
-    """Write ten 8×8 grayscale images of noise into a folder for each of two classes. Row 9 cannot be read."""
+    """Write two class folders, each with ten 8×8 grayscale images of noise. Row 9 cannot be read."""
     for label, name in enumerate("ab"):
         (folder / name).mkdir(parents=True)
         for i in range(10):
@@ -135,7 +140,7 @@ def save_folder_with_broken_image(folder: Path) -> None:
 
 
 def stream_config(source: str | None, **settings) -> TrainConfig:
-    """Return settings to stream a dataset of 8×8 images in batches of 4 and blocks of 5, a multiple of neither."""
+    """Return settings to stream a dataset of 8×8 images in batches of 4 and shuffled blocks of 5."""
     return TrainConfig(
         **{
             "dataset_name": source,
@@ -157,17 +162,23 @@ def open_stream(
     needs_labels: bool = True,
     **settings,
 ) -> StreamedImages:
-    """Return the streamed images of one of several processes."""
+    """Return the streamed dataset of one rank."""
     config = stream_config(source, dataloader_num_workers=num_workers, **settings)
     images = training_dataset(load_labelled_images(config, needs_labels), config, 1, show_progress=False)
+    assert isinstance(images, StreamedImages)
     images.divide(rank, world_size)
     return images
 
 
 def numbers_of(images: StreamedImages, num_batches: int) -> list[int]:
-    """Use the next batches, and return the numbers in their images. Their labels must be those of `save_shards`."""
+    """Use the next batches and return the numbers of their images. Check the default labels of `save_shards`."""
     num_workers = images.config.dataloader_num_workers
-    loader = DataLoader(images, batch_size=None, num_workers=num_workers, collate_fn=identity_collate)
+    loader = DataLoader(
+        images,
+        batch_size=None,
+        num_workers=num_workers,
+        collate_fn=identity_collate,  # pyright: ignore[reportArgumentType] a batch: the dataset is already batched
+    )
     numbers = []
     for batch in islice(loader, num_batches):
         assert (batch.images[:, 0, 0, 0] % 2 == batch.class_labels).all()
