@@ -5,12 +5,13 @@
 # [tool.uv.sources]
 # diffusers-cfg = { path = "..", editable = true }
 # ///
-"""Distill guidance into one pass: a student that takes w as an input; then one of few steps (Meng et al. 2023).
+"""Distill guidance into one pass per step, and then into fewer sampling steps (Meng et al. 2023).
 
 python training/distill_guidance.py --teacher cfg-model --output_dir one-pass
 python training/distill_guidance.py --teacher one-pass --student_steps 8 --output_dir eight-steps
 
-Data and optimization are the teacher's, where its folder says what they were. Other flags are those of train_cfg.py.
+The one-pass student takes w as an input. Data and optimization settings default to the teacher's, if its folder holds
+them. Other flags are those of train_cfg.py.
 """
 
 from diffusers_cfg.config import parse_config, run_command
@@ -21,7 +22,7 @@ from diffusers_cfg.settings import DistillationConfig
 def main(argv: list[str] | None = None) -> None:
     preemption = Preemption().install()
     config = parse_config(DistillationConfig, argv)
-    # Here and not above: torch takes seconds, which --help and a wrong flag need not wait for.
+    # Imported here so that --help and flag errors do not wait for torch.
     from diffusers_cfg.engine.trainer import Trainer
     from diffusers_cfg.methods.distillation import GuidanceDistillation
 

@@ -5,7 +5,7 @@
 # [tool.uv.sources]
 # diffusers-cfg = { path = "..", editable = true }
 # ///
-"""Publish the output folder of a training run on the Hub, with its code and a model card.
+"""Publish the output folder of a training run to the Hub, with its code and a model card.
 
 python training/publish.py cfg-model --repo_id me/cfg-model
 """
@@ -16,18 +16,18 @@ from diffusers_cfg.config import run_command
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = ArgumentParser(description="Publish the output folder of a training run on the Hub, with a model card.")
-    parser.add_argument("folder", help="The output folder of a training run, or another saved pipeline.")
+    parser = ArgumentParser(description="Publish the output folder of a training run to the Hub, with a model card.")
+    parser.add_argument("folder", help="The output folder of a training run, or any saved pipeline.")
     parser.add_argument(
-        "--repo_id", required=True, help="The repository, NAMESPACE/NAME. Created if it does not exist."
+        "--repo_id", required=True, help="The repository, NAMESPACE/NAME, which is created if it does not exist."
     )
-    parser.add_argument("--private", action="store_true", help="Create it as a private one.")
-    parser.add_argument("--token", help="A token that can write; by default that of `hf auth login`.")
-    parser.add_argument("--commit_message", help="By default 'Upload CFGPipeline'.")
+    parser.add_argument("--private", action="store_true", help="Create a private repository.")
+    parser.add_argument("--token", help="A token with write access; defaults to the token of `hf auth login`.")
+    parser.add_argument("--commit_message", help="The commit message; defaults to 'Upload CFGPipeline'.")
     parser.add_argument("--create_pr", action="store_true", help="Open a pull request instead of committing.")
-    parser.add_argument("--overwrite", action="store_true", help="Publish into a repository that holds something else.")
+    parser.add_argument("--overwrite", action="store_true", help="Overwrite a repository that holds a different model.")
     args = parser.parse_args(argv)
-    # Here and not above: torch takes seconds, which --help and a wrong flag need not wait for.
+    # Imported here so that --help and flag errors do not wait for torch.
     from diffusers_cfg.engine.publishing import NotPublished
     from diffusers_cfg.hub import PublishError, publish
 
@@ -43,7 +43,7 @@ def main(argv: list[str] | None = None) -> None:
         )
     except PublishError as error:
         raise NotPublished(f"publish.py: error: {error}") from error
-    print(f"Published, and checked that it draws the same image: {url}")
+    print(f"Published, and verified that the published model generates the same image: {url}")
 
 
 if __name__ == "__main__":

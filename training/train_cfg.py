@@ -20,7 +20,7 @@ from diffusers_cfg.settings import CFGConfig
 def main(argv: list[str] | None = None) -> None:
     preemption = Preemption().install()
     config = parse_config(CFGConfig, argv)
-    # Here and not above: torch takes seconds, which --help and a wrong flag need not wait for.
+    # Imported here so that --help and flag errors do not wait for torch.
     from diffusers_cfg.engine.trainer import Trainer
     from diffusers_cfg.methods.cfg import ClassifierFreeGuidance
 

@@ -1,4 +1,4 @@
-"""Tables and figures of ablations: over p_uncond, and over samplers and their numbers of steps."""
+"""Write the tables and figures of the ablations over p_uncond, and over samplers and step counts."""
 
 from dataclasses import replace
 from itertools import groupby
@@ -13,14 +13,14 @@ from diffusers_cfg.evaluation.sampling import call_arguments, check_call, choose
 from diffusers_cfg.evaluation.settings import EvaluationConfig
 
 PAPER_SAMPLER = "LogSNRScheduler"
-# A distance counts as equal to a smaller one if it exceeds it by no more than this share.
+# Two distances count as equal if the larger exceeds the smaller by at most this fraction.
 TOLERANCE = 0.05
-# What identifies a row: the way in which a model's images are drawn.
-HOW = ("model", "scheduler", "num_inference_steps", "guidance_interval")
+# The settings that identify a row.
+ROW_SETTINGS = ("model", "scheduler", "num_inference_steps", "guidance_interval")
 
 
 def dropout_table(records: dict[float, dict[str, Any]]) -> str:
-    """Return the table of Fréchet distance and inception score, by w (rows) and p_uncond (columns), in Markdown."""
+    """Return a Markdown table of Fréchet distance and inception score: a row for each w, a column for each p_uncond."""
     first = next(iter(records.values()))
     metrics = [metric for metric in ("frechet_distance", "inception_score") if metric in first["results"][0]]
     names = [f"{first['metric_names'][metric]}, p = {p:g}" for metric in metrics for p in records]
@@ -35,7 +35,7 @@ def dropout_table(records: dict[float, dict[str, Any]]) -> str:
 
 
 def draw_tradeoff(records: dict[float, dict[str, Any]], path: Path) -> None:
-    """Draw figure 1 of the paper: Fréchet distance over inception score, a curve for each p_uncond."""
+    """Plot Fréchet distance against inception score, a curve for each p_uncond, as in figure 1 of the paper."""
     figure = new_figure()
     (axis,) = figure.axes
     for p, record in records.items():
@@ -48,111 +48,114 @@ def draw_tradeoff(records: dict[float, dict[str, Any]], path: Path) -> None:
 
 
 def check_settings(configs: list[EvaluationConfig]) -> None:
-    """Raise UserError for settings that a pipeline refuses, before anything is drawn."""
-    for _, of_one_model in groupby(configs, key=lambda config: config.model):
-        of_one_model = list(of_one_model)
-        pipeline = load_pipeline(replace(of_one_model[0], scheduler=None), "cpu")
-        own = pipeline.scheduler
-        for config in of_one_model:
-            pipeline.scheduler = own
-            pipeline.scheduler = choose_scheduler(config.scheduler, pipeline)
+    """Raise `UserError` for settings that a pipeline rejects, before any image is drawn."""
+    for _, group in groupby(configs, key=lambda config: config.model):
+        model_configs = list(group)
+        pipeline = load_pipeline(replace(model_configs[0], scheduler=None), "cpu")
+        original = pipeline.scheduler
+        for config in model_configs:
+            pipeline.scheduler = original
+            if config.scheduler is not None:
+                pipeline.scheduler = choose_scheduler(config.scheduler, pipeline)
             for w in config.guidance_scales:
                 check_call(pipeline, **call_arguments(config, w))
 
 
 def combine(configs: list[EvaluationConfig], records: list[dict[str, Any]]) -> dict[str, Any]:
     """
-    Return what all sweeps were measured with, and a row for each, at the w where its Fréchet distance is smallest.
+    Merge the records of all sweeps: the settings that they share, and a row for each sweep at the w with its smallest
+    Fréchet distance.
 
     Raises:
-        UserError: models were measured against different data, so that their distances cannot be compared.
+        UserError: the models were measured against different data or with different features.
     """
     first, rows = records[0], []
     for config, record in zip(configs, records, strict=True):
         if any(record[name] != first[name] for name in ("dataset", "feature_extractor", "num_real")):
             raise UserError(
                 f"{configs[0].model} was measured against {first['dataset']} and {config.model} against "
-                f"{record['dataset']}, or by other features: their distances cannot be compared."
+                f"{record['dataset']}, or with different features, so their distances cannot be compared. Evaluate "
+                "both on the same data."
             )
         best = min(record["results"], key=lambda row: row["frechet_distance"])
-        how = {name: getattr(config, name) for name in HOW}
-        rows.append({**how, "model": config.model_name, **best})
-    own = ("num_inference_steps", "scheduler", "results", "best")
-    shared = {name: value for name, value in first.items() if name not in own}
+        settings = {name: getattr(config, name) for name in ROW_SETTINGS}
+        rows.append({**settings, "model": config.model_name, **best})
+    specific = ("num_inference_steps", "scheduler", "results", "best")
+    shared = {name: value for name, value in first.items() if name not in specific}
     return {**shared, "guidance_scales": [row["guidance_scale"] for row in first["results"]], "rows": rows}
 
 
 def paper_row(rows: list[dict[str, Any]]) -> dict[str, Any] | None:
-    """Return the row of the paper's sampler as in the paper: the first model's, most steps, guided at all of them."""
-    own = [row for row in rows if row["scheduler"] == PAPER_SAMPLER and row["guidance_interval"] is None]
-    return max(own, key=lambda row: row["num_inference_steps"], default=None)
+    """Return the row of the paper's sampler with the paper's settings: most steps, guided at each, first model."""
+    paper_rows = [row for row in rows if row["scheduler"] == PAPER_SAMPLER and row["guidance_interval"] is None]
+    return max(paper_rows, key=lambda row: row["num_inference_steps"], default=None)
 
 
 def cheapest(rows: list[dict[str, Any]], distance: float) -> dict[str, Any]:
-    """Return the row with the fewest evaluations among those that come as close to the data as `distance`."""
-    good = [row for row in rows if row["frechet_distance"] <= distance * (1 + TOLERANCE)]
-    return min(good, key=lambda row: (row["network_evaluations"], row["frechet_distance"]))
+    """Return the row with the fewest network evaluations among those within the tolerance of `distance`."""
+    close = [row for row in rows if row["frechet_distance"] <= distance * (1 + TOLERANCE)]
+    return min(close, key=lambda row: (row["network_evaluations"], row["frechet_distance"]))
 
 
 def label_of(row: dict[str, Any], rows: list[dict[str, Any]]) -> str:
-    """Return the sampler of a row, and its model if there are several."""
-    return row["scheduler"] if len({row["model"] for row in rows}) == 1 else f"{row['scheduler']} of {row['model']}"
+    """Return the sampler of a row, followed by the model if the table has several."""
+    return row["scheduler"] if len({row["model"] for row in rows}) == 1 else f"{row['scheduler']} ({row['model']})"
 
 
 def interval_of(row: dict[str, Any]) -> str:
-    """Return the guidance interval of a row, for a table."""
+    """Format the guidance interval of a row for a table."""
     return "{:g} … {:g}".format(*row["guidance_interval"]) if row["guidance_interval"] else ""
 
 
 def samplers_table(record: dict[str, Any]) -> str:
-    """Return the table of all rows, and that of the cheapest good ones, in Markdown."""
+    """Return two Markdown tables: all rows, and the cheapest rows close to the best and to the paper's sampler."""
     rows, names = record["rows"], record["metric_names"]
     metrics = [metric for metric in ("frechet_distance", "class_accuracy") if metric in rows[0]]
     smallest = min(row["frechet_distance"] for row in rows)
 
     def cells(row: dict[str, Any]) -> list[str]:
         best = {"frechet_distance": row["guidance_scale"]} if row["frechet_distance"] == smallest else {}
-        how = [label_of(row, rows), str(row["num_inference_steps"]), interval_of(row)]
+        settings = [label_of(row, rows), str(row["num_inference_steps"]), interval_of(row)]
         cost = [f"{row['network_evaluations']:g}", f"{row['guidance_scale']:g}"]
-        return [*how, *cost, *(cell(row, metric, best) for metric in metrics)]
+        return [*settings, *cost, *(cell(row, metric, best) for metric in metrics)]
 
-    goals = {f"the best, {smallest:.3f}": smallest}
+    goals = {f"best distance, {smallest:.3f}": smallest}
     if (paper := paper_row(rows)) is not None:
         distance, evaluations = paper["frechet_distance"], paper["network_evaluations"]
-        goals[f"the paper's sampler, {distance:.3f} for {evaluations:g} evaluations"] = distance
+        goals[f"paper's sampler, {distance:.3f} with {evaluations:g} evaluations"] = distance
     header = ["sampler", "steps", "interval", "evaluations", "w", *(names[metric] for metric in metrics)]
     real = ["real", "", "", "", "", *(cell(record["floor"], metric) for metric in metrics)]
     chosen = [[goal, *cells(cheapest(rows, distance))] for goal, distance in goals.items()]
     scales = ", ".join(f"{w:g}" for w in record["guidance_scales"])
     return (
         f"{table(header, [*map(cells, rows), real])}\n\n"
-        f"{caption(record, f'each sampler at its best w of {scales}')}\n\n"
+        f"{caption(record, f'each sampler at its best w among {scales}')}\n\n"
         f"{table([f'cheapest within {TOLERANCE:.0%} of', *header], chosen)}\n"
     )
 
 
 def draw_quality(record: dict[str, Any], path: Path) -> None:
-    """Draw the Fréchet distance over evaluations: a line for each sampler, dashed if guidance has an interval."""
+    """Plot Fréchet distance against network evaluations, a line for each sampler, dashed with a guidance interval."""
     lines: dict[tuple[str, str], list[dict[str, Any]]] = {}
     for row in sorted(record["rows"], key=lambda row: row["network_evaluations"]):
         lines.setdefault((label_of(row, record["rows"]), interval_of(row)), []).append(row)
     samplers = sorted({sampler for sampler, _ in lines})
     figure = new_figure(size=(9, 4))
     (axis,) = figure.axes
-    for (sampler, guided), line in sorted(lines.items()):
+    for (sampler, interval), line in sorted(lines.items()):
         color = f"C{samplers.index(sampler)}"
         axis.errorbar(
             [row["network_evaluations"] for row in line],
             [row["frechet_distance"] for row in line],
             [INTERVAL * row.get("frechet_distance_error", 0.0) for row in line],
-            fmt="s--" if guided else "o-",
+            fmt="s--" if interval else "o-",
             color=color,
-            markerfacecolor="white" if guided else color,
+            markerfacecolor="white" if interval else color,
             ecolor=(color, 0.35),
-            label=f"{sampler},\nguided in {guided} only" if guided else sampler,
+            label=f"{sampler},\nguidance only in {interval}" if interval else sampler,
         )
     axis.axhline(record["floor"]["frechet_distance"], color="gray", linestyle=":", label="real images")
-    axis.set(xscale="log", yscale="log", xlabel="network evaluations for one image")
+    axis.set(xscale="log", yscale="log", xlabel="network evaluations per image")
     axis.set_ylabel(record["metric_names"]["frechet_distance"])
     for ticks, digits in ((axis.xaxis, (1, 2, 5)), (axis.yaxis, range(1, 10))):
         ticks.set_major_locator(LogLocator(subs=digits))

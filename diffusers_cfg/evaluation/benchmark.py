@@ -1,4 +1,4 @@
-"""Compare the cost of sampling, training and starting with that of hand-written code: medians and ratios, in turn."""
+"""Compare the cost of sampling, training and starting with hand-written code, in interleaved timings."""
 
 import statistics
 from collections.abc import Callable
@@ -33,21 +33,28 @@ OUR_IMPORTS = f"{PEER_IMPORTS}; from diffusers_cfg import CFGPipeline, LogSNRSch
 
 def compare_sampling(pipeline: CFGPipeline, batch_sizes: list[int], steps: int, repeats: int) -> list[dict[str, Any]]:
     """
-    Compare the pipeline with the usual loop over a stock network of the same weights, noise and solver; and a distilled
-    network with that loop at the same w.
+    Compare the pipeline, and a distilled network, with a hand-written loop over a stock network at the same w. The
+    pipeline and the loop have the same weights, noise and solver.
 
     Args:
-        pipeline (`CFGPipeline`): gets DDIM for its scheduler.
-        batch_sizes (`list[int]`): images that are drawn at once.
+        pipeline (`CFGPipeline`): its scheduler is replaced by DDIM.
+        batch_sizes (`list[int]`): the numbers of images generated in one batch.
         steps (`int`): T, a divisor of 1000.
-        repeats (`int`): how often each side has its turn.
+        repeats (`int`): timed calls of each side.
+
+    Returns:
+        A row for each batch size, w and network: seconds, peak memory and network evaluations of both sides.
     """
-    scheduler = pipeline.scheduler = DDIMScheduler.from_config(pipeline.scheduler.config)
-    stock = UNet2DModel.from_config(pipeline.unet.config).to(pipeline.device).eval()
+    scheduler = DDIMScheduler.from_config(pipeline.scheduler.config)
+    assert isinstance(scheduler, DDIMScheduler)
+    pipeline.scheduler = scheduler
+    stock = UNet2DModel.from_config(pipeline.unet.config).eval()
+    stock.to(pipeline.device)  # pyright: ignore[reportArgumentType]  (diffusers' wrapper of `to` hides its signature)
     stock.load_state_dict(pipeline.unet.state_dict())
     pipeline.unet.eval()
-    # It draws nothing sensible without being trained, but at the same cost.
-    student = UNet2DCFGModel.from_config(pipeline.unet.config, max_guidance_scale=4.0).to(pipeline.device).eval()
+    # The student is untrained: its images are meaningless, but cost the same.
+    student = UNet2DCFGModel.from_config(pipeline.unet.config, max_guidance_scale=4.0).eval()
+    student.to(pipeline.device)  # pyright: ignore[reportArgumentType]
     one_pass = CFGPipeline(student, scheduler)
     one_pass.set_progress_bar_config(disable=True)
     rows = []
@@ -57,13 +64,17 @@ def compare_sampling(pipeline: CFGPipeline, batch_sizes: list[int], steps: int, 
         for w, drawn_by in ((0.0, pipeline), (1.0, pipeline), (1.0, one_pass)):
 
             def ours(w=w, labels=labels, noise=noise, drawn_by=drawn_by) -> torch.Tensor:
-                return drawn_by(labels, w, steps, latents=noise, output_type="pt").images
+                images = drawn_by(labels, w, steps, latents=noise, output_type="pt").images
+                assert isinstance(images, torch.Tensor)
+                return images
 
             def peer(w=w, labels=labels, noise=noise) -> torch.Tensor:
                 return hand_written_loop(stock, scheduler, labels, w, steps, noise)
 
             difference = (ours() - peer()).abs().max().item()
-            assert drawn_by is one_pass or difference < 1e-3, f"The two sides draw other images: {difference} apart."
+            assert drawn_by is one_pass or difference < 1e-3, (
+                f"The two sides generate different images: {difference} apart."
+            )
             row = {"batch_size": batch_size, "w": w, "distilled": drawn_by is one_pass}
             row["seconds"] = time_interleaved(timed(ours), timed(peer), repeats).summary()
             for name, side, network in (("ours", ours, drawn_by.unet), ("peer", peer, stock)):
@@ -77,7 +88,7 @@ def compare_sampling(pipeline: CFGPipeline, batch_sizes: list[int], steps: int, 
 def hand_written_loop(
     unet: UNet2DModel, scheduler: DDIMScheduler, class_labels: torch.Tensor, w: float, steps: int, z: torch.Tensor
 ) -> torch.Tensor:
-    """Draw with classifier-free guidance as it is usually written: two halves of a batch, if there is guidance."""
+    """Sample with the usual classifier-free guidance loop, which doubles the batch if w > 0."""
     null = torch.full_like(class_labels, unet.config.num_class_embeds - 1)
     class_labels = (torch.cat([class_labels, null]) if w > 0 else class_labels).to(z.device)
     scheduler.set_timesteps(steps, device=z.device)
@@ -87,7 +98,8 @@ def hand_written_loop(
             conditional, unconditional = pred.chunk(2)
             s = 1 + w
             pred = unconditional + s * (conditional - unconditional)
-        z = scheduler.step(pred, t, z, use_clipped_model_output=True).prev_sample
+        step = scheduler.step(pred, t, z, use_clipped_model_output=True)  # pyright: ignore[reportArgumentType]  (a tensor)
+        z = step.prev_sample
     return (z / 2 + 0.5).clamp(0, 1)
 
 
@@ -95,12 +107,12 @@ def compare_training(
     ours: Callable[[], float], peer: Callable[[], float], num_images: int, repeats: int
 ) -> dict[str, Any]:
     """
-    Compare the images per second of two trainings.
+    Compare the throughput and the peak memory of two training loops.
 
     Args:
-        ours, peer (`Callable`): train on `num_images` images, and return the seconds.
-        num_images (`int`): that many.
-        repeats (`int`): how often each side has its turn.
+        ours, peer (`Callable`): train on `num_images` images and return the seconds taken.
+        num_images (`int`): images per call.
+        repeats (`int`): timed calls of each side.
     """
     seconds = time_interleaved(ours, peer, repeats).summary()
     rates = {"ours": num_images / seconds["ours"], "peer": num_images / seconds["peer"], "ratio": 1 / seconds["ratio"]}
@@ -112,9 +124,11 @@ def unconditional_training(
     config: TrainConfig, images: LabelledImages, pipeline: CFGPipeline, accelerator: Accelerator
 ) -> Callable[[int], float]:
     """
-    Return a function that takes some steps of diffusers' examples/unconditional_image_generation/train_unconditional.py
-    for a network with labels, and returns the seconds: images are decoded lazily; DDPM's noise, AdamW, an EMA, a loss
-    that is read at each step. Its transforms are torchvision's; here PIL and NumPy do the same.
+    Return a function that runs a number of training steps and returns the seconds taken.
+
+    The loop follows diffusers' examples/unconditional_image_generation/train_unconditional.py, with class labels added:
+    lazily decoded images, DDPM's noise, AdamW, EMA weights, and a loss that is read at each step. Transforms use PIL
+    and NumPy instead of torchvision.
     """
     model = UNet2DModel.from_config(pipeline.unet.config)
     ema = EMAModel(model.parameters(), decay=0.9999, use_ema_warmup=True, inv_gamma=1.0, power=0.75)
@@ -131,7 +145,8 @@ def unconditional_training(
         x = torch.from_numpy(np.stack(decoded)).view(len(indices), *size, -1).permute(0, 3, 1, 2).float()
         return (x / 255 - 0.5) / 0.5, torch.from_numpy(images.class_labels[indices])
 
-    loader = DataLoader(range(len(images)), batch_size=config.train_batch_size, shuffle=True, collate_fn=decode)
+    indices: Any = range(len(images))  # a sequence, which DataLoader takes as a dataset
+    loader = DataLoader(indices, batch_size=config.train_batch_size, shuffle=True, collate_fn=decode)
     lr_scheduler = get_scheduler("cosine", optimizer, num_warmup_steps=500, num_training_steps=100_000)
     model, optimizer, loader, lr_scheduler = accelerator.prepare(model, optimizer, loader, lr_scheduler)
 
@@ -140,7 +155,7 @@ def unconditional_training(
         for x, class_labels in islice(chain.from_iterable(repeat(loader)), steps):
             noise = torch.randn_like(x)
             t = torch.randint(0, 1000, (len(x),), device=x.device)
-            z = noise_scheduler.add_noise(x, noise, t)
+            z = noise_scheduler.add_noise(x, noise, t)  # pyright: ignore[reportArgumentType]  (int64 is allowed)
             with accelerator.accumulate(model):
                 loss = F.mse_loss(model(z, t, class_labels=class_labels).sample.float(), noise)
                 accelerator.backward(loss)
@@ -159,7 +174,7 @@ def unconditional_training(
 
 
 def compare_starting(command: Path, repeats: int) -> dict[str, Any]:
-    """Compare fresh processes that import the package and what it needs of diffusers; time the help of a command."""
+    """Time fresh processes: importing this package, importing only the parts of diffusers it needs, and `--help`."""
     memory: dict[str, list[int]] = {OUR_IMPORTS: [], PEER_IMPORTS: []}
 
     def start(code: str) -> float:
@@ -177,7 +192,7 @@ def compare_starting(command: Path, repeats: int) -> dict[str, Any]:
 
 
 def tables(record: dict[str, Any]) -> str:
-    """Return all figures in Markdown: ours / theirs."""
+    """Return all measurements as Markdown tables. Pairs read ours / peer."""
 
     def both(row: dict[str, Any], name: str, unit: float = 1) -> str:
         return " / ".join(f"{row[side][name] / unit:.0f}" for side in ("ours", "peer"))
@@ -185,19 +200,19 @@ def tables(record: dict[str, Any]) -> str:
     sampled = []
     for row in record["sampling"]:
         w, seconds = f"{row['w']:g}" + (", distilled" if row["distilled"] else ""), row["seconds"]
-        a_image = " / ".join(f"{seconds[side] / row['batch_size']:.4f}" for side in ("ours", "peer"))
+        per_image = " / ".join(f"{seconds[side] / row['batch_size']:.4f}" for side in ("ours", "peer"))
         cost = [both(row, "evaluations"), both(row, "peak_bytes", 2**20)]
-        sampled.append([str(row["batch_size"]), w, a_image, f"{seconds['ratio']:.3f}", *cost])
+        sampled.append([str(row["batch_size"]), w, per_image, f"{seconds['ratio']:.3f}", *cost])
     training, starting = record["training"], record["starting"]
     rate, imports = training["images_per_second"], starting["import"]
     trained = [f"{rate['ours']:.1f} / {rate['peer']:.1f}", f"{rate['ratio']:.3f}", both(training, "peak_bytes", 2**20)]
     return (
         f"{record['machine']}, {record['versions']}, {record['parameters'] / 1e6:.1f} M parameters\n\n"
-        "Sampling / a hand-written loop over UNet2DModel\n\n"
-        f"{table(['images at once', 'w', 's/image', 'ratio', 'evaluations', 'peak MiB'], sampled)}\n\n"
-        "Training / train_unconditional.py\n\n"
+        "Sampling, ours / a hand-written loop over UNet2DModel\n\n"
+        f"{table(['batch size', 'w', 's/image', 'ratio', 'evaluations', 'peak MiB'], sampled)}\n\n"
+        "Training, ours / train_unconditional.py\n\n"
         f"{table(['images/s', 'ratio', 'peak MiB'], [trained])}\n\n"
-        f"Starting: the package {imports['ours']:.2f} s, what it needs of torch and diffusers {imports['peer']:.2f} s; "
-        f"it adds {imports['added']:.2f} s and {imports['added_bytes'] / 2**20:.0f} MiB. "
-        f"`train_cfg.py --help` {starting['help']:.2f} s."
+        f"Importing the package takes {imports['ours']:.2f} s; torch and the parts of diffusers that it needs take "
+        f"{imports['peer']:.2f} s. The package adds {imports['added']:.2f} s and "
+        f"{imports['added_bytes'] / 2**20:.0f} MiB. `train_cfg.py --help` takes {starting['help']:.2f} s."
     )

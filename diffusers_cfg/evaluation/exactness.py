@@ -1,4 +1,4 @@
-"""Compare guidance and its samplers with the truth, where it is known; and rules of guidance on a trained model."""
+"""Compare guidance and its samplers with a known exact solution, and rules of guidance on a trained model."""
 
 import math
 from pathlib import Path
@@ -26,7 +26,7 @@ from diffusers_cfg.evaluation.sampling import draw_images
 from diffusers_cfg.evaluation.statistics import BATCH_SIZE, RealStatistics
 from diffusers_cfg.evaluation.sweep import load_data
 
-# Solvers of the probability flow, and the order of convergence that each claims.
+# Solvers of the probability flow, and their nominal orders of convergence.
 SOLVERS = {
     "DDIMScheduler": 1,
     "EulerDiscreteScheduler": 1,
@@ -35,11 +35,11 @@ SOLVERS = {
     "UniPCMultistepScheduler": 2,
     "DEISMultistepScheduler": 2,
 }
-STEPS = (10, 20, 40, 100, 200)  # all divide 1000, as DDIM needs
+STEPS = (10, 20, 40, 100, 200)  # divisors of 1000, as DDIM requires
 
 
 def mixture_figure(output_dir: Path, num_samples: int = 60_000) -> str:
-    """Draw the mixture and its guided conditionals as w rises; below, what they are often taken for."""
+    """Plot the samples of the guided flow for several w above the tilted densities. Return the spread by w."""
     toy, scales, limit, bins = ToyProblem(num_samples), (0.0, 0.5, 1.0, 2.0, 4.0), 1.1, 160
     toy.use_scheduler("UniPCMultistepScheduler")
     edges = np.linspace(-limit, limit, bins + 1)
@@ -61,7 +61,7 @@ def mixture_figure(output_dir: Path, num_samples: int = 60_000) -> str:
     columns = 1 + len(scales)
     figure = new_figure(2, columns, size=(2.1 * columns, 4.2), title="Three classes under guidance", sharey=True)
     axes = np.array(figure.axes).reshape(2, -1)
-    for row, label in enumerate(("the guided flow's samples", "∝ p(x|c)¹⁺ʷ p(x)⁻ʷ")):
+    for row, label in enumerate(("samples of the guided flow", "∝ p(x|c)¹⁺ʷ p(x)⁻ʷ")):
         axes[row, 0].set_ylabel(label)
         for column, density in enumerate(panels[row]):
             axes[row, column].imshow(
@@ -75,13 +75,13 @@ def mixture_figure(output_dir: Path, num_samples: int = 60_000) -> str:
             axes[0, column].set_title("p(x)" if column == 0 else f"w = {scales[column - 1]:g}", fontsize=10)
     save_figure(figure, output_dir / "mixture.png")
     return (
-        f"## The mixture\n\nStandard deviation of the samples of one class ({toy.model.stds[0]:g} without guidance), "
-        f"by w: {', '.join(spread)}"
+        f"## The mixture\n\nStandard deviation of the samples of one class by w ({toy.model.stds[0]:g} without "
+        f"guidance): {', '.join(spread)}"
     )
 
 
 def convergence(output_dir: Path, num_samples: int = 256) -> str:
-    """Compare the errors of solvers of the probability flow over the number of steps, for w = 0, 1 and 3."""
+    """Measure the error of each solver of the probability flow by the number of steps, for w = 0, 1 and 3."""
     toy, tables = ToyProblem(num_samples), []
     figure = new_figure(1, 3, size=(10.8, 3.6), title="RMS distance to the exact guided flow", sharey=True)
     for axis, w in zip(figure.axes, (0.0, 1.0, 3.0), strict=True):
@@ -98,17 +98,15 @@ def convergence(output_dir: Path, num_samples: int = 256) -> str:
             rows.append([name, *(f"{errors[steps]:.1e}" for steps in STEPS), order_of(errors), str(order)])
             axis.loglog(STEPS, list(errors.values()), ".-", label=name.replace("Scheduler", ""))
         axis.set(title=f"w = {w:g}", xlabel="steps", xticks=STEPS, xticklabels=STEPS)
-        header = ["solver", *(f"T = {steps}" for steps in STEPS), "order seen", "order claimed"]
-        tables.append(
-            f"w = {w:g}; the paper's λ without its noise at T = 128: {limit[128]:.1e}\n\n{table(header, rows)}"
-        )
+        header = ["solver", *(f"T = {steps}" for steps in STEPS), "observed order", "nominal order"]
+        tables.append(f"w = {w:g}; paper's λ, noise left out, at T = 128: {limit[128]:.1e}\n\n{table(header, rows)}")
     figure.axes[0].legend(fontsize=7)
     save_figure(figure, output_dir / "convergence.png")
     return "## Solvers of the probability flow\n\n" + "\n\n".join(tables)
 
 
 def order_of(errors: dict[int, float]) -> str:
-    """Return the order of convergence from 20 to 40 steps, for a table."""
+    """Estimate the order of convergence from 20 to 40 steps, and format it for a table."""
     return f"{math.log2(errors[20] / errors[40]):.1f}"
 
 
@@ -129,18 +127,18 @@ def stochastic(output_dir: Path, num_samples: int = 30_000) -> str:
             toy.use_scheduler(scheduler, **settings)
             distances = [sliced_wasserstein(toy.draw(w, T, latents=None), truth) for T in steps]
             rows.append([f"{w:g}", name, *(f"{distance:.4f}" for distance in distances)])
-        rows.append([f"{w:g}", "another draw of the truth", *[f"{sliced_wasserstein(also_truth, truth):.4f}"] * 4])
+        rows.append([f"{w:g}", "second draw of the truth", *[f"{sliced_wasserstein(also_truth, truth):.4f}"] * 4])
         toy.use_scheduler("UniPCMultistepScheduler")
         distance = sliced_wasserstein(toy.draw(w, 50), truth)
-        rows.append([f"{w:g}", "the probability flow", *[f"{distance:.4f}"] * 4])
+        rows.append([f"{w:g}", "probability flow", *[f"{distance:.4f}"] * 4])
     return (
-        f"## Stochastic samplers\n\nSliced Wasserstein-1 distance of {num_samples:,} samples to as many of the reverse "
-        "diffusion.\n\n" + table(["w", "sampler", *(f"T = {T}" for T in steps)], rows)
+        f"## Stochastic samplers\n\nSliced Wasserstein-1 distance between {num_samples:,} samples of each sampler and "
+        f"{num_samples:,} of the reverse diffusion.\n\n" + table(["w", "sampler", *(f"T = {T}" for T in steps)], rows)
     )
 
 
 class PlainDDIM(DDIMScheduler):
-    """DDIM as it is by default: where x̃ is clipped, it keeps the ε that contradicts it. The pipeline asks otherwise."""
+    """DDIM that ignores the pipeline's `use_clipped_model_output`: ε is not recomputed from a clipped x̃."""
 
     def step(
         self, model_output: torch.Tensor, timestep: int, sample: torch.Tensor, generator: torch.Generator | None = None
@@ -149,8 +147,8 @@ class PlainDDIM(DDIMScheduler):
 
 
 def network_error(output_dir: Path, size: float = 0.01) -> str:
-    """Measure the effect of a small error in the network's output: why strong guidance fails, and what mends it."""
-    # A fixed vector of RMS `size` for each label, as a trained network has an error of its own for each.
+    """Measure the effect of a small error in the network's output, for each prediction type and way of clipping x̃."""
+    # A constant error of RMS `size` for each label: a trained network's error also depends on the label.
     offsets = torch.randn(4, 1, 1, 2, generator=torch.Generator().manual_seed(0))
     offsets = size * offsets / offsets.square().mean((1, 2, 3), keepdim=True).sqrt()
 
@@ -158,29 +156,30 @@ def network_error(output_dir: Path, size: float = 0.01) -> str:
         out.sample = out.sample + offsets[kwargs["class_labels"]]
 
     variants = {
-        "ε predicted, x̃ as it comes": ("epsilon", False, DDIMScheduler),
-        "ε predicted, x̃ clipped, its ε kept": ("epsilon", True, PlainDDIM),
-        "ε predicted, x̃ clipped, its ε recomputed": ("epsilon", True, DDIMScheduler),
-        "v predicted, x̃ as it comes": ("v_prediction", False, DDIMScheduler),
-        "v predicted, x̃ clipped, its ε recomputed": ("v_prediction", True, DDIMScheduler),
+        "ε prediction, x̃ not clipped": ("epsilon", False, DDIMScheduler),
+        "ε prediction, x̃ clipped, ε kept": ("epsilon", True, PlainDDIM),
+        "ε prediction, x̃ clipped, ε recomputed": ("epsilon", True, DDIMScheduler),
+        "v prediction, x̃ not clipped": ("v_prediction", False, DDIMScheduler),
+        "v prediction, x̃ clipped, ε recomputed": ("v_prediction", True, DDIMScheduler),
     }
     rows, scales = [], (0.0, 1.0, 2.0, 4.0)
-    free = ToyProblem()
-    free.use_scheduler("DDIMScheduler")
+    unclipped = ToyProblem()
+    unclipped.use_scheduler("DDIMScheduler")
     for name, (prediction_type, clip_sample, scheduler) in variants.items():
-        exact, wrong = (ToyProblem(prediction_type=prediction_type, clip_sample=clip_sample) for _ in range(2))
-        wrong.pipeline.unet.register_forward_hook(add_error, with_kwargs=True)
-        for toy in (exact, wrong):
+        exact, inexact = (ToyProblem(prediction_type=prediction_type, clip_sample=clip_sample) for _ in range(2))
+        inexact.pipeline.unet.register_forward_hook(add_error, with_kwargs=True)
+        for toy in (exact, inexact):
             toy.pipeline.scheduler = scheduler.from_config(toy.scheduler.config)
         cells = []
         for w in scales:
-            truth, right = free.draw(w, 50), exact.draw(w, 50)
-            cells.append(f"{rms_distance(wrong.draw(w, 50), truth):.3f} ({rms_distance(right, truth):.3f})")
+            truth = unclipped.draw(w, 50)
+            errors = [rms_distance(toy.draw(w, 50), truth) for toy in (inexact, exact)]
+            cells.append("{:.3f} ({:.3f})".format(*errors))
         rows.append([name, *cells])
     return (
-        f"## A network that is wrong by {size:g}\n\nRMS distance to the samples of the exact model with nothing "
-        "clipped, of a model whose output is off by a constant (in brackets: of the exact one); 50 steps of DDIM.\n\n"
-        + table(["", *(f"w = {w:g}" for w in scales)], rows)
+        f"## A network with an error of {size:g}\n\nRMS distance between the samples of a model with a constant error "
+        "and those of the exact model without clipping; 50 steps of DDIM. In parentheses: the same distance for the "
+        "exact model.\n\n" + table(["", *(f"w = {w:g}" for w in scales)], rows)
     )
 
 
@@ -196,16 +195,16 @@ def rules(
     seed: int = 0,
 ) -> str:
     """
-    Compare the rules of guidance at equal w on a trained model.
+    Compare rules of guidance at the same w on a trained model.
 
     Args:
-        output_dir (`Path`): where `rules.png` is written.
-        accelerator (`Accelerator`): of one process.
-        statistics_dir (`Path`): where the statistics of the real images are kept.
+        output_dir (`Path`): the folder for `rules.png`.
+        accelerator (`Accelerator`): a single process.
+        statistics_dir (`Path`): the folder that caches the statistics of the real images.
         model (`str`): the output folder of a training run.
-        guide_model (`str`, *optional*): that of a weaker one for the same data, for autoguidance.
+        guide_model (`str`, *optional*): the output folder of a weaker model of the same data, for autoguidance.
         guidance_scale (`float`): w.
-        num_samples (`int`), num_inference_steps (`int`), seed (`int`): of each rule.
+        num_samples (`int`), num_inference_steps (`int`), seed (`int`): the sampling settings of each rule.
 
     Returns:
         The table, in Markdown.
@@ -216,14 +215,14 @@ def rules(
     dataset, id2label, _ = load_data(model, {}, pipeline, show_progress=True)
     real = RealStatistics(accelerator, dataset, id2label, "small", num_samples, statistics_dir)
     class_labels = torch.arange(num_samples) % len(id2label)
-    metrics, rows, pictures = ["frechet_distance", "class_accuracy", "precision", "recall"], [], []
-    chosen = calls_of(guidance_scale, guide_model)
-    for name, call in chosen.items():
+    metrics, rows, tiles = ["frechet_distance", "class_accuracy", "precision", "recall"], [], []
+    calls = calls_of(guidance_scale, guide_model)
+    for name, call in calls.items():
         pipeline.guide_unet = call.pop("guide_unet", None)
         call["num_inference_steps"] = num_inference_steps
         drawn = [
-            draw_images(pipeline, class_labels[places], places.tolist(), seed, **call)
-            for places in torch.arange(num_samples).split(BATCH_SIZE)
+            draw_images(pipeline, class_labels[indices], indices.tolist(), seed, **call)
+            for indices in torch.arange(num_samples).split(BATCH_SIZE)
         ]
         fake = torch.cat([images for images, _ in drawn])
         summary = real.summarizer.new_summary(num_samples)
@@ -231,20 +230,20 @@ def rules(
         row = measure(summary, real.reference, real.extractor.id2label)
         cells = [*(f"{row[metric]:.3f}" for metric in metrics), f"{saturated(fake):.3f}", f"{drawn[0][1]:.0f}"]
         rows.append([name, *cells])
-        pictures.append(fake[: len(id2label)] / 255)
-    draw_grid(torch.stack(pictures), list(chosen), list(id2label.values())).save(output_dir / "rules.png")
-    header = ["rule", "Fréchet distance", *metrics[1:], "saturated", "evaluations an image"]
+        tiles.append(fake[: len(id2label)] / 255)
+    draw_grid(torch.stack(tiles), list(calls), list(id2label.values())).save(output_dir / "rules.png")
+    header = ["rule", "Fréchet distance", *metrics[1:], "saturated", "evaluations per image"]
     return (
         f"## Rules at w = {guidance_scale:g} on {Path(model).name}\n\n{num_samples} samples, {num_inference_steps} "
-        "steps of UniPC. Saturated: the share of pixels that are 0 or 255; "
-        f"{saturated(dataset.images):.3f} of the real ones.\n\n" + table(header, rows)
+        "steps of UniPC. Saturated: the fraction of pixels that are 0 or 255; "
+        f"{saturated(dataset.images):.3f} for the real images.\n\n" + table(header, rows)
     )
 
 
 def calls_of(w: float, guide_model: str | None) -> dict[str, dict[str, Any]]:
-    """Return the arguments of the pipeline's call for each rule of guidance; `guide_unet` is set on the pipeline."""
+    """Return the call arguments of each rule of guidance. A `guide_unet` among them must be set on the pipeline."""
     guiders, original = diffusers.guiders, {"guidance_scale": w, "use_original_formulation": True}
-    chosen = {
+    calls = {
         "w = 0": {"guidance_scale": 0.0},
         "classifier-free guidance": {"guidance_scale": w},
         "interval (0.2, 5]": {"guidance_scale": w, "guidance_interval": (0.2, 5.0)},
@@ -259,10 +258,10 @@ def calls_of(w: float, guide_model: str | None) -> dict[str, dict[str, Any]]:
     }
     if guide_model is not None:
         guide_unet = UNet2DCFGModel.from_pretrained(guide_model, subfolder="unet")
-        chosen["autoguidance by --guide_model"] = {"guidance_scale": w, "guide_unet": guide_unet}
-    return chosen
+        calls["autoguidance by --guide_model"] = {"guidance_scale": w, "guide_unet": guide_unet}
+    return calls
 
 
 def saturated(images: torch.Tensor) -> float:
-    """Return the share of values of uint8 images that are 0 or 255."""
+    """Return the fraction of pixel values of uint8 images that are 0 or 255."""
     return ((images == 0) | (images == 255)).float().mean().item()

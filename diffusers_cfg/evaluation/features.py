@@ -1,8 +1,8 @@
 """
-Feature extractors: networks that map images to the features and class probabilities that metrics compare.
+Extract the features and class probabilities that metrics compare, with one of several networks.
 
-Each takes uint8 images `(batch, 3, height, width)`. Two values of a metric can be compared only if they were measured
-with the same extractor.
+Each extractor takes uint8 images `(batch, 3, height, width)`. Two values of a metric are comparable only if they were
+measured with the same extractor.
 """
 
 import logging
@@ -30,15 +30,15 @@ DINOV2_MODEL = "facebook/dinov2-large"
 
 class FeatureExtractor(nn.Module):
     """
-    A network with what metrics need to know of it.
+    A network that maps images to features, and its properties that metrics need.
 
     Attributes:
-        name (`str`): the name of the network, with a digest of the weights if it is trained here.
-        resize (`str`): how it resizes images of another size than its own.
-        num_features (`int`): dimension of its features.
-        num_classes (`int`): number of its classes; 0 if it has none.
-        id2label (`dict[int, str]`, *optional*): the names of its classes, if they have names.
-        accuracy (`float`, *optional*): its accuracy on real images that it was not trained on, where known.
+        name (`str`): the name of the network, with a digest of its weights if this package trained it.
+        resize (`str`): how images are resized to its input size, for captions.
+        num_features (`int`): the dimension of its features.
+        num_classes (`int`): the number of its classes, 0 if it has none.
+        id2label (`dict[int, str]`, *optional*): the names of its classes.
+        accuracy (`float`, *optional*): its accuracy on held-out real images, if known.
     """
 
     name: str
@@ -50,24 +50,25 @@ class FeatureExtractor(nn.Module):
 
     def forward(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
         """
-        Extract features.
+        Extract features and class logits.
 
         Args:
             images (`torch.Tensor` of shape `(batch, 3, height, width)`): uint8.
 
         Returns:
-            Features `(batch, num_features)` and logits `(batch, num_classes)`, or `None` without classes.
+            Features `(batch, num_features)`, and logits `(batch, num_classes)` or `None` if there are no classes.
         """
         raise NotImplementedError
 
 
 class SmallClassifier(FeatureExtractor):
     """
-    A classifier of the data's own classes: convolutions down to 4×4, their mean as 64 features, and a linear layer.
+    A classifier of the dataset's own classes: convolutions down to 4×4, whose mean gives 64 features, and a linear
+    layer.
 
     Args:
-        resolution (`int`): of the images.
-        id2label (`dict[int, str]`): the classes.
+        resolution (`int`): the height and width of the images.
+        id2label (`dict[int, str]`): the names of the classes.
     """
 
     num_features = 64
@@ -100,14 +101,14 @@ def convolution(channels: int, out_channels: int, stride: int = 1) -> list[nn.Mo
 
 def small_classifier(dataset: Dataset, data_name: str, id2label: dict[int, str], folder: Path) -> SmallClassifier:
     """
-    Load the classifier of a dataset from a folder, or train it and save it there. Training takes a minute or two on
-    two CPU cores. The weights do not depend on torch's global random state, which is left as it is.
+    Load the classifier of a dataset from a folder, or train it and save it there. Training takes one to two minutes on
+    two CPU cores. It neither reads nor changes torch's global random state.
 
     Args:
         dataset (`Dataset`): uint8 images, with their labels in `class_labels`; -1 is unlabelled.
-        data_name (`str`): identifies the data, see `diffusers_cfg.data.datasets.fingerprint`.
-        id2label (`dict[int, str]`): the classes.
-        folder (`Path`): holds `classifier-DATA_NAME.safetensors`.
+        data_name (`str`): the fingerprint of the data, see `diffusers_cfg.data.datasets.fingerprint`.
+        id2label (`dict[int, str]`): the names of the classes.
+        folder (`Path`): the folder of `classifier-DATA_NAME.safetensors`.
     """
     resolution = dataset.__getitems__([0]).images.shape[-1]
     with torch.random.fork_rng(devices=[]):
@@ -126,17 +127,17 @@ def small_classifier(dataset: Dataset, data_name: str, id2label: dict[int, str],
 
 
 def train_classifier(classifier: SmallClassifier, dataset: Dataset, steps: int = 750, batch_size: int = 128) -> float:
-    """Train on four fifths of the labelled images, on the CPU. Return the accuracy on up to 10,000 of the others."""
+    """Train on 80 % of the labelled images, on the CPU. Return the accuracy on the rest, at most 10,000 images."""
     labelled = (dataset.class_labels >= 0).nonzero().flatten()
     labelled = labelled[torch.randperm(len(labelled), generator=seeded_generator("cpu", "classifier", "split"))]
-    held_out, seen = labelled[: min(len(labelled) // 5, 10_000)], labelled[len(labelled) // 5 :]
+    held_out, train = labelled[: min(len(labelled) // 5, 10_000)], labelled[len(labelled) // 5 :]
     optimizer = torch.optim.AdamW(classifier.parameters(), weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=5e-3, total_steps=steps)
     order = seeded_generator("cpu", "classifier", "order")
     classifier.train()
-    for _ in tqdm(range(steps), "Training the classifier of the data", leave=False):
-        batch = dataset.__getitems__(seen[torch.randint(len(seen), (batch_size,), generator=order)].tolist())
-        # Smoothed labels keep the features from shrinking to a point for each class.
+    for _ in tqdm(range(steps), "Training the classifier of the dataset", leave=False):
+        batch = dataset.__getitems__(train[torch.randint(len(train), (batch_size,), generator=order)].tolist())
+        # Label smoothing keeps the features of a class from collapsing to a point.
         loss = F.cross_entropy(classifier(batch.images_rgb)[1], batch.class_labels, label_smoothing=0.1)
         optimizer.zero_grad()
         loss.backward()
@@ -145,41 +146,45 @@ def train_classifier(classifier: SmallClassifier, dataset: Dataset, steps: int =
     classifier.eval()
     with torch.no_grad():
         batches = (dataset.__getitems__(indices.tolist()) for indices in held_out.split(500))
-        right = sum((classifier(b.images_rgb)[1].argmax(1) == b.class_labels).sum().item() for b in batches)
-    accuracy = right / len(held_out)
-    logger.info("The classifier of the data has an accuracy of %.1f %% on %d images", 100 * accuracy, len(held_out))
+        correct = sum((classifier(b.images_rgb)[1].argmax(1) == b.class_labels).sum().item() for b in batches)
+    accuracy = correct / len(held_out)
+    logger.info(
+        "The classifier of the dataset has an accuracy of %.1f %% on %d held-out images", 100 * accuracy, len(held_out)
+    )
     return accuracy
 
 
 class Inception(FeatureExtractor):
     """
-    The network of the FID and the inception score, with the weights of TensorFlow's 2015 Inception and its bilinear
-    resize, as ported by torch-fidelity. The features are the 2048 of pool3; the logits are without their bias.
+    The network of the FID and the inception score: TensorFlow's 2015 Inception with its bilinear resize, as ported by
+    torch-fidelity. The features are the 2048 of pool3; the logits have no bias.
 
     Raises:
         UserError: torch-fidelity is not installed, or the weights cannot be downloaded.
     """
 
     name = INCEPTION
-    resize = "bilinear to 299×299, as TensorFlow 1 does"
+    resize = "bilinear to 299×299, as in TensorFlow 1"
     num_features = 2048
     num_classes = 1008
 
     def __init__(self):
         super().__init__()
         try:  # an optional dependency
-            from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
-        except (ImportError, RuntimeError) as error:  # torchvision raises the latter if it does not fit torch
+            from torch_fidelity.feature_extractor_inceptionv3 import (  # pyright: ignore[reportMissingImports]
+                FeatureExtractorInceptionV3,
+            )
+        except (ImportError, RuntimeError) as error:  # torchvision raises RuntimeError if it does not match torch
             raise UserError(
-                f"--feature_extractor {INCEPTION} needs torch-fidelity and torchvision ({error}): pip install "
-                f"torch-fidelity torchvision. Or use {SMALL}, which needs neither."
+                f"--feature_extractor {INCEPTION} needs torch-fidelity and torchvision ({error}). Run pip install "
+                f"torch-fidelity torchvision, or use --feature_extractor {SMALL}."
             ) from error
         try:
             self.network = FeatureExtractorInceptionV3("inception-v3-compat", ["2048", "logits_unbiased"])
         except OSError as error:
             raise UserError(
-                f"--feature_extractor {INCEPTION}: its weights cannot be downloaded ({error}). Or use {SMALL}, which "
-                "needs no download."
+                f"The weights of --feature_extractor {INCEPTION} cannot be downloaded ({error}). Check the connection, "
+                f"or use --feature_extractor {SMALL}, which needs no download."
             ) from error
 
     def forward(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -188,14 +193,14 @@ class Inception(FeatureExtractor):
 
 class HubNetwork(FeatureExtractor):
     """
-    A network of transformers with its image processor, from the Hub or a folder.
+    A transformers model with its image processor, from the Hub or a folder.
 
     Args:
         auto_class (`type`): one of transformers' `AutoModel` classes.
-        name_or_path (`str`): a repository or a folder.
+        name_or_path (`str`): a Hub repository or a folder.
 
     Raises:
-        UserError: it cannot be loaded.
+        UserError: the model cannot be loaded.
     """
 
     def __init__(self, auto_class: type, name_or_path: str):
@@ -205,20 +210,20 @@ class HubNetwork(FeatureExtractor):
             self.network = auto_class.from_pretrained(name_or_path, use_safetensors=True)
         except (OSError, ValueError) as error:
             raise UserError(
-                f"--feature_extractor {name_or_path} is none of {SMALL}, {INCEPTION} and {DINOV2}, nor an image "
-                f"classifier of the Hub or a folder that loads: {error}"
+                f"--feature_extractor {name_or_path} cannot be loaded ({error}). Use {SMALL}, {INCEPTION}, {DINOV2} "
+                "or an image classifier on the Hub or in a folder."
             ) from error
 
     def preprocess(self, images: torch.Tensor, **settings: Any) -> torch.Tensor:
-        """Return the network's input for uint8 images; `settings` override the processor's."""
+        """Convert uint8 images to the network's input. `settings` override the processor's own."""
         batch = self.processor(images.cpu(), input_data_format="channels_first", return_tensors="pt", **settings)
         return batch["pixel_values"].to(self.network.device)
 
 
 class Dinov2(HubNetwork):
     """
-    Features for the FD-DINOv2 (Stein et al. 2023, arXiv 2306.04675): the class token of DINOv2 ViT-L/14 at 224×224. It
-    has no classes, so there is no inception score.
+    The features of FD-DINOv2 (Stein et al. 2023, arXiv 2306.04675): the class token of DINOv2 ViT-L/14 at 224×224.
+    There are no classes, and therefore no inception score.
     """
 
     name = DINOV2
@@ -236,16 +241,16 @@ class Dinov2(HubNetwork):
 
 class HubClassifier(HubNetwork):
     """
-    An image classifier of transformers. The features are the input of its last linear layer.
+    A transformers image classifier. The features are the input of its last linear layer.
 
     Raises:
-        UserError: it cannot be loaded, or does not end in a linear layer.
+        UserError: the model cannot be loaded, or has no linear layer with an output for each class.
     """
 
     def __init__(self, name_or_path: str):
         super().__init__(AutoModelForImageClassification, name_or_path)
         self.name = name_or_path
-        self.resize = f"as its {type(self.processor).__name__} does"
+        self.resize = f"by its {type(self.processor).__name__}"
         self.id2label = {int(class_id): label for class_id, label in self.network.config.id2label.items()}
         self.num_classes = len(self.id2label)
         heads = [
@@ -255,13 +260,13 @@ class HubClassifier(HubNetwork):
         ]
         if not heads:
             raise UserError(
-                f"--feature_extractor {name_or_path} does not end in a linear layer, whose input would be the "
-                "features: choose another."
+                f"--feature_extractor {name_or_path} does not end in a linear layer, whose input is used as features. "
+                "Choose a different classifier."
             )
         self.num_features = heads[-1].in_features
-        heads[-1].register_forward_pre_hook(self._keep)
+        heads[-1].register_forward_pre_hook(self._store_features)
 
-    def _keep(self, _layer: nn.Module, inputs: tuple[torch.Tensor]) -> None:
+    def _store_features(self, _layer: nn.Module, inputs: tuple[torch.Tensor]) -> None:
         self.features = inputs[0]
 
     def forward(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -270,6 +275,6 @@ class HubClassifier(HubNetwork):
 
 
 def pretrained_extractor(name: str) -> FeatureExtractor:
-    """Load "inception", "dinov2" or an image classifier of transformers by its name. Raises UserError if it fails."""
+    """Load "inception", "dinov2" or a transformers image classifier by name. Raises `UserError` if this fails."""
     extractor = {INCEPTION: Inception, DINOV2: Dinov2}.get(name, lambda: HubClassifier(name))()
     return extractor.eval().requires_grad_(False)

@@ -1,4 +1,4 @@
-"""Lay images out as one picture, such as the grid of samples that a run draws: classes down, guidance scales across."""
+"""Arrange images in a grid, such as the samples of a training run: a row for each class, a column for each w."""
 
 import torch
 from accelerate import Accelerator
@@ -15,23 +15,25 @@ def sample_grid(
     pipeline: CFGPipeline, accelerator: Accelerator, guidance_scales: list[float], num_inference_steps: int, seed: int
 ) -> Image.Image:
     """
-    Draw a row of images for each of the first ten classes, with a column for each w. The processes share the work. All
-    images of a row start from the same noise, so the row shows the effect of w.
+    Generate a grid of samples with a row for each of the first ten classes and a column for each w. All images of a row
+    start from the same noise, so that the row shows the effect of w.
 
     Args:
-        pipeline (`CFGPipeline`): drawn with, on the device of the accelerator.
-        guidance_scales (`list[float]`): the paper's w.
+        pipeline (`CFGPipeline`): the pipeline, on the accelerator's device.
+        accelerator (`Accelerator`): the processes that share the work.
+        guidance_scales (`list[float]`): the paper's w, one for each column.
         num_inference_steps (`int`): T.
-        seed (`int`): determines the noise of each row, together with the class.
+        seed (`int`): the seed of the noise; each row also depends on its class.
     """
     classes = list(range(min(pipeline.unet.num_classes, MAX_ROWS)))
     jobs = [(class_id, w) for class_id in classes for w in guidance_scales]
-    with accelerator.split_between_processes(jobs, apply_padding=True) as mine:
+    with accelerator.split_between_processes(jobs, apply_padding=True) as process_jobs:
+        assert isinstance(process_jobs, list)
         images = pipeline(
-            class_labels=[class_id for class_id, _ in mine],
-            guidance_scale=[w for _, w in mine],
+            class_labels=[class_id for class_id, _ in process_jobs],
+            guidance_scale=[w for _, w in process_jobs],
             num_inference_steps=num_inference_steps,
-            generator=[seeded_generator("cpu", seed, "grid", class_id) for class_id, _ in mine],
+            generator=[seeded_generator("cpu", seed, "grid", class_id) for class_id, _ in process_jobs],
             output_type="pt",
         ).images
     images = accelerator.gather(images.to(accelerator.device).contiguous())[: len(jobs)].cpu()
@@ -44,12 +46,12 @@ def sample_grid(
 
 def draw_grid(images: torch.Tensor, rows: list[str], columns: list[str], min_size: int = 64) -> Image.Image:
     """
-    Lay images out as one picture with captions.
+    Arrange images in a grid with captions.
 
     Args:
-        images (`torch.Tensor` of shape `(rows, columns, channels, height, width)`): in [0, 1], 1 or 3 channels.
-        rows, columns (`list[str]`): the captions.
-        min_size (`int`): smaller images are enlarged by a whole factor to at least this many pixels.
+        images (`torch.Tensor` of shape `(rows, columns, channels, height, width)`): values in [0, 1], 1 or 3 channels.
+        rows, columns (`list[str]`): the captions of the rows and columns.
+        min_size (`int`): smaller images are enlarged by an integer factor to at least this size, in pixels.
     """
     scale = max(1, -(-min_size // images.shape[-1]))
     pixels = (images * 255).round().to(torch.uint8).movedim(2, -1)

@@ -1,4 +1,4 @@
-"""Measure the samples of a model while it is trained."""
+"""Evaluate the samples of a model during training."""
 
 from collections.abc import Callable
 from typing import Protocol
@@ -16,7 +16,7 @@ from diffusers_cfg.settings import TrainConfig
 
 
 class SampledMethod(Protocol):
-    """A method of training with what its samples are drawn by."""
+    """A training method, with the pipeline and settings for generating its validation samples."""
 
     pipeline: CFGPipeline
     guidance_scales: list[float]
@@ -27,33 +27,33 @@ def training_evaluation(
     method: SampledMethod, config: TrainConfig, accelerator: Accelerator, dataset: Dataset
 ) -> Callable[[CFGPipeline], dict[str, float]]:
     """
-    Prepare a small evaluation for a run to measure itself.
+    Return a function that evaluates a pipeline during training, on a small number of samples.
 
     Args:
-        method (`SampledMethod`): its pipeline names the classes.
-        config (`TrainConfig`): has `feature_extractor`, `num_eval_samples` and `seed`.
+        method (`SampledMethod`): the training method; its pipeline gives the class names.
+        config (`TrainConfig`): the settings, of which `feature_extractor`, `num_eval_samples` and `seed` are used.
         accelerator (`Accelerator`): the processes that share the work.
         dataset (`Dataset`): the real images, uint8, with their `class_labels`.
 
     Returns:
-        A function that draws with a pipeline and returns the metrics of each w by name, such as
-        `"frechet_distance/w=1"`; on the main process, the others get none.
+        A function that maps a pipeline to the metrics of each w, such as `"frechet_distance/w=1"`. Only the main
+        process gets metrics; the dictionaries of the other processes are empty.
     """
     id2label = method.pipeline.id2label
     real = RealStatistics(accelerator, dataset, id2label, config.feature_extractor, config.num_eval_samples, CACHE_DIR)
     class_labels = torch.arange(config.num_eval_samples) % len(id2label)
     batches = torch.arange(config.num_eval_samples).split(BATCH_SIZE)
-    mine = batches[accelerator.process_index :: accelerator.num_processes]
+    process_batches = batches[accelerator.process_index :: accelerator.num_processes]
 
     def evaluate(pipeline: CFGPipeline) -> dict[str, float]:
         metrics = {}
         for w in method.guidance_scales:
             call = {"guidance_scale": w, "num_inference_steps": method.num_inference_steps}
             summary = real.summarizer.new_summary(config.num_eval_samples)
-            for places in mine:
-                labels = class_labels[places]
-                images, _ = draw_images(pipeline, labels, places.tolist(), config.seed, **call)
-                real.summarizer.add(summary, places, images, labels)
+            for indices in process_batches:
+                labels = class_labels[indices]
+                images, _ = draw_images(pipeline, labels, indices.tolist(), config.seed, **call)
+                real.summarizer.add(summary, indices, images, labels)
             summary.reduce(accelerator)
             if accelerator.is_main_process:
                 row = measure(summary, real.reference, real.extractor.id2label)

@@ -1,4 +1,4 @@
-"""Measure a set of images against the real ones: all metrics of a summary, with their standard errors."""
+"""Compute all metrics of a set of images against the real images, with standard errors."""
 
 import warnings
 from typing import Any
@@ -23,17 +23,17 @@ def measure(summary: Summary, reference: Reference, id2label: dict[int, str] | N
     Compute the metrics of a set of images.
 
     Args:
-        summary (`Summary`): of the whole set.
-        reference (`Reference`): of the real images.
+        summary (`Summary`): the statistics of the whole set.
+        reference (`Reference`): the statistics of the real images.
         id2label (`dict[int, str]`, *optional*): the names of the extractor's classes.
 
     Returns:
-        `dict[str, Any]`: a number for each metric; standard errors end in `_error`. The inception score is left out if
-        the extractor has no classes, the class accuracy if its classes are not the data's.
+        `dict[str, Any]`: a value for each metric, and standard errors, whose names end in `_error`. There is no
+        inception score if the extractor has no classes, and no class accuracy if it lacks the dataset's classes.
     """
     kept = min(summary.num_images, MAX_NEIGHBOURS)
     assert (summary.sums["count"].sum(), len(summary.features)) == (summary.num_images, kept), (
-        "some images were not added, or were added twice"
+        "Some images were not added, or were added twice."
     )
 
     def distance(blocks: torch.Tensor | slice = slice(None)) -> float:
@@ -51,23 +51,25 @@ def measure(summary: Summary, reference: Reference, id2label: dict[int, str] | N
         splits = zip(*(summary.sums[n] for n in ("split_count", "probabilities", "negative_entropy")), strict=True)
         scores = torch.tensor([inception_score(*split) for split in splits])
         row["inception_score"], row["inception_score_error"] = scores.mean().item(), scores.std().item()
-    right, asked = summary.sums["right"], summary.sums["asked"]
-    if asked.sum() > 0:
+    correct, requested = summary.sums["right"], summary.sums["asked"]
+    if requested.sum() > 0:
         names = id2label or {}
-        row["class_accuracy"] = (right.sum() / asked.sum()).item()
-        row["class_accuracy_error"] = jackknife(lambda kept: (right[kept].sum() / asked[kept].sum()).item(), BLOCKS)
+        row["class_accuracy"] = (correct.sum() / requested.sum()).item()
+        row["class_accuracy_error"] = jackknife(
+            lambda kept: (correct[kept].sum() / requested[kept].sum()).item(), BLOCKS
+        )
         row["accuracy_by_class"] = {
-            names.get(class_id, str(class_id)): (right[:, class_id].sum() / asked[:, class_id].sum()).item()
-            for class_id in asked.sum(0).nonzero().flatten().tolist()
+            names.get(class_id, str(class_id)): (correct[:, class_id].sum() / requested[:, class_id].sum()).item()
+            for class_id in requested.sum(0).nonzero().flatten().tolist()
         }
     return row
 
 
 def measure_floor(real: RealStatistics) -> dict[str, Any]:
-    """Measure the held-out real images against the others, which gives the values of a perfect model."""
+    """Compute the metrics of the held-out real images against the other real images: the values of a perfect model."""
     floor = measure(real.held_out, real.reference_without_held_out, real.extractor.id2label)
     if real.extractor.accuracy is not None:
-        # The small classifier was trained on most of the held-out part, so its accuracy on unseen images counts.
+        # The small classifier was trained on most of the held-out images: report its accuracy on unseen ones instead.
         floor["class_accuracy"] = real.extractor.accuracy
         for key in ("class_accuracy_error", "accuracy_by_class"):
             floor.pop(key, None)
@@ -76,17 +78,17 @@ def measure_floor(real: RealStatistics) -> dict[str, Any]:
 
 def kernel_distance(real: torch.Tensor, fake: torch.Tensor) -> tuple[float, float]:
     """
-    Compute the squared MMD with a cubic kernel (Bińkowski et al. 2018, arXiv 1801.01401) over random subsets. With
-    Inception's features it is the KID. The global random state is left as it is.
+    Compute the squared MMD with a cubic kernel over random subsets (Bińkowski et al. 2018, arXiv 1801.01401). With
+    Inception's features it is the KID. Torch's global random state does not change.
 
     Args:
-        real, fake (`torch.Tensor` of shape `(images, features)`).
+        real, fake (`torch.Tensor` of shape `(images, features)`): the features of the two sets.
 
     Returns:
         The mean and the standard deviation over the subsets.
     """
     with warnings.catch_warnings(), torch.random.fork_rng(devices=[]):
-        warnings.simplefilter("ignore")  # torchmetrics warns that it keeps all features; they are few
+        warnings.simplefilter("ignore")  # torchmetrics warns that it stores all features, which are few here
         torch.manual_seed(0)
         distance = KernelInceptionDistance(
             feature=torch.nn.Identity(),

@@ -1,6 +1,6 @@
 """
-A mixture of Gaussians with classes, whose ε(z, c) and ε(z) are closed forms, in the place of a trained network; and the
-exact results of guiding it.
+Replace the trained network by a mixture of Gaussians, whose ε(z, c) and ε(z) are closed forms, and compute the exact
+results of guiding it.
 """
 
 import math
@@ -20,24 +20,24 @@ from diffusers_cfg.evaluation.sampling import make_scheduler
 
 class GaussianMixtureModel(torch.nn.Module):
     r"""
-    The network that training converges to on p(x) = Σₖ πₖ N(μₖ, sₖ² I), where component k belongs to class cₖ.
+    The optimal network for p(x) = Σₖ πₖ N(μₖ, sₖ² I), where component k belongs to class cₖ.
 
     At z = αx + σε a component is N(αμₖ, vₖ I) with vₖ = α²sₖ² + σ², so that
 
         ε(z, c) = -σ ∇ log p(z | c) = σ Σₖ rₖ (z - αμₖ) / vₖ,   rₖ = p(k | z, c),
 
-    and ε(z) is the same sum over the components of all classes. It takes the place of a `UNet2DCFGModel`:
+    and ε(z) is the same sum over the components of all classes. The model replaces a `UNet2DCFGModel` in
     `CFGPipeline(model, scheduler)`.
 
     Args:
-        scheduler (`LogSNRScheduler`): maps timesteps to α and σ, and has the `prediction_type`.
+        scheduler (`LogSNRScheduler`): maps timesteps to α and σ, and sets the `prediction_type`.
         means (`torch.Tensor` of shape `(components, channels, height, width)`): μ.
         stds (`torch.Tensor` of shape `(components,)`): s, positive.
         component_classes (`torch.Tensor` of shape `(components,)`): the class of each component, `0 … num_classes - 1`.
         probs (`torch.Tensor` of shape `(components,)`, *optional*): π, equal by default.
     """
 
-    max_guidance_scale = None  # it takes no w, like a network that was not distilled
+    max_guidance_scale = None  # w is not an input: the model is not distilled
     means: torch.Tensor  # (components, channels · height · width)
     stds: torch.Tensor  # (components,)
     log_probs: torch.Tensor  # (components,)
@@ -66,22 +66,26 @@ class GaussianMixtureModel(torch.nn.Module):
 
     @property
     def dtype(self) -> torch.dtype:
+        """The dtype of the parameters of the mixture."""
         return self.means.dtype
 
     @property
     def device(self) -> torch.device:
+        """The device of the parameters of the mixture."""
         return self.means.device
 
     def check_class_labels(self, class_labels: torch.Tensor, batch_size: int) -> None:
-        """Raise ValueError for a label out of range, as `UNet2DCFGModel.check_class_labels` does."""
-        wrong = [label for label in class_labels.tolist() if not -1 <= label <= self.null_class_label]
-        if wrong:
-            raise ValueError(f"class_labels {wrong} are out of range: this model has 0 … {self.num_classes - 1}.")
+        """Raise `ValueError` if a label is out of range, like `UNet2DCFGModel.check_class_labels`."""
+        invalid = [label for label in class_labels.tolist() if not -1 <= label <= self.null_class_label]
+        if invalid:
+            raise ValueError(
+                f"class_labels {invalid} are out of range. Pass 0 … {self.num_classes - 1}, or -1 for the null class."
+            )
 
     def forward(
         self, sample: torch.Tensor, timestep: torch.Tensor, class_labels: torch.Tensor | None = None
     ) -> UNet2DOutput:
-        """Return ε, v or x at z, by the scheduler's `prediction_type`; the arguments are `UNet2DCFGModel.forward`'s."""
+        """Return ε, v or x at z, depending on the scheduler's `prediction_type`. See `UNet2DCFGModel.forward`."""
         alpha, sigma = self.scheduler.alpha_sigma(self.scheduler.u(timestep.double()))
         alpha, sigma = (value.to(sample).view(-1, *(1,) * (sample.ndim - 1)) for value in (alpha, sigma))
         eps, x = self.expected_noise_and_sample(sample, alpha, sigma, class_labels)
@@ -95,7 +99,7 @@ class GaussianMixtureModel(torch.nn.Module):
         sigma: torch.Tensor | float,
         class_labels: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """Return ε(z, c), or ε(z) without labels: the first of `expected_noise_and_sample`."""
+        """Return ε(z, c), or ε(z) without labels, with the shape of z. See `expected_noise_and_sample`."""
         return self.expected_noise_and_sample(z, alpha, sigma, class_labels)[0]
 
     def expected_noise_and_sample(
@@ -105,7 +109,7 @@ class GaussianMixtureModel(torch.nn.Module):
         sigma: torch.Tensor | float,
         class_labels: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return E[ε | z, c] and E[x | z, c], the shape of z `(batch, …)`; α and σ have shape `()` or `(batch,)`."""
+        """Return E[ε | z, c] and E[x | z, c], shaped as z, `(batch, …)`. α and σ have shape `()` or `(batch,)`."""
         log_joint, deltas, variances = self._components(z, alpha, sigma, class_labels)
         responsibilities = log_joint.softmax(1)
         shrunk = responsibilities / variances
@@ -122,12 +126,12 @@ class GaussianMixtureModel(torch.nn.Module):
         sigma: torch.Tensor | float = 0.0,
         class_labels: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """Return log p(z | c), for the null class log p(z): `(batch,)`. α = 1 and σ = 0 give the data's."""
+        """Return log p(z | c), or log p(z) for the null class, `(batch,)`. By default z = x, the data."""
         log_joint, _, _ = self._components(z, alpha, sigma, class_labels)
         return log_joint.logsumexp(1)
 
     def sample(self, class_labels: torch.Tensor, generator: torch.Generator | None = None) -> torch.Tensor:
-        """Draw x ~ p(x | c), `(batch, channels, height, width)`, for labels `(batch,)`; -1 is the null class."""
+        """Sample x ~ p(x | c), `(batch, channels, height, width)`, for labels `(batch,)`. -1 is the null class."""
         k = torch.multinomial(self._log_probs(class_labels).exp(), 1, generator=generator).squeeze(1)
         noise = torch.randn(self.means[k].shape, generator=generator, dtype=self.dtype)
         x = self.means[k] + self.stds[k, None] * noise
@@ -140,7 +144,7 @@ class GaussianMixtureModel(torch.nn.Module):
         sigma: torch.Tensor | float,
         class_labels: torch.Tensor | None,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Return log p(z, k | c), z - αμₖ and vₖ of each component k, with a row for each z."""
+        """Return log p(z, k | c), z - αμₖ and vₖ for each z (rows) and component k (columns)."""
         if class_labels is None:
             class_labels = torch.full((len(z),), self.null_class_label, device=z.device)
         alpha, sigma = self._column(alpha), self._column(sigma)
@@ -150,7 +154,7 @@ class GaussianMixtureModel(torch.nn.Module):
         return self._log_probs(class_labels) + log_gaussians, deltas, variances
 
     def _log_probs(self, class_labels: torch.Tensor) -> torch.Tensor:
-        """Return log p(k | c): `(batch, components)`."""
+        """Return log p(k | c), `(batch, components)`."""
         return self.log_probs.masked_fill(~self.allowed[class_labels], -math.inf).log_softmax(1)
 
     def _column(self, value: torch.Tensor | float) -> torch.Tensor:
@@ -158,7 +162,7 @@ class GaussianMixtureModel(torch.nn.Module):
 
 
 def three_gaussians(scheduler: LogSNRScheduler) -> GaussianMixtureModel:
-    """Return three classes in the plane, a Gaussian each, as in figure 2 of Ho & Salimans: images of 1×2 pixels."""
+    """Return a mixture of three classes of 1×2 images, one Gaussian each, as in figure 2 of Ho & Salimans 2022."""
     angles = torch.tensor([90.0, 210.0, 330.0]).deg2rad()
     means = 0.35 * torch.stack([angles.cos(), angles.sin()], 1).view(3, 1, 1, 2)
     return GaussianMixtureModel(scheduler, means, torch.full((3,), 0.15), torch.arange(3))
@@ -172,7 +176,7 @@ def guided_eps(
     class_labels: torch.Tensor,
     w: float,
 ) -> torch.Tensor:
-    """Return ε̃ as w + 1 of the way from ε(z) to ε(z, c). Stated apart from the pipeline's rule, to compare with it."""
+    """Return ε̃, extrapolated from ε(z) through ε(z, c) by 1 + w. Independent of the pipeline's code, to verify it."""
     return torch.lerp(model.eps(z, alpha, sigma), model.eps(z, alpha, sigma, class_labels), 1 + w)
 
 
@@ -180,20 +184,21 @@ def guided_flow(
     model: GaussianMixtureModel, noise: torch.Tensor, class_labels: torch.Tensor, w: float, sigma_max: float
 ) -> torch.Tensor:
     """
-    Follow the probability flow of the guided field from each z ~ N(0, I) at the noise level σ/α = `sigma_max`.
+    Integrate the probability flow of the guided field from each z ~ N(0, I) at the noise level σ/α = `sigma_max`.
 
     In y = z/α and σ' = σ/α the flow is dy/dσ' = ε̃ (Song et al. 2021, arXiv 2010.02502, equation 14). Deterministic
-    samplers approximate it. For w ≠ 0 it does not draw from p(x|c)^(1+w) p(x)^(-w), and neither does any other sampler
+    samplers approximate this flow. For w ≠ 0 neither the flow nor any other sampler draws from p(x|c)^(1+w) p(x)^(-w)
     (Bradley & Nakkiran 2024, arXiv 2408.09000).
 
     Args:
-        model (`GaussianMixtureModel`): in float64.
+        model (`GaussianMixtureModel`): the mixture, in float64.
         noise (`torch.Tensor` of shape `(batch, channels, height, width)`): z at the start.
-        class_labels (`torch.Tensor` of shape `(batch,)`), w (`float`): of the guided field.
-        sigma_max (`float`): σ/α at the start; it is 1e-6 at the end.
+        class_labels (`torch.Tensor` of shape `(batch,)`): the class of each image.
+        w (`float`): the guidance scale.
+        sigma_max (`float`): σ/α at the start. At the end it is 1e-6.
 
     Returns:
-        `torch.Tensor` of the shape of the noise, float64: x, to about 1e-8.
+        `torch.Tensor`: x with the shape of `noise`, float64, accurate to about 1e-8.
     """
 
     def derivative(log_sigma: float, y: np.ndarray) -> np.ndarray:  # dy / d log σ' = σ' ε̃
@@ -212,8 +217,9 @@ def guided_diffusion(
     model: GaussianMixtureModel, class_labels: torch.Tensor, w: float, steps: int, generator: torch.Generator
 ) -> torch.Tensor:
     """
-    Draw from the reverse diffusion of the guided field, which stochastic samplers approximate: Euler-Maruyama in
-    y = z/α over σ' = σ/α, in float64, with steps even in log σ'. Shape `(batch, channels, height, width)`.
+    Sample the reverse diffusion of the guided field, which stochastic samplers approximate, by Euler-Maruyama steps.
+
+    The steps are in y = z/α over σ' = σ/α, uniform in log σ', in float64. Returns `(batch, channels, height, width)`.
     """
     sigmas = torch.logspace(math.log10(22026), -3, steps + 1, dtype=torch.float64).tolist()
     shape = (len(class_labels), model.config.in_channels, *model.config.sample_size)
@@ -229,7 +235,7 @@ def guided_diffusion(
 def deterministic_limit(
     model: GaussianMixtureModel, noise: torch.Tensor, class_labels: torch.Tensor, w: float, steps: int
 ) -> torch.Tensor:
-    """Run the paper's sampler on its own λ without its noise, z' = α'x̃ + σ'ε̃, in float64; returns x."""
+    """Run the paper's sampler on its own λ, but without noise: z' = α'x̃ + σ'ε̃, in float64. Return x."""
     alpha, sigma = model.scheduler.alpha_sigma(torch.linspace(1, 0, steps, dtype=torch.float64))
     z = noise.double()
     for i in range(steps):
@@ -240,50 +246,53 @@ def deterministic_limit(
 
 
 def rms_distance(a: torch.Tensor, b: torch.Tensor) -> float:
-    """Return the root of the mean squared distance between the rows of two batches."""
+    """Return the root mean square of the distances between the rows of two batches."""
     return (a.double() - b.double()).flatten(1).square().sum(1).mean().sqrt().item()
 
 
 def sliced_wasserstein(a: torch.Tensor, b: torch.Tensor, directions: int = 16) -> float:
-    """Return the mean Wasserstein-1 distance of two equally large clouds in the plane, over even projections."""
+    """Return the sliced Wasserstein-1 distance of two equally large sets of points in the plane."""
     angles = torch.arange(directions, dtype=torch.float64) * math.pi / directions
     axes = torch.stack([angles.cos(), angles.sin()])
-    projected = [(cloud.double().flatten(1) @ axes).sort(dim=0).values for cloud in (a, b)]
+    projected = [(points.double().flatten(1) @ axes).sort(dim=0).values for points in (a, b)]
     return (projected[0] - projected[1]).abs().mean().item()
 
 
 class ToyProblem:
     """
-    The three Gaussians in a pipeline, and a batch of starting points that samplers are compared on.
+    A test problem for samplers: the three Gaussians in a pipeline, with a fixed batch of starting points.
 
     Args:
-        num_samples (`int`): of the batch; the classes come in turn.
-        settings: of the `LogSNRScheduler`; x̃ is not clipped by default.
+        num_samples (`int`): the size of the batch, whose classes alternate.
+        settings: settings of the `LogSNRScheduler`. By default x̃ is not clipped.
 
     Attributes:
-        model (`GaussianMixtureModel`): in float64, for the truth; the pipeline's is in float32.
-        pipeline (`CFGPipeline`): with the scheduler that `use_scheduler` chose.
+        model (`GaussianMixtureModel`): the mixture in float64, for exact results.
+        pipeline (`CFGPipeline`): the mixture in float32, with the scheduler chosen by `use_scheduler`.
     """
 
     def __init__(self, num_samples: int = 256, **settings: Any):
         self.scheduler = LogSNRScheduler(**{"clip_sample": False, **settings})
         self.model = three_gaussians(self.scheduler).double()
-        self.pipeline = CFGPipeline(three_gaussians(self.scheduler), self.scheduler)
+        model = three_gaussians(self.scheduler)
+        self.pipeline = CFGPipeline(model, self.scheduler)  # pyright: ignore[reportArgumentType]  (in place of a U-Net)
         self.pipeline.set_progress_bar_config(disable=True)
         self.noise = torch.randn(num_samples, 1, 1, 2, generator=torch.Generator().manual_seed(0))
         self.class_labels = torch.arange(num_samples) % 3
         self.flow = cache(lambda w, sigma_max: guided_flow(self.model, self.noise, self.class_labels, w, sigma_max))
 
     def use_scheduler(self, name: str, **settings: Any) -> None:
-        """Sample with another scheduler from now on, a class of diffusers or `LogSNRScheduler`, with its settings."""
+        """Set the pipeline's scheduler, a class of diffusers or `LogSNRScheduler`, with the given settings."""
         self.pipeline.scheduler = make_scheduler(name, self.scheduler, **settings)
 
     def draw(self, w: float, num_inference_steps: int, **call: Any) -> torch.Tensor:
-        """Draw x from the batch's starting points, `(num_samples, 1, 1, 2)`."""
+        """Sample x from the batch of starting points, `(num_samples, 1, 1, 2)`."""
         call = {"latents": self.noise, "generator": torch.Generator().manual_seed(1), "output_type": "latent", **call}
-        return self.pipeline(self.class_labels, w, num_inference_steps=num_inference_steps, **call).images
+        images = self.pipeline(self.class_labels, w, num_inference_steps=num_inference_steps, **call).images
+        assert isinstance(images, torch.Tensor)
+        return images
 
     def error(self, w: float, num_inference_steps: int) -> float:
-        """Return the RMS distance to the exact flow from the noise level that the scheduler starts at."""
+        """Return the RMS distance to the exact flow that starts at the scheduler's first noise level."""
         images = self.draw(w, num_inference_steps)
         return rms_distance(images, self.flow(w, math.exp(-self.pipeline.log_snr()[0].item() / 2)))

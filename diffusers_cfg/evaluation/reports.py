@@ -15,7 +15,7 @@ DECIMALS = {"frechet_distance": 3, "kernel_distance": 4, "inception_score": 2}
 
 
 def table(header: list[str], rows: list[list[str]]) -> str:
-    """Return a table in Markdown."""
+    """Format a header and rows as a Markdown table."""
     return "\n".join("| " + " | ".join(row) + " |" for row in [header, ["---"] * len(header), *rows])
 
 
@@ -23,13 +23,14 @@ def new_figure(
     rows: int = 1, columns: int = 1, size: tuple[float, float] = (6, 4), title: str | None = None, sharey: bool = False
 ) -> Figure:
     """
-    Return a figure of rows × columns axes, which are in `figure.axes`, row by row. It belongs to no window or backend,
-    so there is nothing to close.
+    Return a figure with a grid of axes, in `figure.axes` row by row. The figure has no window or backend, and needs no
+    closing.
 
     Args:
-        size (`tuple[float, float]`): width and height in inches.
-        title (`str`, *optional*): above the axes.
-        sharey (`bool`): whether all axes have one vertical scale.
+        rows (`int`), columns (`int`): the shape of the grid.
+        size (`tuple[float, float]`): the width and height in inches.
+        title (`str`, *optional*): the title above the axes.
+        sharey (`bool`): whether all axes share one vertical scale.
     """
     figure = Figure(figsize=size, layout="constrained")
     figure.subplots(rows, columns, sharey=sharey)
@@ -39,12 +40,12 @@ def new_figure(
 
 
 def save_figure(figure: Figure, path: Path) -> None:
-    """Write a figure as a PNG."""
+    """Write a figure as a PNG file."""
     figure.savefig(path, dpi=100)
 
 
 def metric_names(feature_extractor: str) -> dict[str, str]:
-    """Return the names of the metrics. FID, KID and IS are Inception's; with other features they are not the same."""
+    """Return the display names of the metrics. Only Inception's features give an FID, KID or IS."""
     names = ["Fréchet distance", "kernel distance", "classifier score"]
     if feature_extractor == "inception":
         names = ["FID", "KID", "IS"]
@@ -56,7 +57,7 @@ def metric_names(feature_extractor: str) -> dict[str, str]:
 
 
 def best_scales(results: list[dict[str, Any]], names: dict[str, str]) -> dict[str, float]:
-    """Return the w at which each metric is best."""
+    """Return the w with the best value of each metric."""
     best = {}
     for metric in names:
         if metric in results[0]:
@@ -66,7 +67,7 @@ def best_scales(results: list[dict[str, Any]], names: dict[str, str]) -> dict[st
 
 
 def sweep_table(record: dict[str, Any]) -> str:
-    """Return the table of a sweep, in Markdown, with a caption that says how it was measured."""
+    """Return the Markdown table of a sweep, with a caption that describes the measurement."""
     names = {metric: name for metric, name in record["metric_names"].items() if metric in record["results"][0]}
     rows = []
     for row in record["results"]:
@@ -78,10 +79,12 @@ def sweep_table(record: dict[str, Any]) -> str:
 
 def cell(row: dict[str, Any], metric: str, best: dict[str, float] | None = None) -> str:
     """
-    Return a metric of a row with its error, for a table; empty if the row does not have it.
+    Format a metric and its error for a table. Return an empty string if the row lacks the metric.
 
     Args:
-        best (`dict[str, float]`, *optional*): the w at which each metric is best, where it is set in bold.
+        row (`dict[str, Any]`): the metrics at one w.
+        metric (`str`): the name of the metric.
+        best (`dict[str, float]`, *optional*): the w with the best value of each metric, which is set in bold.
     """
     if metric not in row:
         return ""
@@ -97,36 +100,37 @@ def cell(row: dict[str, Any], metric: str, best: dict[str, float] | None = None)
 
 def caption(record: dict[str, Any], sampling: str | None = None) -> str:
     """
-    Return how the figures of a sweep were measured.
+    Describe how the metrics of a sweep were measured.
 
     Args:
-        record (`dict[str, Any]`): as in metrics.json.
-        sampling (`str`, *optional*): how the images were drawn; by default the record's steps and scheduler.
+        record (`dict[str, Any]`): the contents of metrics.json.
+        sampling (`str`, *optional*): how the images were generated; by default the record's steps and scheduler.
     """
     extractor = record["feature_extractor"]
     accuracy = extractor["accuracy"]
-    right = f", itself right on {accuracy:.1%} of held-out images" if accuracy is not None else ""
+    accuracy_text = f"; accuracy on held-out images: {accuracy:.1%}" if accuracy is not None else ""
     guidance = "".join(f"; {name} {value}" for name, value in record["guidance"].items() if value)
     sampling = sampling or f"{record['num_inference_steps']} steps of {record['scheduler']}"
     return (
         f"{record['num_samples']} samples for each w ({record['class_labels']} labels, seed {record['seed']}), "
-        f"{sampling}{guidance}; evaluations are the network's, for one image. Features: {extractor['name']} "
-        f"({extractor['num_features']} features; resize: {extractor['resize']}{right}), against {record['num_real']} "
-        f"real images; precision, recall, density, coverage and kernel distance: {record['num_neighbours']} of each. "
-        f"Last row: {record['num_held_out']} real images, as if they were samples, against the others. ± is a 95 % "
-        "interval for the Fréchet distance and the accuracy (jackknife over ten blocks), the standard deviation over "
-        "ten splits for the score, and over subsets for the kernel distance."
+        f"{sampling}{guidance}. Evaluations are network evaluations per image. Features: {extractor['name']} "
+        f"({extractor['num_features']} features; resize: {extractor['resize']}{accuracy_text}). Reference: "
+        f"{record['num_real']} real images; precision, recall, density, coverage and kernel distance compare "
+        f"{record['num_neighbours']} samples with {record['num_neighbours']} real images. Last row: "
+        f"{record['num_held_out']} held-out real images in place of samples, against the other real images. ± is a "
+        "95 % interval for the Fréchet distance and the accuracy (jackknife over ten blocks), and a standard deviation "
+        "for the score (over ten splits) and the kernel distance (over subsets)."
     )
 
 
 def draw_curves(record: dict[str, Any], path: Path) -> None:
-    """Draw the Fréchet distance over w, the inception score (or class accuracy) over w, and one against the other."""
+    """Plot Fréchet distance and inception score (or class accuracy) against w, and against each other."""
     results, names, floor = record["results"], record["metric_names"], record["floor"]
-    rising = next((metric for metric in ("inception_score", "class_accuracy") if metric in results[0]), "precision")
+    quality = next((metric for metric in ("inception_score", "class_accuracy") if metric in results[0]), "precision")
     w = [row["guidance_scale"] for row in results]
     figure = new_figure(1, 3, size=(13, 4))
     axes = figure.axes
-    for axis, metric in zip(axes, ("frechet_distance", rising), strict=False):
+    for axis, metric in zip(axes, ("frechet_distance", quality), strict=False):
         width = 1 if metric == "inception_score" else INTERVAL
         errors = [width * row.get(f"{metric}_error", 0.0) for row in results]
         axis.errorbar(w, [row[metric] for row in results], errors, marker="o", capsize=3)
@@ -135,12 +139,12 @@ def draw_curves(record: dict[str, Any], path: Path) -> None:
         axis.axvline(best, color="tab:orange", linewidth=0.8, label=f"best: w = {best:g}")
         axis.set(xlabel="guidance scale w", ylabel=names[metric])
         axis.legend()
-    axes[2].plot([row[rising] for row in results], [row["frechet_distance"] for row in results], marker="o")
+    axes[2].plot([row[quality] for row in results], [row["frechet_distance"] for row in results], marker="o")
     for row in results:
         axes[2].annotate(
-            f"{row['guidance_scale']:g}", (row[rising], row["frechet_distance"]), (4, 4), textcoords="offset points"
+            f"{row['guidance_scale']:g}", (row[quality], row["frechet_distance"]), (4, 4), textcoords="offset points"
         )
-    axes[2].set(xlabel=names[rising], ylabel=names["frechet_distance"], title="by w")
+    axes[2].set(xlabel=names[quality], ylabel=names["frechet_distance"], title="labelled by w")
     extractor = record["feature_extractor"]["name"]
     figure.suptitle(f"{record['num_samples']} samples for each w, features of {extractor}", fontsize=10)
     save_figure(figure, path)
@@ -151,7 +155,7 @@ def write_report(output_dir: Path, record: dict[str, Any], feature_extractor: st
     Write metrics.json, metrics.md and curves.png.
 
     Returns:
-        The record as in metrics.json: with the names of the metrics, and the w at which each is best.
+        The contents of metrics.json: the record with the names of the metrics, and the w with the best value of each.
     """
     names = metric_names(feature_extractor)
     record = {**record, "metric_names": names, "best": best_scales(record["results"], names)}
@@ -162,11 +166,11 @@ def write_report(output_dir: Path, record: dict[str, Any], feature_extractor: st
 
 
 def write_json(record: dict[str, Any], path: Path) -> None:
-    """Write a record as JSON, atomically."""
+    """Write a record to a JSON file atomically."""
     write_text(json.dumps(record, indent=2, ensure_ascii=False) + "\n", path)
 
 
 def write_text(text: str, path: Path) -> None:
-    """Write a text, atomically."""
+    """Write a text file atomically."""
     with atomic_write(path) as unfinished:
         unfinished.write_text(text, encoding="utf-8")

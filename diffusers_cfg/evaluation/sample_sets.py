@@ -1,4 +1,4 @@
-"""Keep sets of samples on disk in shards, so that drawing them can be resumed, and write them in other formats."""
+"""Store sets of samples on disk in shards, so that sampling can resume, and convert them to other formats."""
 
 import json
 import zipfile
@@ -14,24 +14,27 @@ from diffusers_cfg.config import UserError
 from diffusers_cfg.evaluation.grids import draw_grid
 from diffusers_cfg.files import atomic_write
 
-# Images in a shard. A process that is killed loses at most one shard.
+# Images per shard. A killed process loses at most one shard.
 SHARD_SIZE = 500
 SETTINGS_FILE = "settings.json"
 
 
 class Shard(NamedTuple):
+    """The contents of one shard."""
+
     images: np.ndarray  # (images, height, width, 3), uint8
     class_labels: np.ndarray  # (images,), int64
-    network_evaluations: float  # for one image
+    network_evaluations: float  # per image
 
 
 class SampleSet:
     """
-    The images of one w on disk: `shard-00000.npz` and so on, each with `arr_0` and `arr_1` as ADM's evaluator has them.
+    The images of one w on disk, in `shard-00000.npz` and so on, each with `arr_0` and `arr_1` as in the format of ADM's
+    evaluator.
 
     Args:
-        folder (`Path`): where the shards are, or will be.
-        num_samples (`int`): images in the set. The shards of a larger set serve a smaller one.
+        folder (`Path`): the folder of the shards.
+        num_samples (`int`): the number of images in the set. A smaller set can reuse the shards of a larger one.
     """
 
     def __init__(self, folder: Path, num_samples: int):
@@ -41,37 +44,37 @@ class SampleSet:
         ]
 
     def path(self, shard: range) -> Path:
-        """Return the file of a shard."""
+        """Return the path of a shard."""
         return self.folder / f"shard-{shard.start // SHARD_SIZE:05}.npz"
 
     def has(self, shard: range, class_labels: np.ndarray | torch.Tensor) -> bool:
-        """Return whether a shard is there, whole, and of these classes."""
+        """Return whether a shard exists, is intact and has these class labels."""
         try:
             return self.load(shard).class_labels.tolist() == class_labels.tolist()
         except (OSError, ValueError, KeyError, zipfile.BadZipFile):
             return False
 
     def save(self, shard: range, content: Shard) -> None:
-        """Write a shard, atomically."""
+        """Write a shard atomically."""
         images, class_labels, evaluations = content
         with atomic_write(self.path(shard)) as unfinished, unfinished.open("wb") as file:
             np.savez_compressed(file, arr_0=images, arr_1=class_labels, network_evaluations=evaluations)
 
     def load(self, shard: range) -> Shard:
-        """Read a shard. Raises OSError, ValueError, KeyError or BadZipFile if it is missing or damaged."""
+        """Read a shard. Raises `OSError`, `ValueError`, `KeyError` or `BadZipFile` if it is missing or damaged."""
         with np.load(self.path(shard)) as file:
             images, class_labels = (file[name][: len(shard)] for name in ("arr_0", "arr_1"))
             return Shard(images, class_labels, float(file["network_evaluations"]))
 
     def first_images(self, count: int) -> torch.Tensor:
-        """Return the first images, `(count, 3, height, width)`, in [0, 1]."""
+        """Return the first images, `(count, 3, height, width)`, with values in [0, 1]."""
         shards = [shard for shard in self.shards if shard.start < count]
         images = torch.cat([torch.from_numpy(self.load(shard).images) for shard in shards])
         return images[:count].movedim(-1, 1) / 255
 
 
 def claim_folder(folder: Path, settings: dict[str, Any]) -> None:
-    """Record how the samples in a folder are drawn. Raises UserError if it holds samples of other settings."""
+    """Record the sampling settings of a folder. Raises `UserError` if it holds samples with different settings."""
     path, settings = folder / SETTINGS_FILE, json.loads(json.dumps(settings))
     if path.is_file():
         known = json.loads(path.read_text(encoding="utf-8"))
@@ -79,8 +82,8 @@ def claim_folder(folder: Path, settings: dict[str, Any]) -> None:
         if changed:
             changes = ", ".join(f"{name} {known.get(name)!r}, now {settings[name]!r}" for name in changed)
             raise UserError(
-                f"{folder} holds samples that were drawn differently ({changes}): choose another --output_dir, or "
-                "delete them."
+                f"{folder} holds samples with different settings ({changes}). Choose a different --output_dir, or "
+                "delete the samples."
             )
     else:
         with atomic_write(path) as unfinished:
@@ -88,31 +91,31 @@ def claim_folder(folder: Path, settings: dict[str, Any]) -> None:
 
 
 def write_png(samples: SampleSet, folder: Path, pipeline: CFGPipeline) -> None:
-    """Write `CLASS/INDEX.png`, as `--train_data_dir` reads them."""
+    """Write `CLASS/INDEX.png` files, the layout that `--train_data_dir` reads."""
     mode = "L" if pipeline.image_shape[0] == 1 else "RGB"
     names = {-1: "unconditional", **{i: str(i) for i in range(pipeline.unet.num_classes)}, **pipeline.id2label}
     for shard in samples.shards:
         content = samples.load(shard)
         for index, image, class_id in zip(shard, content.images, content.class_labels.tolist(), strict=True):
-            # A class may have any name, a folder may not.
+            # Class names may contain characters that folder names must not.
             path = folder / names[class_id].replace("/", "_").strip(".") / f"{index:06}.png"
             path.parent.mkdir(exist_ok=True)
             Image.fromarray(image).convert(mode).save(path)
 
 
 def write_grid(samples: SampleSet, folder: Path, pipeline: CFGPipeline) -> None:
-    """Write `grid.png`, at most ten images in a row."""
+    """Write `grid.png` with at most ten images per row."""
     images = samples.first_images(samples.num_samples)
     columns = min(10, len(images))
-    missing = torch.ones(-len(images) % columns, *images.shape[1:])
-    rows = torch.cat([images, missing]).unflatten(0, (-1, columns))
+    padding = torch.ones(-len(images) % columns, *images.shape[1:])
+    rows = torch.cat([images, padding]).unflatten(0, (-1, columns))
     draw_grid(rows, [str(row * columns) for row in range(len(rows))], [""] * columns).save(folder / "grid.png")
 
 
 def write_npz(samples: SampleSet, folder: Path, pipeline: CFGPipeline) -> None:
-    """Write `samples.npz`, which holds all shards. They are copied one at a time, so memory does not grow."""
+    """Write all shards to `samples.npz`. Memory is bounded, as shards are copied one at a time."""
     shape = samples.load(samples.shards[0]).images.shape[1:]
-    unfinished = samples.folder / "samples.npz"  # among the shards, which a run that is killed leaves for the next
+    unfinished = samples.folder / "samples.npz"  # in the shards' folder, which a killed run leaves behind
     with zipfile.ZipFile(unfinished, "w", zipfile.ZIP_DEFLATED) as archive:
         for member, field, dtype, rest in (("arr_0", "images", "|u1", shape), ("arr_1", "class_labels", "<i8", ())):
             with archive.open(f"{member}.npy", "w", force_zip64=True) as file:

@@ -1,4 +1,4 @@
-"""Draw images with a trained model as the settings say. Each image is determined by the seed and its index."""
+"""Generate images with a trained model. The seed and an image's index determine the image."""
 
 import dataclasses
 import logging
@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 import diffusers
 import torch
 from accelerate import Accelerator
-from diffusers import SchedulerMixin
+from diffusers import DiffusionPipeline, SchedulerMixin
 from diffusers.guiders import BaseGuidance
 from tqdm.auto import tqdm
 
@@ -29,19 +29,20 @@ C = TypeVar("C", bound=SamplingConfig)
 
 def load_pipeline(config: SamplingConfig, device: torch.device | str) -> CFGPipeline:
     """
-    Load the pipeline that the settings describe: the model with its scheduler, and its guide model.
+    Load the model, with the scheduler and the guide model of the settings.
 
     Raises:
-        UserError: a model cannot be loaded, or the scheduler cannot sample it.
+        UserError: a model cannot be loaded, or the scheduler is not supported.
     """
     try:
         pipeline = CFGPipeline.from_pretrained(config.model, variant=config.variant)
         if config.guide_model is not None:
             pipeline.guide_unet = UNet2DCFGModel.from_pretrained(config.guide_model, subfolder="unet")
     except (OSError, ValueError) as error:
-        raise UserError(f"A model cannot be loaded: {error}") from error
+        guide = f" or --guide_model {config.guide_model}" if config.guide_model is not None else ""
+        raise UserError(f"--model {config.model}{guide} cannot be loaded: {error}") from error
     if pipeline.guider is not None:
-        logger.warning("The model's own %s is not used: --guider chooses a guider.", type(pipeline.guider).__name__)
+        logger.warning("The model's own %s is ignored. Pass --guider to use a guider.", type(pipeline.guider).__name__)
         pipeline.guider = None
     if config.scheduler is not None:
         pipeline.scheduler = choose_scheduler(config.scheduler, pipeline)
@@ -50,30 +51,31 @@ def load_pipeline(config: SamplingConfig, device: torch.device | str) -> CFGPipe
 
 
 def choose_scheduler(name: str, pipeline: CFGPipeline) -> SchedulerMixin:
-    """Make a scheduler for the noise process of a pipeline. Raises UserError if it is not a supported one."""
+    """Create a scheduler for the noise process of a pipeline. Raises `UserError` if the scheduler is not supported."""
     if name not in pipeline.schedulers:
-        raise UserError(
-            f"--scheduler {name} cannot sample this model. Those that can are {', '.join(pipeline.schedulers)}."
-        )
+        raise UserError(f"--scheduler {name} is not supported. Supported schedulers: {', '.join(pipeline.schedulers)}.")
     return make_scheduler(name, pipeline.scheduler)
 
 
 def make_scheduler(name: str, scheduler: SchedulerMixin, **settings: Any) -> SchedulerMixin:
-    """Make a scheduler, a class of diffusers or `LogSNRScheduler`, for the noise process of another scheduler."""
-    return getattr(diffusers, name, LogSNRScheduler).from_config(scheduler.config, **settings)
+    """Create a scheduler, a class of diffusers or `LogSNRScheduler`, for the noise process of a given scheduler."""
+    created = getattr(diffusers, name, LogSNRScheduler).from_config(scheduler.config, **settings)
+    assert isinstance(created, SchedulerMixin)
+    return created
 
 
 def with_model_defaults(config: C, pipeline: CFGPipeline) -> C:
-    """Return the settings with the model's own number of steps, unless they have one."""
+    """Return the settings with the model's own number of steps if they set none."""
     return dataclasses.replace(config, num_inference_steps=config.num_inference_steps or pipeline.num_inference_steps)
 
 
 def parse_class_labels(names: list[str] | None, pipeline: CFGPipeline) -> list[int]:
     """
-    Return the ids of classes given as names or ids, -1 for the null class. A name takes precedence over an id.
+    Return the ids of classes that are given by name or id. A name takes precedence over an id.
 
     Args:
-        names (`list[str]`, *optional*): by default all classes.
+        names (`list[str]`, *optional*): the names or ids, where -1 is the null class. By default all classes.
+        pipeline (`CFGPipeline`): the pipeline with the classes.
 
     Raises:
         UserError: a class is unknown.
@@ -85,32 +87,39 @@ def parse_class_labels(names: list[str] | None, pipeline: CFGPipeline) -> list[i
     ids = {str(class_id): class_id for class_id in range(-1, num_classes)} | label2id
     unknown = [name for name in names if name not in ids]
     if unknown:
-        hint = " Are they counted from 1? The null class is -1." if str(num_classes) in unknown else ""
-        raise UserError(f"--class_labels {' '.join(unknown)}: the classes are {', '.join(list(ids)[:50])}.{hint}")
+        hint = " Ids start at 0, and the null class is -1." if str(num_classes) in unknown else ""
+        raise UserError(
+            f"--class_labels has unknown classes: {' '.join(unknown)}. The classes are {', '.join(list(ids)[:50])}."
+            + hint
+        )
     return [ids[name] for name in names]
 
 
 def guidance_arguments(config: SamplingConfig, w: float) -> dict[str, Any]:
-    """Return the arguments of the pipeline's call that guide by w as the settings say. Raises UserError."""
+    """Return the call arguments for guidance at scale w. Raises `UserError` if the guider cannot be created."""
     if config.guider is None:
         interval = tuple(config.guidance_interval) if config.guidance_interval else None
         return {"guidance_scale": w, "guidance_interval": interval, "guidance_rescale": config.guidance_rescale}
     guider = getattr(diffusers.guiders, config.guider, None)
     if not (isinstance(guider, type) and issubclass(guider, BaseGuidance)):
-        raise UserError(f"--guider {config.guider} is none of diffusers' guiders.")
+        raise UserError(f"--guider {config.guider} is not a guider of diffusers.")
+    settings: dict[str, Any] = {"guidance_scale": w, "use_original_formulation": True}
     try:
-        return {"guider": guider(guidance_scale=w, use_original_formulation=True)}
+        return {"guider": guider(**settings)}
     except (TypeError, ValueError) as error:
-        raise UserError(f"--guider {config.guider} cannot be made from a guidance scale alone: {error}") from error
+        raise UserError(
+            f"--guider {config.guider} cannot be created from a guidance scale alone: {error}. Use a guider that "
+            "needs no other arguments."
+        ) from error
 
 
 def call_arguments(config: SamplingConfig, w: float) -> dict[str, Any]:
-    """Return the arguments of the pipeline's call that the settings determine, for a guidance scale w."""
+    """Return the call arguments of the pipeline for a guidance scale w: guidance and number of steps."""
     return {**guidance_arguments(config, w), "num_inference_steps": config.num_inference_steps}
 
 
 def sampling_settings(config: SamplingConfig, pipeline: CFGPipeline) -> dict[str, Any]:
-    """Return what determines the images of a set, besides their labels and w, for JSON."""
+    """Return, for JSON, all settings that affect the images of a set except class labels and w."""
     names = ["num_inference_steps", "guidance_interval", "guidance_rescale", "guider", "seed"]
     networks = [network for network in (pipeline.unet, pipeline.guide_unet, pipeline.vae) if network is not None]
     return {
@@ -121,15 +130,19 @@ def sampling_settings(config: SamplingConfig, pipeline: CFGPipeline) -> dict[str
 
 
 class _ReachedNetwork(Exception):
-    """Raised by `check_call` in the place of the first evaluation of a network."""
+    """Raised by `check_call` instead of evaluating a network."""
 
 
 def check_call(pipeline: CFGPipeline, **call: Any) -> None:
     """
     Check the arguments of a pipeline's call without evaluating a network.
 
+    Args:
+        pipeline (`CFGPipeline`): the pipeline to call.
+        call: the arguments, without the class labels.
+
     Raises:
-        UserError: the pipeline refuses them.
+        UserError: the pipeline rejects the arguments.
     """
 
     def stop(*_: Any) -> None:
@@ -147,13 +160,13 @@ def check_call(pipeline: CFGPipeline, **call: Any) -> None:
 
 
 def networks_of(pipeline: CFGPipeline) -> list[torch.nn.Module]:
-    """Return the networks that a pipeline evaluates at its steps."""
+    """Return the networks that a pipeline evaluates at each step."""
     return [network for network in (pipeline.unet, pipeline.guide_unet) if network is not None]
 
 
 @contextmanager
 def counted_evaluations(*networks: torch.nn.Module) -> Iterator[list[int]]:
-    """Yield a list that receives the batch size of each evaluation of the networks inside the block."""
+    """Record the batch size of each evaluation of the networks in the yielded list."""
     batch_sizes: list[int] = []
     hooks = [net.register_forward_pre_hook(lambda _, inputs: batch_sizes.append(len(inputs[0]))) for net in networks]
     try:
@@ -167,24 +180,24 @@ def draw_images(
     pipeline: CFGPipeline, class_labels: torch.Tensor, indices: list[int], seed: int, **call: Any
 ) -> tuple[torch.Tensor, float]:
     """
-    Draw images, each determined by the seed and its index.
+    Generate images, each of which depends only on the seed, its index and its class.
 
     Args:
-        pipeline (`CFGPipeline`): drawn with.
-        class_labels (`torch.Tensor` of shape `(images,)`): ids, -1 for the null class.
-        indices (`list[int]`): the images' places in their set.
-        seed (`int`): of the set.
-        call: further arguments of the pipeline's call.
+        pipeline (`CFGPipeline`): the pipeline to sample with.
+        class_labels (`torch.Tensor` of shape `(images,)`): class ids, -1 for the null class.
+        indices (`list[int]`): the indices of the images in their set.
+        seed (`int`): the seed of the set.
+        call: other arguments of the pipeline's call.
 
     Returns:
-        The images, uint8 `(images, 3, height, width)`, and the number of network evaluations for one image.
+        The images, uint8 `(images, 3, height, width)`, and the number of network evaluations per image.
 
     Raises:
-        UserError: the pipeline refuses the arguments, or images are not finite; the message counts and names them.
+        UserError: the pipeline rejects the arguments, or some images are not finite.
     """
     last: dict[str, torch.Tensor] = {}
 
-    def keep(_pipeline: CFGPipeline, _step: int, _timestep: torch.Tensor, tensors: dict) -> dict:
+    def keep(_pipeline: DiffusionPipeline, _step: int, _timestep: torch.Tensor, tensors: dict) -> dict:
         last.update(tensors)
         return {}
 
@@ -215,17 +228,17 @@ def draw_sets(
     class_labels: torch.Tensor,
 ) -> None:
     """
-    Draw the missing shards of the sample sets of each w. The processes share them. The image at an index has the class
-    `class_labels[index]`, and starts from the same noise for each w.
+    Generate the missing shards of the sample set of each w. The image at an index has the class `class_labels[index]`
+    and starts from the same noise for each w.
 
     Args:
-        config (`SamplingConfig`): with a number of steps, see `with_model_defaults`.
-        accelerator (`Accelerator`): the processes.
-        pipeline (`CFGPipeline`): from `load_pipeline`.
-        sets (`dict[float, SampleSet]`): by w.
-        class_labels (`torch.Tensor` of shape `(num_samples,)`): ids, -1 for the null class.
+        config (`SamplingConfig`): the settings, with a number of steps, see `with_model_defaults`.
+        accelerator (`Accelerator`): the processes that share the shards.
+        pipeline (`CFGPipeline`): the pipeline, from `load_pipeline`.
+        sets (`dict[float, SampleSet]`): the sample set of each w.
+        class_labels (`torch.Tensor` of shape `(num_samples,)`): class ids, -1 for the null class.
     """
-    accelerator.wait_for_everyone()  # so that all see the same shards
+    accelerator.wait_for_everyone()  # so that all processes find the same shards missing
     missing = [
         (w, shard)
         for w, samples in sets.items()
@@ -233,12 +246,12 @@ def draw_sets(
         if not samples.has(shard, class_labels[list(shard)])
     ]
     accelerator.wait_for_everyone()
-    mine = missing[accelerator.process_index :: accelerator.num_processes]
-    # A guided image takes two passes of the network at each step. Counting passes makes the estimate of the time right.
+    assigned = missing[accelerator.process_index :: accelerator.num_processes]
+    # A guided image takes two passes of the network per step. Progress counts passes, for an accurate time estimate.
     passes = {w: 1 if w in (0, -1) else 2 for w in sets}
-    total = sum(passes[w] * len(shard) for w, shard in mine)
-    progress = tqdm(total=total, unit="pass", desc="Sampling", disable=not accelerator.is_main_process or not mine)
-    for w, shard in mine:
+    total = sum(passes[w] * len(shard) for w, shard in assigned)
+    progress = tqdm(total=total, unit="pass", desc="Sampling", disable=not accelerator.is_main_process or not assigned)
+    for w, shard in assigned:
         progress.set_postfix_str(f"w = {w:g}")
         drawn = []
         for indices in torch.tensor(shard).split(config.batch_size):
@@ -253,11 +266,11 @@ def draw_sets(
 
 def draw_to_folder(config: SampleConfig, accelerator: Accelerator) -> None:
     """
-    Draw images and write them to a folder in the format that the settings name.
+    Generate images and write them to a folder in the format of the settings.
 
     Args:
-        config (`SampleConfig`): of the command `sample.py`.
-        accelerator (`Accelerator`): the processes.
+        config (`SampleConfig`): the settings of the command `sample.py`.
+        accelerator (`Accelerator`): the processes that share the work.
 
     Raises:
         UserError: the settings do not fit the model, or the folder is not empty.
@@ -268,7 +281,7 @@ def draw_to_folder(config: SampleConfig, accelerator: Accelerator) -> None:
     class_labels = torch.tensor(labels)[torch.arange(config.num_samples) % len(labels)]
     output_dir, shards = Path(config.output_dir), Path(config.output_dir) / "shards"
     if output_dir.is_dir() and {path.name for path in output_dir.iterdir()} - {shards.name}:
-        raise UserError(f"--output_dir {output_dir} is not empty: choose another.")
+        raise UserError(f"--output_dir {output_dir} is not empty. Choose a different folder.")
     check_call(pipeline, **call_arguments(config, config.guidance_scale))
 
     samples = SampleSet(shards, config.num_samples)

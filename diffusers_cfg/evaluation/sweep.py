@@ -1,4 +1,4 @@
-"""Measure a model over guidance scales w: draw samples for each w, and compare them with the model's data."""
+"""Evaluate a model over guidance scales w: generate samples for each w and compare them with the model's data."""
 
 import json
 from dataclasses import fields
@@ -41,18 +41,19 @@ DATA_SETTINGS = [
 
 def run_sweep(config: EvaluationConfig, accelerator: Accelerator) -> dict[str, Any]:
     """
-    Draw samples for each w, measure them, and write a report to `output_folder(config)`. Samples that are there already
-    are kept, so a sweep that was stopped resumes.
+    Generate samples for each w, evaluate them, and write a report to `output_folder(config)`. Existing samples are
+    reused, so that an interrupted sweep resumes.
 
     Args:
-        config (`EvaluationConfig`): of the command `evaluate_cfg.py`.
+        config (`EvaluationConfig`): the settings of the command `evaluate_cfg.py`.
         accelerator (`Accelerator`): the processes that share the work.
 
     Returns:
-        The record as in metrics.json, on the main process; its `results` hold a row of metrics for each w.
+        On the main process the contents of metrics.json, whose `results` have a row of metrics for each w; on the other
+        processes an empty dictionary.
 
     Raises:
-        UserError: the settings do not fit the model, the data or the samples that are there.
+        UserError: the settings do not fit the model, the data or the existing samples.
     """
     pipeline = load_pipeline(config, accelerator.device)
     config = with_model_defaults(config, pipeline)
@@ -87,14 +88,14 @@ def run_sweep(config: EvaluationConfig, accelerator: Accelerator) -> dict[str, A
 
 
 def output_folder(config: EvaluationConfig) -> Path:
-    """Return where a sweep writes: by default the model's folder `evaluation`, which its card is made from."""
+    """Return the output folder of a sweep. The default is the model's folder `evaluation`, which its card shows."""
     if config.output_dir is not None:
         return Path(config.output_dir)
     return (Path(config.model) if Path(config.model).is_dir() else Path()) / "evaluation"
 
 
 def measure_sets(accelerator: Accelerator, real: RealStatistics, sets: dict[float, SampleSet]) -> list[dict[str, Any]]:
-    """Return the metrics of each w, on the main process. The processes share the shards."""
+    """Return a row of metrics for each w, on the main process only. The processes share the shards."""
     results = []
     for w, samples in tqdm(sets.items(), "Measuring", leave=False, disable=not accelerator.is_main_process):
         summary = real.summarizer.new_summary(samples.num_samples)
@@ -111,7 +112,7 @@ def measure_sets(accelerator: Accelerator, real: RealStatistics, sets: dict[floa
 
 
 def sampling_record(config: EvaluationConfig, pipeline: CFGPipeline) -> dict[str, Any]:
-    """Return how the samples are drawn, for JSON, without paths of this machine."""
+    """Return the sampling settings for JSON, without local paths."""
     return {
         **{name: getattr(config, name) for name in ("class_labels", "num_inference_steps", "seed")},
         "scheduler": type(pipeline.scheduler).__name__,
@@ -125,15 +126,17 @@ def sampling_record(config: EvaluationConfig, pipeline: CFGPipeline) -> dict[str
 
 
 def check_scales(config: EvaluationConfig, pipeline: CFGPipeline) -> None:
-    """Raise UserError for guidance scales that the model was not trained for."""
+    """Raise `UserError` for guidance scales that the model was not trained for."""
     largest = pipeline.unet.max_guidance_scale
-    if largest is not None and (wrong := [w for w in config.guidance_scales if not 0 <= w <= largest]):
-        raise UserError(f"--guidance_scales has {wrong}, but {config.model} was distilled for 0 … {largest:g}.")
+    if largest is not None and (invalid := [w for w in config.guidance_scales if not 0 <= w <= largest]):
+        raise UserError(
+            f"--guidance_scales {invalid} are out of range: {config.model} was distilled for w from 0 to {largest:g}."
+        )
     guided = [w for w in config.guidance_scales if w != 0]
     if guided and pipeline.config.conditioning_dropout_prob == 0 and pipeline.guide_unet is None:
         raise UserError(
-            f"--guidance_scales {guided}: {config.model} was trained with conditioning_dropout_prob = 0, so it has no "
-            "null class to guide away from. Measure it at 0, or train with 0.1 to 0.2."
+            f"--guidance_scales {guided} need a null class, but {config.model} was trained with "
+            "conditioning_dropout_prob = 0. Evaluate it at w = 0, or train with 0.1 to 0.2."
         )
 
 
@@ -141,21 +144,20 @@ def load_data(
     model: str, given: dict[str, Any], pipeline: CFGPipeline, show_progress: bool
 ) -> tuple[Dataset, dict[int, str], str]:
     """
-    Load the real images with the channels and the resolution that the model draws.
+    Load the real images, with the channels and the resolution of the model's samples.
 
     Args:
         model (`str`): the folder or repository of the model.
-        given (`dict[str, Any]`): settings of `DataConfig` that override those of the training. If they name a dataset,
-            no setting of the training is used.
-        pipeline (`CFGPipeline`): of the model.
+        given (`dict[str, Any]`): settings of `DataConfig` that override the training settings. If they name a dataset,
+            the training settings are ignored.
+        pipeline (`CFGPipeline`): the pipeline of the model.
         show_progress (`bool`): whether to show a progress bar while the images are decoded.
 
     Returns:
-        The images, the names of their classes, and the name of the data.
+        The images, the names of their classes, and the name of the dataset.
 
     Raises:
-        UserError: the data of the training is not known, or the data does not have the model's classes, channels or
-            resolution.
+        UserError: the training data is unknown, or the data does not match the model's classes, channels or resolution.
     """
     is_other_data = "dataset_name" in given or "train_data_dir" in given
     settings = {} if is_other_data else recorded_data(model, pipeline)
@@ -166,73 +168,72 @@ def load_data(
     names = pipeline.id2label or images.id2label
     if len(images.id2label) != pipeline.unet.num_classes or names != images.id2label:
         raise UserError(
-            f"The data has {len(images.id2label)} classes ({shorten(images.id2label)}), but {model} draws "
-            f"{pipeline.unet.num_classes} ({shorten(names)}): give the data that it was trained on."
+            f"The data has {len(images.id2label)} classes ({shorten(images.id2label)}), but {model} has "
+            f"{pipeline.unet.num_classes} ({shorten(names)}). Pass the data that the model was trained on."
         )
     if is_other_data and images.channels != channels:
         kinds = {1: "grayscale", 3: "RGB"}
         raise UserError(
-            f"The data has {kinds[images.channels]} images, but {model} draws {kinds[channels]} ones: they cannot "
-            "be compared."
+            f"The data has {kinds[images.channels]} images, but {model} generates {kinds[channels]} images. Pass data "
+            "of the same kind."
         )
     if is_other_data and (smaller := smaller_size(images, resolution)):
         raise UserError(
-            f"The data has images of {smaller[0]}×{smaller[1]}, but {model} draws {resolution}×{resolution}: enlarged "
-            "images would be compared by their blur."
+            f"The data has images of {smaller[0]}×{smaller[1]}, but {model} generates {resolution}×{resolution}. "
+            "Enlarged images would be blurred: pass data of at least that size."
         )
     return training_dataset(images, config, channels, show_progress), images.id2label, local_name(config)
 
 
 def recorded_data(model: str, pipeline: CFGPipeline) -> dict[str, Any]:
-    """Return the data settings of the training, from its settings or from the published record. Raises UserError."""
+    """Return the data settings of the training run, from its config or its record. Raises `UserError` if unknown."""
     names = {setting.name for setting in fields(DataConfig)}
     settings = Path(model) / CONFIG_FILE
     if settings.is_file():
-        # The settings of any method: those of the data have the same names in all of them.
+        # The data settings have the same names in the configs of all methods.
         try:
             known = yaml.safe_load(settings.read_text(encoding="utf-8"))
         except yaml.YAMLError as error:
-            raise UserError(f"{settings} is not a YAML file: {error}") from error
+            raise UserError(f"{settings} is not valid YAML: {error}") from error
         return {name: value for name, value in known.items() if name in names}
     record = Path(pipeline.name_or_path) / "run.json"
     known = json.loads(record.read_text(encoding="utf-8")) if record.is_file() else {}
     if "data" not in known:
         raise UserError(
-            f"It is not known what {model} was trained on, or the data is not public: give --dataset_name or "
-            "--train_data_dir."
+            f"The training data of {model} is unknown or not public. Pass --dataset_name or --train_data_dir."
         )
     return {name: value for name, value in known["data"].items() if name in names}
 
 
 def shorten(id2label: dict[int, str]) -> str:
-    """Return the first five names of classes, for a message."""
+    """Return the names of the first five classes, for a message."""
     return ", ".join([name for _, name in sorted(id2label.items())][:5]) + (", …" if len(id2label) > 5 else "")
 
 
 def smaller_size(images: LabelledImages, resolution: int) -> tuple[int, int] | None:
-    """Return the size of the first image if it is smaller than the resolution."""
+    """Return the size of the first image if it is smaller than the resolution, otherwise `None`."""
     size = images.open_image(0).size
     return size if min(size) < resolution else None
 
 
 def choose_class_labels(config: EvaluationConfig, data_labels: torch.Tensor, num_classes: int) -> torch.Tensor:
     """
-    Choose the requested class at each place of a set, for every w alike.
+    Choose the class of each sample by `config.class_labels`. The classes are the same for every w.
 
     Args:
-        config (`EvaluationConfig`): `class_labels` chooses how.
-        data_labels (`torch.Tensor` of shape `(images,)`): of the real images; -1 is unlabelled.
-        num_classes (`int`): of the model.
+        config (`EvaluationConfig`): the settings, of which `class_labels`, `num_samples` and `seed` are used.
+        data_labels (`torch.Tensor` of shape `(images,)`): the labels of the real images, -1 for unlabelled images.
+        num_classes (`int`): the number of classes of the model.
 
     Returns:
-        `torch.Tensor` of shape `(num_samples,)`, int64.
+        `torch.Tensor` of shape `(num_samples,)`: class ids, int64.
     """
-    places = torch.arange(config.num_samples)
+    indices = torch.arange(config.num_samples)
     if config.class_labels == "balanced":
-        return places % num_classes
+        return indices % num_classes
     labels = data_labels[data_labels >= 0] if config.class_labels == "data" else torch.arange(num_classes)
     chosen = [
-        torch.randint(len(labels), (), generator=seeded_generator("cpu", config.seed, "class label", place))
-        for place in places.tolist()
+        torch.randint(len(labels), (), generator=seeded_generator("cpu", config.seed, "class label", index))
+        for index in indices.tolist()
     ]
     return labels[torch.stack(chosen)]

@@ -1,4 +1,4 @@
-"""Time code and measure its memory, compared with other code that does the same."""
+"""Measure the time and the memory of code, compared with equivalent code."""
 
 import os
 import platform
@@ -17,7 +17,7 @@ import torch
 
 @dataclass
 class PairedTimings:
-    """Seconds of both sides, in turn."""
+    """The seconds of alternating calls of two functions."""
 
     ours: list[float] = field(default_factory=list)
     peer: list[float] = field(default_factory=list)
@@ -31,8 +31,11 @@ class PairedTimings:
 
 def time_interleaved(ours: Callable[[], float], peer: Callable[[], float], repeats: int) -> PairedTimings:
     """
-    Call two functions that return seconds in turn, the other one first each time. The first call of each does not
-    count.
+    Call two functions that return seconds, alternating which comes first. The first call of each is a warm-up.
+
+    Args:
+        ours, peer (`Callable`): the functions to compare.
+        repeats (`int`): recorded calls of each function.
     """
     ours()
     peer()
@@ -45,14 +48,14 @@ def time_interleaved(ours: Callable[[], float], peer: Callable[[], float], repea
 
 
 def now() -> float:
-    """Return the time in seconds, after the device has finished its work."""
+    """Synchronize the GPU, if there is one, and return the time in seconds."""
     if torch.cuda.is_available():
         torch.cuda.synchronize()
     return time.perf_counter()
 
 
 def timed(function: Callable[[], Any]) -> Callable[[], float]:
-    """Return a function that calls another and returns its seconds, including the device's work."""
+    """Return a function that calls `function` and returns the seconds taken, including work on the GPU."""
 
     def seconds() -> float:
         then = now()
@@ -63,7 +66,7 @@ def timed(function: Callable[[], Any]) -> Callable[[], float]:
 
 
 def peak_bytes(function: Callable[[], Any]) -> int:
-    """Return by how much a call raises the memory of the process at most; on a GPU, torch's memory there."""
+    """Return the peak increase of memory during a call: torch's memory on a GPU, or else the process's."""
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
@@ -87,26 +90,28 @@ def peak_bytes(function: Callable[[], Any]) -> int:
 
 
 class FreshProcess(NamedTuple):
+    """The cost of a process from start to end."""
+
     seconds: float
     peak_bytes: int
 
 
 def run_python(*argv: str) -> FreshProcess:
-    """Run Python with some arguments. Return the seconds until it ends, and its largest memory."""
+    """Run Python with the given arguments. Return its wall time and its peak memory."""
     then = time.perf_counter()
     process = subprocess.Popen([sys.executable, *argv], stdout=subprocess.DEVNULL)
     _, status, usage = os.wait4(process.pid, 0)
     seconds = time.perf_counter() - then
     process.returncode = os.waitstatus_to_exitcode(status)
     if process.returncode != 0:
-        raise RuntimeError(f"python {' '.join(argv)} failed.")
+        raise RuntimeError(f"python {' '.join(argv)} failed with exit code {process.returncode}.")
     return FreshProcess(seconds, usage.ru_maxrss * 1024)
 
 
 def describe_machine() -> dict[str, Any]:
-    """Return the name of the processor that torch uses, and the versions, for JSON."""
+    """Return the device that torch uses and the versions of Python and torch, for JSON."""
     on_gpu = torch.cuda.is_available()
     return {
-        "machine": torch.cuda.get_device_name() if on_gpu else f"{torch.get_num_threads()} threads of a CPU",
+        "machine": torch.cuda.get_device_name() if on_gpu else f"{torch.get_num_threads()} CPU threads",
         "versions": {"python": platform.python_version(), "torch": torch.__version__},
     }

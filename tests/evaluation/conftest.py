@@ -1,4 +1,4 @@
-"""Fixtures of the tests of the evaluation."""
+"""Provide fixtures for the evaluation tests."""
 
 from pathlib import Path
 
@@ -12,7 +12,7 @@ from diffusers_cfg.settings import DataConfig
 
 @pytest.fixture(scope="module", autouse=True)
 def quick_classifier():
-    """The classifier of the data is trained for a few steps."""
+    """Train the classifier of the dataset for only a few steps."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(features.train_classifier, "__defaults__", (30, 64))
         yield
@@ -25,5 +25,5 @@ def digits() -> CachedImages:
 
 @pytest.fixture(scope="session")
 def statistics_dir(tmp_path_factory) -> Path:
-    """The statistics of the digits by the quick classifier are summed up once."""
+    """Return a folder that caches the digits' statistics under the quick classifier."""
     return tmp_path_factory.mktemp("statistics")

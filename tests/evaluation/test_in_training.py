@@ -1,10 +1,11 @@
-"""A run that measures itself."""
+"""Test the evaluation during training."""
 
-from types import SimpleNamespace
+from dataclasses import dataclass
 
 import pytest
 from accelerate import Accelerator
 
+from diffusers_cfg import CFGPipeline
 from diffusers_cfg.config import parse_config
 from diffusers_cfg.data.sources import Digits
 from diffusers_cfg.evaluation import in_training
@@ -15,12 +16,21 @@ from diffusers_cfg.settings import CFGConfig
 from tests.support.models import make_pipeline, make_unet
 
 
-def test_it_measures_what_a_sweep_measures(digits, statistics_dir, tmp_path, monkeypatch):
+@dataclass
+class ToyMethod:
+    """The attributes of a training method that the evaluation uses."""
+
+    pipeline: CFGPipeline
+    guidance_scales: list[float]
+    num_inference_steps: int
+
+
+def test_metrics_during_training_match_those_of_a_sweep(digits, statistics_dir, tmp_path, monkeypatch):
     monkeypatch.setattr(in_training, "CACHE_DIR", statistics_dir)
     pipeline = make_pipeline(make_unet(num_class_embeds=11), id2label=Digits().id2label)
     pipeline.save_pretrained(tmp_path / "model")
     (tmp_path / "model" / "run.json").write_text('{"data": {}}')
-    method = SimpleNamespace(pipeline=pipeline, guidance_scales=[0.0, 1.0], num_inference_steps=2)
+    method = ToyMethod(pipeline=pipeline, guidance_scales=[0.0, 1.0], num_inference_steps=2)
     config = parse_config(CFGConfig, ["--num_eval_samples", "20"])
     metrics = training_evaluation(method, config, Accelerator(cpu=True), digits)(pipeline)
 

@@ -1,4 +1,4 @@
-"""Guidance and its samplers where the truth is known: a mixture of Gaussians."""
+"""Test guidance and its samplers against the exact results for a mixture of Gaussians."""
 
 import itertools
 import math
@@ -23,7 +23,7 @@ F64 = torch.float64
 
 @pytest.fixture(scope="module")
 def mixture() -> GaussianMixtureModel:
-    """Images of 1×2×2, three classes; one of them has two components, and they are not equally likely."""
+    """Return a mixture for 1×2×2 images: three classes with unequal priors, one of which has two components."""
     generator = torch.Generator().manual_seed(0)
     return GaussianMixtureModel(
         LogSNRScheduler(),
@@ -56,18 +56,18 @@ def test_eps_is_the_score_and_agrees_with_x(mixture, t, label):
         torch.testing.assert_close(mixture(z, t).sample, eps)
 
 
-def test_the_density_is_that_of_the_samples_and_adds_up_to_one(mixture):
+def test_density_matches_the_samples_and_is_normalized(mixture):
     labels = torch.arange(3).repeat_interleave(40_000)
     x = mixture.sample(labels, torch.Generator().manual_seed(0))
-    # E over x ~ p(· | c) of q(x) / p(x | c) is ∫ q = 1, here with q = p(· | another class) or the marginal
+    # E over x ~ p(· | c) of q(x) / p(x | c) is ∫ q = 1, with q = p(· | a different class) or the marginal
     ratio = (mixture.log_prob(x, class_labels=torch.full_like(labels, -1)) - mixture.log_prob(x)).exp()
     assert ratio.mean().item() == pytest.approx(1, abs=1e-9)
     marginal = torch.stack([mixture.log_prob(x, class_labels=torch.full_like(labels, c)) for c in range(3)])
     prior = torch.tensor([1 / 8, 5 / 8, 2 / 8], dtype=F64).log()[:, None]
     torch.testing.assert_close((marginal + prior).logsumexp(0), mixture.log_prob(x))
-    of_one = x[labels == 1].flatten(1)
+    of_class_1 = x[labels == 1].flatten(1)
     expected = 0.4 * mixture.means[1] + 0.6 * mixture.means[2]
-    torch.testing.assert_close(of_one.mean(0), expected, rtol=0, atol=0.02)
+    torch.testing.assert_close(of_class_1.mean(0), expected, rtol=0, atol=0.02)
     grid = torch.cartesian_prod(*[torch.linspace(-2, 2, 161, dtype=F64)] * 2).view(-1, 1, 1, 2)
     model = three_gaussians(LogSNRScheduler()).double()
     assert (model.log_prob(grid).exp().sum() * (4 / 160) ** 2).item() == pytest.approx(1, abs=1e-6)
@@ -75,7 +75,7 @@ def test_the_density_is_that_of_the_samples_and_adds_up_to_one(mixture):
 
 @pytest.mark.parametrize("w", [-0.5, 0.0, 1.0, 4.0])
 @pytest.mark.parametrize("t", LEVELS)
-def test_classifier_guidance_of_the_unconditional_model_with_one_more(mixture, t, w):
+def test_guidance_equals_classifier_guidance_at_scale_w_plus_one(mixture, t, w):
     """ε(z) - (w + 1) σ ∇ log p(c | z), with the exact classifier, is the pipeline's (1 + w) ε(z, c) - w ε(z)."""
     alpha, sigma = mixture.scheduler.alpha_sigma(mixture.scheduler.u(t))
     z = torch.randn(6, 1, 2, 2, generator=torch.Generator().manual_seed(1), dtype=F64, requires_grad=True)
@@ -91,8 +91,8 @@ def test_classifier_guidance_of_the_unconditional_model_with_one_more(mixture, t
 
 @pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction", "sample"])
 @pytest.mark.parametrize(("w", "v"), [(0.0, 0.3), (1.0, 0.0), (1.0, 0.3), (4.0, 1.0)])
-def test_float32_is_enough(w, v, prediction_type):
-    """The pipeline in float32 against Algorithm 2 written out in float64, with the same noise, over all of λ."""
+def test_float32_pipeline_matches_float64_algorithm_2(w, v, prediction_type):
+    """Compare the pipeline in float32 with Algorithm 2 in float64, with the same noise, over all of λ."""
     toy = ToyProblem(64, variance_interpolation=v, prediction_type=prediction_type)
     actual = toy.draw(w, 256)
 
@@ -117,14 +117,14 @@ def test_float32_is_enough(w, v, prediction_type):
     assert rms_distance(actual, z) < 1e-4 * z.flatten(1).square().sum(1).mean().sqrt()
 
 
-def test_the_flow_without_guidance_keeps_the_density(toy):
-    """A check of the truth itself: the flow takes N(0, I) to p(x | c), and is a function of its start."""
+def test_unguided_flow_preserves_the_density(toy):
+    """Verify the exact solution: the flow maps N(0, I) to p(x | c), deterministically."""
     noise = torch.randn(3000, 1, 1, 2, generator=torch.Generator().manual_seed(5))
     labels = torch.arange(3000) % 3
     x = guided_flow(toy.model, noise, labels, 0.0, 80.0)
-    truth, another = (toy.model.sample(labels, torch.Generator().manual_seed(seed)) for seed in (6, 7))
-    assert sliced_wasserstein(x, truth) < 2 * sliced_wasserstein(another, truth) + 0.003
-    # For one Gaussian it is known in closed form: the deviation from the mean shrinks by std / std of the start.
+    truth, second = (toy.model.sample(labels, torch.Generator().manual_seed(seed)) for seed in (6, 7))
+    assert sliced_wasserstein(x, truth) < 2 * sliced_wasserstein(second, truth) + 0.003
+    # For one Gaussian the flow has a closed form: the deviation from the mean shrinks by std / std of the start.
     single = GaussianMixtureModel(
         toy.scheduler, torch.full((1, 1, 1, 2), 0.3, dtype=F64), torch.tensor([0.2], dtype=F64), torch.tensor([0])
     )
@@ -160,11 +160,11 @@ def test_solvers_converge_to_the_guided_flow(toy, name, order, w):
         *itertools.product(["UniPCMultistepScheduler", "DEISMultistepScheduler"], [0.0, 1.0]),
     ],
 )
-def test_20_steps_of_second_order_are_better_than_128_of_the_papers_without_noise(toy, name, w):
+def test_second_order_solvers_at_20_steps_beat_the_noiseless_paper_sampler_at_128(toy, name, w):
     limit = deterministic_limit(toy.model, toy.noise, toy.class_labels, w, 128)
-    of_limit = rms_distance(limit, toy.flow(w, math.exp(10)))
+    limit_error = rms_distance(limit, toy.flow(w, math.exp(10)))
     toy.use_scheduler(name)
-    assert toy.error(w, 20) < of_limit < 0.01
+    assert toy.error(w, 20) < limit_error < 0.01
 
 
 @pytest.mark.parametrize("w", [0.0, 1.0])
@@ -181,9 +181,9 @@ def test_20_steps_of_second_order_are_better_than_128_of_the_papers_without_nois
 def test_stochastic_samplers_converge_to_the_guided_diffusion(truths, name, settings, w):
     toy, truth = truths
     toy.use_scheduler(name, **settings)
-    far, near = (sliced_wasserstein(toy.draw(w, steps, latents=None), truth[w]) for steps in (6, 200))
-    assert near < 0.015  # two draws of the truth are 0.006 apart
-    assert far > 2 * near
+    coarse, fine = (sliced_wasserstein(toy.draw(w, steps, latents=None), truth[w]) for steps in (6, 200))
+    assert fine < 0.015  # the distance between two draws of the truth is 0.006
+    assert coarse > 2 * fine
 
 
 @pytest.fixture(scope="module")
@@ -195,18 +195,18 @@ def truths():
     return toy, truth
 
 
-def test_the_guided_diffusion_without_guidance_keeps_the_density(truths):
+def test_unguided_diffusion_preserves_the_density(truths):
     toy, truth = truths
     draws = guided_diffusion(toy.model, toy.class_labels, 0.0, 500, torch.Generator().manual_seed(3))
     assert sliced_wasserstein(draws, truth[0.0]) < 0.012
 
 
-def test_clipping_moves_nothing_while_the_guided_samples_stay_in_the_range_of_the_data():
-    """The data lies within ±1, and so does the exact x̃ as long as guidance does not drive it out."""
-    clipped, free = ToyProblem(192, clip_sample=True), ToyProblem(192)
-    for toy in (clipped, free):
+def test_clipping_changes_samples_only_under_strong_guidance():
+    """The data lies within ±1, and so does the exact x̃ unless guidance is strong."""
+    clipped, unclipped = ToyProblem(192, clip_sample=True), ToyProblem(192)
+    for toy in (clipped, unclipped):
         toy.use_scheduler("UniPCMultistepScheduler")
-    moved = {w: rms_distance(clipped.draw(w, 20), free.draw(w, 20)) for w in (0.0, 1.0, 2.0, 4.0)}
+    moved = {w: rms_distance(clipped.draw(w, 20), unclipped.draw(w, 20)) for w in (0.0, 1.0, 2.0, 4.0)}
     assert max(moved[0.0], moved[1.0]) < 1e-5
     assert moved[2.0] < 0.005
     assert 0.02 < moved[4.0] < 0.1

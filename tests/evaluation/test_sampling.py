@@ -1,4 +1,4 @@
-"""How images are drawn as the settings say, kept on disk in shards, and written in other formats."""
+"""Test sampling by the settings, shards on disk, and output formats."""
 
 from pathlib import Path
 
@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
-from diffusers import DDIMScheduler
 from PIL import Image
 
 from diffusers_cfg import LogSNRScheduler
@@ -18,6 +17,7 @@ from diffusers_cfg.evaluation.sampling import (
     check_call,
     draw_to_folder,
     load_pipeline,
+    make_scheduler,
     parse_class_labels,
     with_model_defaults,
 )
@@ -47,7 +47,7 @@ def draw(model: Path, *argv: str) -> Path:
     return Path(config.output_dir)
 
 
-def test_a_folder_of_images(model):
+def test_png_format_writes_a_folder_per_class(model):
     folder = draw(model, "--num_samples", "11")
     found = {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
     names = ("zero", "one", "two")
@@ -56,26 +56,28 @@ def test_a_folder_of_images(model):
     assert (image.size, image.mode) == ((8, 8), "L")
 
 
-def test_classes_by_name_and_id(model):
+def test_classes_are_selected_by_name_and_id(model):
     folder = draw(model, "--class_labels", "two", "0", "-1", "--num_samples", "6")
     assert sorted(path.name for path in folder.iterdir()) == ["two", "unconditional", "zero"]
     assert [path.name for path in sorted((folder / "zero").iterdir())] == ["000001.png", "000004.png"]
 
 
-def test_a_name_goes_before_an_id_that_looks_like_it():
+def test_class_name_takes_precedence_over_id():
     pipeline = make_pipeline(id2label={0: "2", 1: "one", 2: "zero"})
     assert parse_class_labels(["2", "1", "zero"], pipeline) == [0, 1, 2]
 
 
-def test_classes_that_are_counted_from_1():
-    with pytest.raises(UserError, match=r"--class_labels 3: .*counted from 1\? The null class is -1"):
+def test_class_ids_counted_from_1_raise_with_a_hint():
+    with pytest.raises(
+        UserError, match=r"--class_labels has unknown classes: 3\. .*Ids start at 0, and the null class is -1"
+    ):
         parse_class_labels(["1", "2", "3"], make_pipeline())
-    with pytest.raises(UserError, match="--class_labels 4: ") as error:
+    with pytest.raises(UserError, match="--class_labels has unknown classes: 4") as error:
         parse_class_labels(["4"], make_pipeline())
-    assert "counted" not in str(error.value)
+    assert "Ids start" not in str(error.value)
 
 
-def test_another_average_of_the_weights(model):
+def test_variant_selects_different_ema_weights(model):
     other = make_unet()
     other.conv_out.weight.data.mul_(0.5)
     other.save_pretrained(model / "unet", variant="ema999")
@@ -85,7 +87,7 @@ def test_another_average_of_the_weights(model):
     assert first != other
 
 
-def test_images_do_not_depend_on_how_many_there_are(model):
+def test_images_do_not_depend_on_the_number_of_samples(model):
     few = draw(model, "--num_samples", "4").rename(model.parent / "few")
     many = draw(model, "--num_samples", "20")
     for path in few.rglob("*.png"):
@@ -93,17 +95,17 @@ def test_images_do_not_depend_on_how_many_there_are(model):
         assert np.abs(a - b).max() <= 1
 
 
-def test_the_papers_sampler_by_its_name(model, tmp_path):
-    """Also for a model that was saved with another."""
+def test_paper_sampler_is_selected_by_name(model, tmp_path):
+    """The model's own scheduler does not matter."""
     own = draw(model)
-    ddim = make_pipeline(scheduler=DDIMScheduler.from_config(LogSNRScheduler().config))
+    ddim = make_pipeline(scheduler=make_scheduler("DDIMScheduler", LogSNRScheduler()))
     ddim.save_pretrained(tmp_path / "a" / "ddim")
     named = draw(tmp_path / "a" / "ddim", "--scheduler", "LogSNRScheduler")
     for path in own.rglob("*.png"):
         assert (named / path.relative_to(own)).read_bytes() == path.read_bytes()
 
 
-def test_the_models_own_number_of_steps(model):
+def test_number_of_steps_defaults_to_the_models(model):
     pipeline = load_pipeline(config_of(model), "cpu")
     assert with_model_defaults(config_of(model), pipeline).num_inference_steps == 2
     without = SampleConfig(model=str(model))
@@ -111,7 +113,7 @@ def test_the_models_own_number_of_steps(model):
     assert without.num_inference_steps is None
 
 
-def test_an_npz_as_adm_has_it(model):
+def test_npz_format_matches_adm(model):
     png = draw(model, "--num_samples", "19").rename(model.parent / "png")
     folder = draw(model, "--num_samples", "19", "--format", "npz")
     assert [path.name for path in folder.iterdir()] == ["samples.npz"]
@@ -122,7 +124,7 @@ def test_an_npz_as_adm_has_it(model):
     assert np.array_equal(images[13, ..., 0], np.asarray(Image.open(png / "one" / "000013.png")))
 
 
-def test_a_grid(model):
+def test_grid_format_writes_one_image(model):
     folder = draw(model, "--num_samples", "13", "--format", "grid")
     grid = Image.open(folder / "grid.png")
     assert 10 * 64 < grid.width < 11 * 64 + 50
@@ -130,13 +132,13 @@ def test_a_grid(model):
     assert [path.name for path in folder.iterdir()] == ["grid.png"]
 
 
-def test_colour_stays_colour(tmp_path):
+def test_rgb_model_writes_rgb_images(tmp_path):
     make_pipeline(make_unet(in_channels=3, out_channels=3)).save_pretrained(tmp_path / "model")
     folder = draw(tmp_path / "model", "--num_samples", "2", "--class_labels", "one")
     assert Image.open(folder / "one" / "000001.png").mode == "RGB"
 
 
-def test_a_shard_of_other_classes_is_not_the_one_wanted(tmp_path):
+def test_shard_with_different_classes_is_not_reused(tmp_path):
     samples, shard = SampleSet(tmp_path, 4), range(4)
     assert not samples.has(shard, np.arange(4))
     samples.save(shard, Shard(np.zeros((4, 8, 8, 3), np.uint8), np.arange(4), 2.0))
@@ -147,21 +149,24 @@ def test_a_shard_of_other_classes_is_not_the_one_wanted(tmp_path):
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
-        (["--class_labels", "two", "ten"], "--class_labels ten: the classes are -1, 0, 1, 2, zero, one, two"),
-        (["--class_labels", "4"], "--class_labels 4"),
+        (["--class_labels", "two", "ten"], r"unknown classes: ten\. The classes are -1, 0, 1, 2, zero, one, two\."),
+        (["--class_labels", "4"], "--class_labels has unknown classes: 4"),
         (["--num_samples", "0"], "num_samples must be at least 1, but is 0"),
         (["--guidance_scale", "nan"], "guidance_scale must be finite"),
         (["--guidance_interval", "5", "0.2"], r"0 ≤ σ_lo < σ_hi, but is \(5.0, 0.2\)"),
-        (["--variant", "ema1"], "A model cannot be loaded: .*variant=ema1"),
-        (["--guide_model", "/nowhere/at/all"], "A model cannot be loaded"),
-        (["--scheduler", "Nonsense"], "--scheduler Nonsense cannot sample this model.*UniPCMultistepScheduler"),
-        (["--guider", "Nonsense"], "--guider Nonsense is none of diffusers' guiders"),
-        (["--guider", "Any"], "--guider Any is none of diffusers' guiders"),  # something else that the module holds
-        (["--guider", "SmoothedEnergyGuidance"], "SmoothedEnergyGuidance cannot be made from a guidance scale alone"),
+        (["--variant", "ema1"], "--model .*model cannot be loaded: .*variant=ema1"),
+        (["--guide_model", "/nowhere/at/all"], "--guide_model /nowhere/at/all cannot be loaded"),
+        (["--scheduler", "Nonsense"], "--scheduler Nonsense is not supported.*UniPCMultistepScheduler"),
+        (["--guider", "Nonsense"], "--guider Nonsense is not a guider of diffusers"),
+        (["--guider", "Any"], "--guider Any is not a guider of diffusers"),  # the module also imports `Any`
+        (
+            ["--guider", "SmoothedEnergyGuidance"],
+            "SmoothedEnergyGuidance cannot be created from a guidance scale alone",
+        ),
         (["--guider", "MagnitudeAwareGuidance"], "MagnitudeAwareGuidance cannot guide this model"),
     ],
 )
-def test_what_cannot_be_drawn_is_named_before_anything_is_written(model, argv, message):
+def test_invalid_settings_raise_before_any_file_is_written(model, argv, message):
     with pytest.raises(UserError, match=message):
         draw(model, *argv)
     assert not (model.parent / "images").exists()
@@ -175,30 +180,30 @@ def test_what_cannot_be_drawn_is_named_before_anything_is_written(model, argv, m
         ["--guide_model", "/nowhere"],
     ],
 )
-def test_a_guider_is_not_combined_with_the_pipelines_own_guidance(model, own):
+def test_guider_cannot_be_combined_with_the_pipelines_own_guidance(model, own):
     with pytest.raises(UserError, match=f"{own[0]} cannot be combined with --guider ClassifierFreeGuidance"):
         config_of(model, "--guider", "ClassifierFreeGuidance", *own)
 
 
-def test_a_folder_with_something_in_it_is_left_alone(model):
+def test_non_empty_output_folder_raises(model):
     draw(model, "--num_samples", "1")
-    with pytest.raises(UserError, match="--output_dir .*images is not empty: choose another"):
+    with pytest.raises(UserError, match="--output_dir .*images is not empty. Choose a different folder"):
         draw(model, "--num_samples", "1")
 
 
 @pytest.mark.parametrize("w", [-1.0, 0.0, 2.0])
 @pytest.mark.parametrize("flags", [[], ["--guider", "ClassifierFreeGuidance"], ["--guide_model", "MODEL"]])
-def test_a_call_is_checked_without_evaluating_a_network(model, flags, w):
+def test_check_call_does_not_evaluate_a_network(model, flags, w):
     config = config_of(model, *(str(model) if flag == "MODEL" else flag for flag in flags))
     pipeline = load_pipeline(config, "cpu")
 
     def never(*_):
-        raise AssertionError("evaluated")
+        raise AssertionError("a network was evaluated")
 
     for network in (pipeline.unet, pipeline.guide_unet or pipeline.unet):
         network.conv_in.register_forward_pre_hook(never)
     before = torch.get_rng_state()
     check_call(pipeline, **call_arguments(config, w))
     assert torch.equal(torch.get_rng_state(), before)
-    with pytest.raises(AssertionError, match="evaluated"):
+    with pytest.raises(AssertionError, match="a network was evaluated"):
         pipeline(0, **call_arguments(config, w))

@@ -1,4 +1,4 @@
-"""Sums over images: how they are added up, kept and refused, and what is measured by them."""
+"""Test feature statistics: accumulation, caching, validation, and the metrics computed from them."""
 
 from pathlib import Path
 
@@ -35,7 +35,7 @@ def summary_of(order: torch.Tensor, batch_size: int, n: int = 100) -> Summary:
     return summary
 
 
-def test_a_summary_does_not_depend_on_order_and_batches():
+def test_summary_does_not_depend_on_order_and_batches():
     one, two = summary_of(torch.arange(100), 100), summary_of(torch.arange(100).flip(0), 7)
     for name in one.sums:
         torch.testing.assert_close(one.sums[name], two.sums[name], rtol=1e-12, atol=1e-12)
@@ -50,8 +50,8 @@ def test_a_summary_does_not_depend_on_order_and_batches():
     assert one.sums["asked"].sum(0).tolist() == [34, 33, 33]
 
 
-def test_a_summary_does_not_grow_and_is_measured_all_the_same(monkeypatch):
-    """The paper's 50,000 samples: the features of the first 10,000 are kept, here of the first 20."""
+def test_summary_size_is_bounded_and_metrics_still_work(monkeypatch):
+    """Only the features of the first 10,000 samples (here 20) are stored, such as for the paper's 50,000."""
     for module in (statistics, measure):
         monkeypatch.setattr(module, "MAX_NEIGHBOURS", 20)
     summary, (features, _, _) = summary_of(torch.arange(1000), 100, n=1000), features_of(1000)
@@ -65,32 +65,32 @@ def test_a_summary_does_not_grow_and_is_measured_all_the_same(monkeypatch):
         measure.measure(summary, reference)
 
 
-def test_features_that_are_not_finite():
+def test_non_finite_features_raise():
     features, logits, labels = features_of(100)
     features[3] = torch.nan
     features[5, 2] = torch.inf
-    with pytest.raises(UserError, match="^2 images have features that are not finite"):
+    with pytest.raises(UserError, match="values that are not finite for 2 of 100 images"):
         Summary(100, 6, 3).add(torch.arange(100), features, logits, labels)
 
 
-def test_every_beginning_of_the_order_has_the_classes_in_proportion():
+def test_every_prefix_of_the_order_has_the_class_proportions():
     labels = torch.tensor([0] * 60 + [1] * 30 + [2] * 10)
     order = stratified_order(labels)
     assert order.sort().values.tolist() == list(range(100))
-    for beginning in (10, 20, 50):
-        counts = labels[order[:beginning]].bincount(minlength=3)
-        assert (counts - torch.tensor([0.6, 0.3, 0.1]) * beginning).abs().max() < 1
+    for length in (10, 20, 50):
+        counts = labels[order[:length]].bincount(minlength=3)
+        assert (counts - torch.tensor([0.6, 0.3, 0.1]) * length).abs().max() < 1
     assert order[:60].tolist() != sorted(order[:60].tolist())
 
 
 @pytest.fixture(scope="module")
-def of_400(digits, tmp_path_factory) -> RealStatistics:
-    return real_statistics(digits, tmp_path_factory.mktemp("of_400"), num_samples=400)
+def real_400(digits, tmp_path_factory) -> RealStatistics:
+    return real_statistics(digits, tmp_path_factory.mktemp("real_400"), num_samples=400)
 
 
 @pytest.fixture(scope="module")
-def floor(of_400) -> dict:
-    return measure_floor(of_400)
+def floor(real_400) -> dict:
+    return measure_floor(real_400)
 
 
 def measured(real: RealStatistics, images: torch.Tensor, class_labels: torch.Tensor) -> dict:
@@ -99,15 +99,15 @@ def measured(real: RealStatistics, images: torch.Tensor, class_labels: torch.Ten
     return measure.measure(summary, real.reference, real.extractor.id2label)
 
 
-def test_real_images_are_as_good_as_real_images(digits, of_400, floor):
+def test_real_images_score_like_the_floor_and_noise_scores_worse(digits, real_400, floor):
     chosen = stratified_order(digits.class_labels)[:400]
-    row = measured(of_400, digits.images[chosen], digits.class_labels[chosen])
-    # These 400 are among those that it is measured against.
+    row = measured(real_400, digits.images[chosen], digits.class_labels[chosen])
+    # These 400 images are part of the reference.
     assert row["frechet_distance"] < floor["frechet_distance"]
     assert row["precision"] == pytest.approx(floor["precision"], abs=1e-12)
 
     noise = torch.randint(0, 256, (400, 3, 8, 8), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
-    worse = measured(of_400, noise, digits.class_labels[chosen])
+    worse = measured(real_400, noise, digits.class_labels[chosen])
     assert worse["frechet_distance"] > 10 * row["frechet_distance"]
     assert worse["kernel_distance"] > row["kernel_distance"]
     assert worse["coverage"] < 0.1 * row["coverage"]
@@ -117,63 +117,63 @@ def test_real_images_are_as_good_as_real_images(digits, of_400, floor):
     assert row["class_accuracy"] == pytest.approx(np.mean(list(row["accuracy_by_class"].values())), abs=0.02)
 
 
-def test_samples_are_measured_against_all_real_images(digits, of_400):
-    features, _ = of_400.extractor(digits.images.expand(-1, 3, -1, -1))
-    mean, covariance = of_400.reference.moments
+def test_reference_contains_all_real_images(digits, real_400):
+    features, _ = real_400.extractor(digits.images.expand(-1, 3, -1, -1))
+    mean, covariance = real_400.reference.moments
     torch.testing.assert_close(mean, features.double().mean(0), rtol=1e-6, atol=1e-6)
     torch.testing.assert_close(covariance, features.double().T.cov(), rtol=1e-5, atol=1e-6)
 
 
-def test_classes_that_are_missing_cost_recall_and_not_precision(digits, of_400, floor):
+def test_missing_classes_lower_recall_but_not_precision(digits, real_400, floor):
     few = (digits.class_labels < 5).nonzero().flatten()[:400]
-    row = measured(of_400, digits.images[few], digits.class_labels[few])
+    row = measured(real_400, digits.images[few], digits.class_labels[few])
     assert row["precision"] > floor["precision"] - 0.05
     assert row["recall"] < 0.7 * floor["recall"]
     assert row["coverage"] < 0.7 * floor["coverage"]
 
 
-def test_the_statistics_are_kept(digits, tmp_path, monkeypatch):
+def test_statistics_are_cached(digits, tmp_path, monkeypatch):
     first = real_statistics(digits, tmp_path)
     files = sorted(path.name for path in tmp_path.iterdir())
     assert len(files) == 2
 
     def again(*_):
-        raise AssertionError("summed up again")
+        raise AssertionError("the statistics were computed again")
 
-    monkeypatch.setattr(RealStatistics, "_sum_up", again)
+    monkeypatch.setattr(RealStatistics, "_summarize", again)
     monkeypatch.setattr(features, "train_classifier", again)
     second = real_statistics(digits, tmp_path)
     assert measure_floor(second) == measure_floor(first)
     assert torch.equal(second.reference.moments[1], first.reference.moments[1])
     assert torch.equal(second.neighbours, first.neighbours)
-    with pytest.raises(AssertionError, match="summed up again"):
-        real_statistics(digits, tmp_path, num_samples=300)  # another floor
+    with pytest.raises(AssertionError, match="computed again"):
+        real_statistics(digits, tmp_path, num_samples=300)  # a different held-out set
 
 
-def test_statistics_of_other_data_are_refused(digits, tmp_path):
+def test_cached_statistics_of_different_data_raise(digits, tmp_path):
     real_statistics(digits, tmp_path)
-    (mine,) = tmp_path.glob("statistics-*")
+    (first,) = tmp_path.glob("statistics-*")
     other = CachedImages(digits.images.flip(-1), digits.class_labels)
     real_statistics(other, tmp_path)
-    (theirs,) = set(tmp_path.glob("statistics-*")) - {mine}
-    mine.replace(theirs)
-    with pytest.raises(UserError, match=f"{theirs.name} holds the statistics of something else"):
+    (second,) = set(tmp_path.glob("statistics-*")) - {first}
+    first.replace(second)
+    with pytest.raises(UserError, match=f"{second.name} belongs to different data or a different feature extractor"):
         real_statistics(other, tmp_path)
 
 
-def test_images_without_a_label_are_left_out(digits, tmp_path):
+def test_unlabelled_images_are_skipped(digits, tmp_path):
     labels = digits.class_labels.clone()
     labels[::2] = -1
     assert real_statistics(CachedImages(digits.images, labels), tmp_path).num_real == len(labels[1::2])
 
 
-def test_too_few_images(digits, statistics_dir, caplog):
-    with pytest.raises(UserError, match="19 samples are too few to be measured: at least 20 are needed"):
+def test_too_few_images_raise_or_warn(digits, statistics_dir, caplog):
+    with pytest.raises(UserError, match="19 samples are too few for the metrics. Use at least 20"):
         real_statistics(digits, statistics_dir, num_samples=19)
     with pytest.raises(UserError, match="39 labelled images are too few"):
         real_statistics(CachedImages(digits.images[:39], digits.class_labels[:39]), statistics_dir)
     real_statistics(digits, statistics_dir, num_samples=64)
-    assert "64 samples are no more than the 64 features of small-" in caplog.text
+    assert "There are only 64 samples for the 64 features of small-" in caplog.text
     caplog.clear()
     real_statistics(digits, statistics_dir, num_samples=65)
     assert "full rank" not in caplog.text

@@ -1,9 +1,10 @@
-"""The sweep over w: what it leaves, how it resumes, what it refuses, and the data that it compares with."""
+"""Test the sweep over w: outputs, resuming, rejected settings, and the real data."""
 
 import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import pytest
@@ -31,7 +32,7 @@ def small_shards():
 
 
 def make_model(folder: Path, **settings) -> Path:
-    """Save a model of the digits, which says that it was trained on them."""
+    """Save a model whose record names the digits as training data."""
     pipeline = make_pipeline(make_unet(num_class_embeds=11, **settings), id2label=Digits().id2label)
     pipeline.save_pretrained(folder)
     (folder / "run.json").write_text('{"data": {"dataset_name": null}}')
@@ -54,7 +55,7 @@ def save_images(folder: Path, names: list[str], mode: str = "L", size: int = 8, 
 
 @pytest.fixture(scope="module")
 def abc(tmp_path_factory) -> tuple[Path, str]:
-    """A model of the classes a, b and c, and images of them."""
+    """Return a model of the classes a, b and c, and a folder of images of these classes."""
     folder = tmp_path_factory.mktemp("abc")
     make_pipeline(id2label={0: "a", 1: "b", 2: "c"}).save_pretrained(folder / "model")
     return folder / "model", save_images(folder / "gray", ["a", "b", "c"])
@@ -68,7 +69,7 @@ def config_of(model: Path | str, output_dir: Path, statistics_dir: Path, *argv: 
 
 @pytest.fixture(scope="module")
 def evaluate(statistics_dir) -> Callable[..., list[dict]]:
-    """Run a sweep without its figure, which takes most of the time. Returns the rows."""
+    """Return a function that runs a sweep without its slow figure and returns the rows."""
 
     def evaluate(model: Path | str, output_dir: Path, *argv: str) -> list[dict]:
         with pytest.MonkeyPatch.context() as patch:
@@ -87,7 +88,7 @@ def one_sweep(model, evaluate, tmp_path_factory) -> Path:
 
 @pytest.fixture
 def swept(one_sweep, tmp_path) -> Path:
-    """A copy of the folder of a sweep with the flags of `config_of`."""
+    """Return a copy of the output folder of a completed sweep."""
     return Path(shutil.copytree(one_sweep, tmp_path / "swept"))
 
 
@@ -97,8 +98,8 @@ def shards(folder: Path) -> dict[str, bytes]:
     }
 
 
-def test_a_sweep(trained_model, tmp_path, statistics_dir):
-    """Of a model that was trained: its own settings say on what."""
+def test_sweep_writes_its_report(trained_model, tmp_path, statistics_dir):
+    """The data comes from the settings of the trained model."""
     out = tmp_path / "out"
     config = config_of(trained_model, out, statistics_dir, "--guidance_scales", "0", "1", "2.5")
     record = run_sweep(config, Accelerator(cpu=True))
@@ -115,7 +116,7 @@ def test_a_sweep(trained_model, tmp_path, statistics_dir):
     assert record["dataset"] == "scikit-learn's digits"
     table = (out / "metrics.md").read_text()
     assert table == sweep_table(record)
-    assert table.count("\n| ") == 5  # under the header
+    assert table.count("\n| ") == 5  # rows below the header
     for fact in (
         "20 samples for each w (balanced labels, seed 0), 2 steps of DPMSolverMultistepScheduler",
         "resize: none",
@@ -128,13 +129,13 @@ def test_a_sweep(trained_model, tmp_path, statistics_dir):
     assert 3 * 64 < grid.height < 4 * 64
 
 
-def test_shards_are_as_adm_has_them(swept):
+def test_shards_match_the_format_of_adm(swept):
     with np.load(swept / "samples" / "w=1" / "shard-00002.npz") as file:
         assert (file["arr_0"].shape, file["arr_0"].dtype) == ((4, 8, 8, 3), np.uint8)
         assert file["arr_1"].tolist() == [6, 7, 8, 9]
 
 
-def test_a_sweep_that_was_stopped_resumes(model, swept, evaluate, monkeypatch):
+def test_interrupted_sweep_resumes(model, swept, evaluate, monkeypatch):
     before, images = json.loads((swept / "metrics.json").read_text())["results"], shards(swept)
     missing, damaged = (swept / "samples" / "w=1" / f"shard-0000{i}.npz" for i in (0, 1))
     missing.unlink()
@@ -142,15 +143,15 @@ def test_a_sweep_that_was_stopped_resumes(model, swept, evaluate, monkeypatch):
     drawn = []
     draw_images = sampling.draw_images
 
-    def watched(pipeline, class_labels, indices, *args, **call):
+    def recording(pipeline, class_labels, indices, *args, **call):
         drawn.extend(indices)
         return draw_images(pipeline, class_labels, indices, *args, **call)
 
-    monkeypatch.setattr(sampling, "draw_images", watched)
+    monkeypatch.setattr(sampling, "draw_images", recording)
     assert evaluate(model, swept) == before
     assert drawn == list(range(16))
     assert shards(swept) == images
-    # More of them: the shards that are there are kept, but for the last one, which was not full.
+    # With more samples the existing shards are reused, except for the last one, which was not full.
     drawn.clear()
     evaluate(model, swept, "--num_samples", "24")
     assert drawn == [*range(16, 24)] * 2
@@ -168,13 +169,13 @@ def test_a_sweep_that_was_stopped_resumes(model, swept, evaluate, monkeypatch):
         (["--guidance_interval", "1e-6", "9"], r"guidance_interval None, now \[1e-06, 9.0\]"),
     ],
 )
-def test_samples_that_were_drawn_differently_are_not_mixed(model, swept, evaluate, argv, change):
-    with pytest.raises(UserError, match=f"samples holds samples that were drawn differently \\({change}\\)"):
+def test_samples_with_different_settings_are_not_mixed(model, swept, evaluate, argv, change):
+    with pytest.raises(UserError, match=f"samples holds samples with different settings \\({change}\\)"):
         evaluate(model, swept, *argv)
 
 
-def test_batches_of_any_size_give_the_same_images(model, swept, tmp_path, evaluate):
-    """To one level of 255 at very few pixels: a batch of another size may be summed in another order."""
+def test_images_do_not_depend_on_the_batch_size(model, swept, tmp_path, evaluate):
+    """A few pixels may differ by one level of 255, because sums depend on the batch size."""
     evaluate(model, tmp_path / "two", "--batch_size", "3")
     one, two = (np.frombuffer(b"".join(shards(d).values()), np.uint8) for d in (swept, tmp_path / "two"))
     difference = np.abs(one.astype(int) - two.astype(int))
@@ -182,21 +183,23 @@ def test_batches_of_any_size_give_the_same_images(model, swept, tmp_path, evalua
     assert (difference > 0).mean() < 1e-3
 
 
-def test_the_same_noise_down_each_column(model, tmp_path, evaluate):
-    """The image at an index starts from the same noise and has the same class whatever w."""
+def test_noise_and_class_do_not_depend_on_w(model, tmp_path, evaluate):
+    """The noise and the class of an image depend on its index, but not on w."""
     evaluate(model, tmp_path / "out", "--guidance_scales", "0", "1e-6")
     images = shards(tmp_path / "out" / "samples")
     a, b = (np.frombuffer(images[f"w={w}/shard-00000.npz"], np.uint8).astype(int) for w in ("0", "1e-06"))
     assert np.abs(a - b).max() <= 1
 
 
-def labels_of(how: str, data_labels: torch.Tensor, num_classes: int, num_samples: int) -> torch.Tensor:
+def labels_of(
+    how: Literal["balanced", "random", "data"], data_labels: torch.Tensor, num_classes: int, num_samples: int
+) -> torch.Tensor:
     config = EvaluationConfig(model="m", class_labels=how, num_samples=num_samples)
     return choose_class_labels(config, data_labels, num_classes)
 
 
 @pytest.mark.parametrize("how", ["random", "data"])
-def test_labels_at_random(digits, how):
+def test_random_labels_do_not_depend_on_the_number_of_samples(digits, how):
     drawn = labels_of(how, digits.class_labels, 10, 40).tolist()
     assert len(drawn) == 40
     assert drawn != [i % 10 for i in range(40)]
@@ -204,7 +207,7 @@ def test_labels_at_random(digits, how):
     assert labels_of(how, digits.class_labels, 10, 50).tolist()[:40] == drawn
 
 
-def test_labels_as_often_as_in_the_data():
+def test_data_labels_have_the_proportions_of_the_data():
     chosen = labels_of("data", torch.tensor([0] * 9 + [1, -1, -1]), 2, 2000)
     assert chosen.double().mean().item() == pytest.approx(0.1, abs=0.03)
 
@@ -213,20 +216,18 @@ def test_labels_as_often_as_in_the_data():
     ("argv", "message"),
     [
         (["--guidance_scales", "nan"], r"guidance_scales must be finite, but is \[nan\]"),
-        (["--num_samples", "0"], "num_samples must be at least 1, but is 0"),
+        (["--num_samples", "0"], "num_samples must be at least 20, but is 0"),
         (["--batch_size", "-1"], "batch_size must be at least 1, but is -1"),
-        (["--model", "/nowhere/at/all"], "A model cannot be loaded"),
-        (["--scheduler", "Nonsense"], "--scheduler Nonsense cannot sample this model.*UniPCMultistepScheduler"),
-        (["--scheduler", "FlowMatchEulerDiscreteScheduler"], "cannot sample this model"),
-        (["--guider", "Nonsense"], "--guider Nonsense is none of diffusers' guiders"),
+        (["--model", "/nowhere/at/all"], "--model /nowhere/at/all cannot be loaded"),
+        (["--scheduler", "Nonsense"], "--scheduler Nonsense is not supported.*UniPCMultistepScheduler"),
+        (["--scheduler", "FlowMatchEulerDiscreteScheduler"], "is not supported"),
+        (["--guider", "Nonsense"], "--guider Nonsense is not a guider of diffusers"),
         (["--guidance_rescale", "2"], r"guidance_rescale must lie in \[0, 1\]"),
         (["--train_data_dir", "/nowhere"], "--train_data_dir /nowhere is not a folder"),
         (["--scheduler", "DDIMScheduler", "--num_inference_steps", "3"], "DDIMScheduler cannot take 3 steps"),
     ],
 )
-def test_what_cannot_be_evaluated_is_named_before_anything_is_done(
-    model, tmp_path, evaluate, monkeypatch, argv, message
-):
+def test_invalid_settings_raise_before_real_images_are_read(model, tmp_path, evaluate, monkeypatch, argv, message):
     def never(*_):
         raise AssertionError("the real images were read")
 
@@ -236,7 +237,7 @@ def test_what_cannot_be_evaluated_is_named_before_anything_is_done(
     assert not (tmp_path / "out").exists()
 
 
-def test_evaluations_are_counted(model, tmp_path):
+def test_network_evaluations_are_counted(model, tmp_path):
     def counted(*argv: str) -> list[float]:
         config = config_of(model, tmp_path / "out", tmp_path, *argv)
         pipeline = sampling.load_pipeline(config, "cpu")
@@ -257,17 +258,19 @@ def test_evaluations_are_counted(model, tmp_path):
     assert counted("--guide_model", str(model)) == [2, 4]
 
 
-def test_a_model_without_a_null_class(tmp_path, evaluate):
+def test_model_without_a_null_class_is_evaluated_at_w_0_only(tmp_path, evaluate):
     model = make_model(tmp_path / "model")
     index = json.loads((model / "model_index.json").read_text())
     (model / "model_index.json").write_text(json.dumps({**index, "conditioning_dropout_prob": 0.0}))
-    with pytest.raises(UserError, match=r"--guidance_scales \[1.0\].*conditioning_dropout_prob = 0.*Measure it at 0"):
+    with pytest.raises(
+        UserError, match=r"--guidance_scales \[1.0\].*conditioning_dropout_prob = 0.*Evaluate it at w = 0"
+    ):
         evaluate(model, tmp_path / "out")
     assert len(evaluate(model, tmp_path / "out", "--guidance_scales", "0")) == 1
 
 
 @pytest.mark.parametrize("knows_the_classes", [True, False])
-def test_features_of_another_classifier(abc, tmp_path, evaluate, knows_the_classes):
+def test_class_accuracy_requires_a_classifier_with_the_datas_classes(abc, tmp_path, evaluate, knows_the_classes):
     names = ["c", "b", "a"] if knows_the_classes else ["x", "y", "z"]
     labels = {"id2label": dict(enumerate(names)), "label2id": {name: i for i, name in enumerate(names)}}
     extractor = save_extractor(ViTForImageClassification(ViTConfig(**{**VIT.to_dict(), **labels})), tmp_path / "vit")
@@ -276,11 +279,11 @@ def test_features_of_another_classifier(abc, tmp_path, evaluate, knows_the_class
     assert ("class_accuracy" in row) == knows_the_classes
     assert 1 <= row["inception_score"] <= len(names)
     table = (tmp_path / "out" / "metrics.md").read_text()
-    assert "16 features; resize: as its ViTImageProcessor" in table
+    assert "16 features; resize: by its ViTImageProcessor" in table
     assert ("class accuracy" in table) == knows_the_classes
 
 
-def test_features_without_classes(abc, tmp_path, evaluate, monkeypatch):
+def test_extractor_without_classes_gives_no_class_metrics(abc, tmp_path, evaluate, monkeypatch):
     monkeypatch.setattr(features, "DINOV2_MODEL", save_extractor(Dinov2Model(DINOV2), tmp_path / "dinov2"))
     flags = ["--train_data_dir", abc[1], "--feature_extractor", "dinov2", "--guidance_scales", "0"]
     (row,) = evaluate(abc[0], tmp_path / "out", *flags)
@@ -288,51 +291,53 @@ def test_features_without_classes(abc, tmp_path, evaluate, monkeypatch):
     reports.draw_curves(json.loads((tmp_path / "out" / "metrics.json").read_text()), tmp_path / "curves.png")
 
 
-def test_only_inceptions_are_called_fid():
+def test_only_inception_metrics_are_called_fid_kid_and_is():
     assert list(metric_names("inception").values())[:3] == ["FID", "KID", "IS"]
     assert not {"FID", "KID", "IS"} & set(metric_names("small").values())
 
 
-def test_a_colour_model_is_evaluated_on_its_own_grayscale_data(tmp_path, evaluate):
-    """The data is read as the model draws, not as it is stored."""
+def test_rgb_model_is_evaluated_on_its_grayscale_data(tmp_path, evaluate):
+    """The data is loaded with the model's number of channels."""
     model = make_model(tmp_path / "model", in_channels=3, out_channels=3)
     (row,) = evaluate(model, tmp_path / "out", "--guidance_scales", "1")
     assert 0 <= row["class_accuracy"] <= 1
 
 
-def test_only_what_is_written_into_the_model_is_for_its_card(abc):
+def test_output_folder_defaults_to_the_models_folder(abc):
     assert output_folder(EvaluationConfig(model=str(abc[0]))) == abc[0] / "evaluation"
     assert output_folder(EvaluationConfig(model=str(abc[0]), output_dir="out")) == Path("out")
     assert output_folder(EvaluationConfig(model="me/model")) == Path("evaluation")
 
 
-def test_other_data(abc, tmp_path, evaluate):
+def test_different_data_must_match_the_model(abc, tmp_path, evaluate):
     abc, gray = abc
     (row,) = evaluate(abc, tmp_path / "out", "--train_data_dir", gray, "--guidance_scales", "1")
     assert 0 <= row["class_accuracy"] <= 1
     for data, message in {
-        save_images(tmp_path / "two", ["one", "zero"]): r"2 classes \(one, zero\), but .* draws 3 \(a, b, c\)",
-        save_images(tmp_path / "other", ["a", "b", "d"]): r"3 classes \(a, b, d\), but .* draws 3 \(a, b, c\)",
-        save_images(tmp_path / "rgb", ["a", "b", "c"], "RGB"): "The data has RGB images, but .* draws grayscale ones",
-        save_images(tmp_path / "tiny", ["a", "b", "c"], size=4): "images of 4×4, but .* draws 8×8",
+        save_images(tmp_path / "two", ["one", "zero"]): r"2 classes \(one, zero\), but .* has 3 \(a, b, c\)",
+        save_images(tmp_path / "other", ["a", "b", "d"]): r"3 classes \(a, b, d\), but .* has 3 \(a, b, c\)",
+        save_images(
+            tmp_path / "rgb", ["a", "b", "c"], "RGB"
+        ): "The data has RGB images, but .* generates grayscale images",
+        save_images(tmp_path / "tiny", ["a", "b", "c"], size=4): "images of 4×4, but .* generates 8×8",
     }.items():
         with pytest.raises(UserError, match=message):
             evaluate(abc, tmp_path / "refused", "--train_data_dir", data)
     assert not (tmp_path / "refused").exists()
 
 
-def test_a_model_of_unknown_data(tmp_path, evaluate):
-    """Without train_config.yaml, which is not published, run.json says it; if the data is public."""
+def test_unknown_training_data_raises(tmp_path, evaluate):
+    """A published model has no train_config.yaml, and its run.json names only public data."""
     model = make_model(tmp_path / "model")
     for record in ("{}", None):
         (model / "run.json").unlink() if record is None else (model / "run.json").write_text(record)
-        with pytest.raises(UserError, match="It is not known what .* was trained on, or the data is not public: give"):
+        with pytest.raises(UserError, match="The training data of .* is unknown or not public. Pass"):
             evaluate(model, tmp_path / "out")
 
 
-def test_images_that_are_not_finite_are_counted(tmp_path, evaluate):
+def test_non_finite_images_raise_with_their_indices(tmp_path, evaluate):
     unet = make_unet(num_class_embeds=11)
-    unet.class_embedding.weight.data[3] = torch.nan
+    unet.get_parameter("class_embedding.weight").data[3] = torch.nan
     make_pipeline(unet, id2label=Digits().id2label).save_pretrained(tmp_path / "model")
     (tmp_path / "model" / "run.json").write_text('{"data": {}}')
     with pytest.raises(UserError, match=r"^1 of 8 images are not finite \(indices \[3\]\)"):

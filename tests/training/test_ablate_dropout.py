@@ -1,4 +1,4 @@
-"""The ablation of p_uncond: it trains and measures what is missing, and gathers the tables."""
+"""Test the ablation of p_uncond: it trains and evaluates missing models, and writes the table."""
 
 import json
 import re
@@ -24,11 +24,11 @@ def argv(tmp_path) -> list[str]:
     return [*flags, "--conditioning_dropout_probs", "0.1", "0.5", "--guidance_scales", "0", "1", *TINY]
 
 
-def test_what_is_trained_and_measured(argv, tmp_path):
+def test_settings_of_training_and_evaluation(argv, tmp_path):
     args, train_argv = ablate_dropout.parse_args(argv)
     train_config, evaluation_config = ablate_dropout.configs_of(0.1, args, train_argv)
     assert (train_config.conditioning_dropout_prob, train_config.max_train_steps) == (0.1, 4)
-    assert train_config.num_inference_steps == CFGConfig().num_inference_steps  # the flag is the evaluation's
+    assert train_config.num_inference_steps == CFGConfig().num_inference_steps  # the flag applies to the evaluation
     assert train_config.resume_from_checkpoint is None
     assert train_config.output_dir == evaluation_config.model == str(tmp_path / "out" / "p=0.1")
     assert (evaluation_config.num_samples, evaluation_config.num_inference_steps) == (20, 2)
@@ -37,22 +37,24 @@ def test_what_is_trained_and_measured(argv, tmp_path):
     assert ablate_dropout.configs_of(0.1, args, train_argv)[0].resume_from_checkpoint == "latest"
 
 
-def test_settings_are_checked_before_anything_is_trained(argv, tmp_path):
+def test_settings_are_checked_before_training(argv, tmp_path):
     with pytest.raises(UserError, match=r"conditioning_dropout_prob must lie in \[0, 1\), but is 1.5"):
         ablate_dropout.main([*argv, "--conditioning_dropout_probs", "0.1", "1.5"])
     with pytest.raises(UserError, match="learning_rate must be a positive number"):
         ablate_dropout.main([*argv, "--learning_rate", "0"])
+    with pytest.raises(UserError, match="num_samples must be at least 20, but is 16"):
+        ablate_dropout.main([*argv, "--num_samples", "16"])
     assert not (tmp_path / "out").exists()
 
 
-def test_the_ablation_of_dropout(argv, trained_model, tmp_path, monkeypatch, capsys):
+def test_ablation_skips_trained_models_and_writes_the_table(argv, trained_model, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(features.train_classifier, "__defaults__", (30, 64))
-    # Not the user's cache: the quick classifier is not for real evaluations.
+    # The quick classifier must not enter the user's cache.
     config_class = partial(EvaluationConfig, statistics_dir=tmp_path / "cache")
     monkeypatch.setitem(ablate_dropout.main.__globals__, "EvaluationConfig", config_class)
     reset_accelerate()
     first = tmp_path / "out" / "p=0.1"
-    shutil.copytree(trained_model, first)  # a model that is there is not trained again
+    shutil.copytree(trained_model, first)  # an existing model is not trained again
     before = (first / "run.json").stat().st_mtime_ns
     ablate_dropout.main(argv)
     table = (tmp_path / "out" / "table.md").read_text()

@@ -1,4 +1,4 @@
-"""The comparison of samplers: what is refused before anything is drawn, what is gathered, and which is the cheapest."""
+"""Test the comparison of samplers: rejected settings, the tables, and the choice of the cheapest sampler."""
 
 import json
 import os
@@ -20,7 +20,7 @@ ablate_samplers = load_command("studies/ablate_samplers")
 
 EXTRACTOR = {"name": "small-1", "resize": "none", "num_features": 64, "accuracy": 0.99}
 FLOOR = {"frechet_distance": 0.02, "class_accuracy": 0.99}
-# Fréchet distances at w = 0.2 and 0.3, by sampler, steps and whether guidance has an interval
+# Fréchet distances at w = 0.2 and 0.3, by sampler, steps and whether there is a guidance interval
 DISTANCES = {
     ("LogSNRScheduler", 4, False): (0.5, 0.6),
     ("LogSNRScheduler", 8, False): (0.2, 0.1),
@@ -36,8 +36,11 @@ def save_model(folder: Path) -> str:
     return str(folder)
 
 
-def pretend_to_evaluate(config: EvaluationConfig, _accelerator: Accelerator) -> dict:
-    """Return what a sweep returns, of made-up distances; a student's are a tenth of them."""
+def fake_sweep(config: EvaluationConfig, _accelerator: Accelerator) -> dict:
+    """Return the record of a sweep with invented distances, which are ten times smaller for a student."""
+    assert config.scheduler is not None
+    assert config.num_inference_steps is not None
+    assert config.output_dir is not None
     distances = DISTANCES[config.scheduler, config.num_inference_steps, config.guidance_interval is not None]
     factor = 0.1 if Path(config.model).name == "student" else 1.0
     results = [
@@ -68,16 +71,16 @@ def ablate(tmp_path: Path, *argv: str, models: tuple[str, ...] = ("teacher",)) -
 
 
 @pytest.fixture
-def made_up(monkeypatch):
-    """Sweeps are pretended, and their figures not drawn."""
-    monkeypatch.setattr("diffusers_cfg.evaluation.sweep.run_sweep", pretend_to_evaluate)
+def fake_sweeps(monkeypatch):
+    """Replace sweeps by invented records, without figures."""
+    monkeypatch.setattr("diffusers_cfg.evaluation.sweep.run_sweep", fake_sweep)
     monkeypatch.setattr("diffusers_cfg.evaluation.reports.draw_curves", lambda *_: None)
 
 
 SAMPLERS = ["--samplers", "LogSNRScheduler:4,8", "DDIMScheduler:2,4"]
 
 
-def test_each_sampler_has_its_best_w(tmp_path, made_up, capsys):
+def test_table_shows_each_sampler_at_its_best_w(tmp_path, fake_sweeps, capsys):
     table = ablate(tmp_path, *SAMPLERS, "--num_samples", "300")
     assert capsys.readouterr().out.endswith(f"{table}\n")
     assert table.splitlines()[:7] == [
@@ -89,12 +92,15 @@ def test_each_sampler_has_its_best_w(tmp_path, made_up, capsys):
         "| DDIMScheduler | 4 |  | 8 | 0.3 | **0.090** ± 0.002 | 0.930 ± 0.020 |",
         "| real |  |  |  |  | 0.020 | 0.990 |",
     ]
-    assert "300 samples for each w (balanced labels, seed 0), each sampler at its best w of 0.2, 0.3;" in table
+    assert (
+        "300 samples for each w (balanced labels, seed 0), each sampler at its best w among 0.2, 0.3. Evaluations"
+        in table
+    )
     assert table.splitlines()[-4:] == [
         "| cheapest within 5% of | sampler | steps | interval | evaluations | w | Fréchet distance | class accuracy |",
         "| --- | --- | --- | --- | --- | --- | --- | --- |",
-        "| the best, 0.090 | DDIMScheduler | 4 |  | 8 | 0.3 | **0.090** ± 0.002 | 0.930 ± 0.020 |",
-        "| the paper's sampler, 0.100 for 16 evaluations | DDIMScheduler | 2 |  | 4 | 0.2 | 0.104 ± 0.002 | "
+        "| best distance, 0.090 | DDIMScheduler | 4 |  | 8 | 0.3 | **0.090** ± 0.002 | 0.930 ± 0.020 |",
+        "| paper's sampler, 0.100 with 16 evaluations | DDIMScheduler | 2 |  | 4 | 0.2 | 0.104 ± 0.002 | "
         "0.920 ± 0.020 |",
     ]
     rows = json.loads((tmp_path / "out" / "samplers.json").read_text())["rows"]
@@ -107,56 +113,56 @@ def test_each_sampler_has_its_best_w(tmp_path, made_up, capsys):
     assert (tmp_path / "out" / "curves.png").is_file()
 
 
-def test_with_and_without_an_interval(tmp_path, made_up):
-    """Each is a row of its own, and the paper's sampler is the one without."""
+def test_samplers_with_and_without_an_interval(tmp_path, fake_sweeps):
+    """Both variants have a row, and the paper's sampler is the one without an interval."""
     samplers = ["--samplers", "LogSNRScheduler:8", "DDIMScheduler:4"]
     table = ablate(tmp_path, *samplers, "--guidance_interval", "0.2", "5")
     assert "| LogSNRScheduler | 8 | 0.2 … 5 | 12 | 0.2 | **0.010** ± 0.002 |" in table
     assert "| DDIMScheduler | 4 | 0.2 … 5 | 6 | 0.3 | 0.011 ± 0.002 |" in table
-    assert "| the best, 0.010 | LogSNRScheduler | 8 | 0.2 … 5 | 12 | 0.2 | **0.010**" in table
-    assert "| the paper's sampler, 0.100 for 16 evaluations | DDIMScheduler | 4 | 0.2 … 5 | 6 | 0.3 | 0.011" in table
+    assert "| best distance, 0.010 | LogSNRScheduler | 8 | 0.2 … 5 | 12 | 0.2 | **0.010**" in table
+    assert "| paper's sampler, 0.100 with 16 evaluations | DDIMScheduler | 4 | 0.2 … 5 | 6 | 0.3 | 0.011" in table
     assert "interval (" not in table
 
 
-def test_a_student_beside_its_teacher(tmp_path, made_up):
+def test_two_models_are_compared_in_one_table(tmp_path, fake_sweeps):
     table = ablate(tmp_path, *SAMPLERS, models=("teacher", "student"))
-    assert "| LogSNRScheduler of teacher | 8 |  | 16 | 0.3 | 0.100 ± 0.002 |" in table
-    assert "| LogSNRScheduler of student | 8 |  | 16 | 0.3 | 0.010 ± 0.002 |" in table
-    assert "| the best, 0.009 | DDIMScheduler of student | 4 |  | 8 | 0.3 | **0.009**" in table
-    assert "| the paper's sampler, 0.100 for 16 evaluations | DDIMScheduler of student | 2 |  | 4 | 0.2 |" in table
+    assert "| LogSNRScheduler (teacher) | 8 |  | 16 | 0.3 | 0.100 ± 0.002 |" in table
+    assert "| LogSNRScheduler (student) | 8 |  | 16 | 0.3 | 0.010 ± 0.002 |" in table
+    assert "| best distance, 0.009 | DDIMScheduler (student) | 4 |  | 8 | 0.3 | **0.009**" in table
+    assert "| paper's sampler, 0.100 with 16 evaluations | DDIMScheduler (student) | 2 |  | 4 | 0.2 |" in table
 
 
-def test_without_the_papers_sampler(tmp_path, made_up):
+def test_table_without_the_papers_sampler(tmp_path, fake_sweeps):
     table = ablate(tmp_path, "--samplers", "DDIMScheduler:2,4")
     assert "paper's" not in table
-    assert table.splitlines()[-1].startswith("| the best, 0.090 | DDIMScheduler | 4 |  | 8 |")
+    assert table.splitlines()[-1].startswith("| best distance, 0.090 | DDIMScheduler | 4 |  | 8 |")
 
 
 @pytest.mark.parametrize(
     ("rows", "expected"),
     [
-        ([(2, 1.06), (4, 1.05), (8, 1.0)], 4),  # the bound itself is within
+        ([(2, 1.06), (4, 1.05), (8, 1.0)], 4),  # the bound is inclusive
         ([(2, 1.06), (4, 1.06), (8, 1.0)], 8),
         ([(8, 1.0)], 8),
     ],
 )
-def test_the_cheapest(rows, expected):
+def test_cheapest_is_within_the_tolerance(rows, expected):
     rows = [{"network_evaluations": evaluations, "frechet_distance": distance} for evaluations, distance in rows]
     assert cheapest(rows, 1.0)["network_evaluations"] == expected
 
 
-def test_of_two_that_cost_the_same_the_nearer_is_taken():
+def test_cheapest_breaks_ties_by_distance():
     rows = [{"network_evaluations": 4, "frechet_distance": distance} for distance in (1.04, 1.02, 1.03)]
     assert cheapest(rows, 1.0)["frechet_distance"] == 1.02
 
 
-def test_the_papers_sampler_is_guided_at_all_steps():
+def test_paper_row_has_no_guidance_interval():
     row = {"scheduler": "LogSNRScheduler", "num_inference_steps": 256}
     rows = [{**row, "guidance_interval": interval} for interval in ([0.2, 5.0], None)]
     assert paper_row(rows) == rows[1]
 
 
-def test_models_of_different_data_are_not_compared(tmp_path, made_up):
+def test_models_of_different_data_raise(tmp_path, fake_sweeps):
     with pytest.raises(UserError, match="teacher was measured against made up and .*elsewhere against other data"):
         ablate(tmp_path, "--samplers", "DDIMScheduler:2", models=("teacher", "elsewhere"))
 
@@ -164,20 +170,20 @@ def test_models_of_different_data_are_not_compared(tmp_path, made_up):
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
-        (["--samplers", "DDIMScheduler:2", "Nonsense:4"], "Nonsense cannot sample this model.*LogSNRScheduler"),
+        (["--samplers", "DDIMScheduler:2", "Nonsense:4"], "Nonsense is not supported.*LogSNRScheduler"),
         (["--samplers", "DDIMScheduler:2,3"], "DDIMScheduler cannot take 3 steps"),
         (["--samplers", "DDIMScheduler:2,0"], "num_inference_steps must be at least 1, but is 0"),
-        (["--samplers", "DDIMScheduler"], "--samplers DDIMScheduler must be a class and its numbers of steps"),
-        (["--samplers", "DDIMScheduler:2,many"], "--samplers DDIMScheduler:2,many must be"),
+        (["--samplers", "DDIMScheduler"], "--samplers DDIMScheduler must have the form CLASS:STEPS,STEPS"),
+        (["--samplers", "DDIMScheduler:2,many"], "--samplers DDIMScheduler:2,many must have"),
         (["--guidance_interval", "5", "0.2"], r"0 ≤ σ_lo < σ_hi, but is \(5.0, 0.2\)"),
-        (["--samplers", "DDIMScheduler:2", "--guidance_interval", "0.3", "0.4"], "None of the 2 steps lies in"),
+        (["--samplers", "DDIMScheduler:2", "--guidance_interval", "0.3", "0.4"], "None of the 2 steps is in guidance_interval"),
         (["--scheduler", "DDIMScheduler"], "--scheduler is not a flag of this command"),
         (["--num_inference_steps=5"], "--num_inference_steps is not a flag of this command"),
     ],
 )
-def test_what_cannot_be_is_refused_before_anything_is_drawn(tmp_path, monkeypatch, argv, message):
+def test_invalid_settings_raise_before_the_first_sweep(tmp_path, monkeypatch, argv, message):
     def never(*_):
-        raise AssertionError("evaluated")
+        raise AssertionError("a sweep was started")
 
     monkeypatch.setattr("diffusers_cfg.evaluation.sweep.run_sweep", never)
     with pytest.raises(UserError, match=message):
@@ -185,12 +191,12 @@ def test_what_cannot_be_is_refused_before_anything_is_drawn(tmp_path, monkeypatc
     assert not (tmp_path / "out").exists()
 
 
-def test_two_models_of_one_name(tmp_path):
-    with pytest.raises(UserError, match="two have the same name"):
+def test_models_with_the_same_name_raise(tmp_path):
+    with pytest.raises(UserError, match="two models have the same name"):
         ablate(tmp_path, models=("a/model", "b/model"))
 
 
-def test_a_small_comparison(trained_model, tmp_path, monkeypatch):
+def test_comparison_end_to_end(trained_model, tmp_path, monkeypatch):
     monkeypatch.setattr(features.train_classifier, "__defaults__", (30, 64))
     monkeypatch.setattr("diffusers_cfg.evaluation.reports.draw_curves", lambda *_: None)
     out, name = tmp_path / "out", trained_model.name
@@ -205,18 +211,18 @@ def test_a_small_comparison(trained_model, tmp_path, monkeypatch):
         for interval in ("", "-interval=0.001,5")
     }
     rows = json.loads((out / "samplers.json").read_text())["rows"]
-    # σ/α is 22026, 1 and 0.00005 at the three steps, and one of them is guided
+    # σ/α is 22026, 1 and 0.00005 at the three steps, of which one is guided.
     assert [row["network_evaluations"] for row in rows[:3]] == [6, 4, 4]
     assert not (trained_model / "evaluation").exists()
 
-    # A sweep of the paper's sampler alone measures the same
+    # A sweep of the paper's sampler alone gives the same distance.
     flags = ["--scheduler", "LogSNRScheduler", "--num_inference_steps", "3", "--guidance_scales", "0.1", "0.3"]
     own = run_sweep(
         parse_config(EvaluationConfig, [*same, *flags, "--output_dir", str(tmp_path / "own")]), Accelerator(cpu=True)
     )
     assert rows[0]["frechet_distance"] == min(row["frechet_distance"] for row in own["results"])
 
-    # The shards that are there are not drawn again
+    # Existing shards are not generated again.
     shards, table = sorted(out.rglob("shard-*.npz")), (out / "table.md").read_text()
     times = [os.stat(shard).st_mtime_ns for shard in shards]
     shards[0].unlink()

@@ -1,4 +1,4 @@
-"""The benchmark measures both sides, of the same images."""
+"""Test the benchmark of both sides."""
 
 import json
 
@@ -20,7 +20,7 @@ def argv(tmp_path) -> list[str]:
     return [*TINY, *flags, "--output", str(tmp_path / "record.json")]
 
 
-def test_a_small_benchmark(argv, tmp_path, monkeypatch, capsys):
+def test_benchmark_end_to_end(argv, tmp_path, monkeypatch, capsys):
     codes = []
 
     def run_python(*code: str) -> FreshProcess:
@@ -41,14 +41,14 @@ def test_a_small_benchmark(argv, tmp_path, monkeypatch, capsys):
 
 
 @pytest.mark.slow
-def test_starting():
+def test_compare_starting():
     starting = benchmark.compare_starting(TRAIN_COMMAND, repeats=1)
     assert 0 < starting["help"] < starting["import"]["peer"]
     assert starting["import"]["ours"] > 0
 
 
-def test_sides_that_draw_other_images_are_not_compared(argv, monkeypatch):
+def test_sides_that_generate_different_images_raise(argv, monkeypatch):
     works = benchmark.hand_written_loop
     monkeypatch.setattr(benchmark, "hand_written_loop", lambda *args: works(*args) * 0.9)
-    with pytest.raises(AssertionError, match="draw other images"):
+    with pytest.raises(AssertionError, match="generate different images"):
         main(argv)

@@ -1,4 +1,4 @@
-"""The commands: their flags, their length, what they import and when."""
+"""Test the commands: flags, length, and when they import heavy modules."""
 
 import ast
 import json
@@ -14,7 +14,7 @@ import pytest
 from tests.support.runs import ROOT, TRAINING
 
 COMMANDS = {path.stem: path for path in sorted([*TRAINING.glob("*.py"), *TRAINING.glob("studies/*.py")])}
-# The flags of each command at 573b54d, which people have in their scripts
+# The flags of each command at 573b54d, which users' scripts rely on
 FROZEN = json.loads((ROOT / "tests" / "support" / "cli-573b54d.json").read_text(encoding="utf-8"))
 FROZEN["distill_guidance"] += FROZEN["train_cfg"]
 REMOVED = {
@@ -33,14 +33,14 @@ def help_of(name: str, capsys) -> str:
 
 
 @pytest.mark.parametrize("name", FROZEN)
-def test_the_flags_are_frozen(name, capsys):
-    """One may be added; renaming or removing one breaks a user."""
+def test_flags_are_not_removed(name, capsys):
+    """Flags may be added, but renaming or removing one breaks users' scripts."""
     shown = set(re.findall(r"--([a-z][a-z0-9_]*)", help_of(name, capsys)))
     assert set(FROZEN[name]) - shown == REMOVED.get(name, set())
 
 
 @pytest.mark.parametrize("name", COMMANDS)
-def test_a_wrong_flag_ends_with_the_usage(name, capsys):
+def test_unknown_flag_prints_the_usage(name, capsys):
     main = runpy.run_path(str(COMMANDS[name]))["main"]
     with pytest.raises(SystemExit, match="2"):
         main(["--no_such_flag", "1"])
@@ -49,8 +49,8 @@ def test_a_wrong_flag_ends_with_the_usage(name, capsys):
     assert "required" in error or "--no_such_flag" in error
 
 
-def test_help_and_wrong_flags_come_before_torch():
-    """Nothing that takes seconds is imported. (A bound on the seconds would measure the machine.)"""
+def test_help_and_flag_errors_do_not_import_torch():
+    """Check the imports, because a time limit would depend on the machine."""
     script = (
         "import runpy, sys\n"
         "for path in sys.argv[1:]:\n"
@@ -62,7 +62,7 @@ def test_help_and_wrong_flags_come_before_torch():
         "            pass\n"
         f"print(sorted({HEAVY!r} & set(sys.modules)))\n"
     )
-    # Optimised, which drops the docstrings: no command may need its own.
+    # -OO drops docstrings, which no command may depend on.
     command = [sys.executable, "-OO", "-c", script, *map(str, COMMANDS.values())]
     result = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert result.returncode == 0, result.stderr
@@ -70,8 +70,8 @@ def test_help_and_wrong_flags_come_before_torch():
 
 
 @pytest.mark.parametrize("name", COMMANDS)
-def test_a_command_is_thin(name):
-    """A short file, one delayed block of imports, and metadata for `uv run`."""
+def test_commands_are_short(name):
+    """A command is a short file with at most one delayed block of imports, and metadata for `uv run`."""
     path = COMMANDS[name]
     source = path.read_text(encoding="utf-8")
     if path.parent == TRAINING:

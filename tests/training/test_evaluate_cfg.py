@@ -1,4 +1,4 @@
-"""The command evaluate_cfg.py, on one and on several processes; what it does is tested with the package."""
+"""Test the command evaluate_cfg.py on one and on two processes. The sweep itself is tested in tests/evaluation."""
 
 import json
 import subprocess
@@ -20,20 +20,20 @@ def shards(folder: Path) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): np.load(path)["arr_0"].tobytes() for path in folder.rglob("shard-*.npz")}
 
 
-def test_the_command_shows_the_table(trained_model, tmp_path, capsys, monkeypatch):
+def test_command_prints_the_table(trained_model, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(features.train_classifier, "__defaults__", (30, 64))
     flags = ["--num_samples", "20", "--num_inference_steps", "1", "--guidance_scales", "1"]
     folders = ["--output_dir", str(tmp_path / "out"), "--statistics_dir", str(tmp_path)]
     load_command("evaluate_cfg").main(["--model", str(trained_model), *flags, *folders])
-    said = capsys.readouterr().out
-    assert f"{trained_model}, evaluated on scikit-learn's digits" in said
-    assert (tmp_path / "out" / "metrics.md").read_text() in said
-    assert said.endswith(f"pictures are in {tmp_path / 'out'}.\n")
+    output = capsys.readouterr().out
+    assert f"{trained_model}, evaluated on scikit-learn's digits" in output
+    assert (tmp_path / "out" / "metrics.md").read_text() in output
+    assert output.endswith(f"sample grid are in {tmp_path / 'out'}.\n")
 
 
 @pytest.mark.slow
-def test_two_processes_give_the_figures_of_one_that_was_killed(trained_model, tmp_path):
-    """With the command's own shards and classifier: 1,100 images in three shards."""
+def test_two_processes_match_a_killed_and_resumed_run(trained_model, tmp_path):
+    """Use the default shards and classifier: 1,100 images in three shards."""
     command = ["--model", str(trained_model), "--num_samples", "1100", "--num_inference_steps", "2"]
     command += ["--guidance_scales", "0", "2", "--statistics_dir", "statistics"]
     one = [sys.executable, str(SCRIPT), *command, "--output_dir", "out1"]
@@ -49,7 +49,7 @@ def test_two_processes_give_the_figures_of_one_that_was_killed(trained_model, tm
     assert len(shards(tmp_path / "out1")) == 6
     assert "Sampling" in result.stderr
 
-    # The second run trains no classifier of its own, but sums up the real images itself.
+    # The second run reuses the classifier, but computes the statistics of the real images again.
     for file in (tmp_path / "statistics").glob("statistics-*"):
         file.unlink()
     launch(*command, "--output_dir", "out2", cwd=tmp_path, processes=2, script=SCRIPT)

@@ -1,12 +1,14 @@
-"""The figures and tables of the exactness study, in small; the numbers have tests with the mixture."""
+"""Test the figures and tables of the exactness study on small settings. test_mixture.py tests the values."""
 
+import pytest
 from accelerate import Accelerator
 
+from diffusers_cfg.config import UserError
 from diffusers_cfg.evaluation import exactness, features
 from tests.support.commands import load_command
 
 
-def test_the_figures_of_exactness(trained_model, tmp_path, monkeypatch):
+def test_experiments_write_figures_and_tables(trained_model, tmp_path, monkeypatch):
     monkeypatch.setattr(features.train_classifier, "__defaults__", (30, 64))
     model, settings = str(trained_model), {"num_samples": 20, "num_inference_steps": 4}
     monkeypatch.setattr(exactness, "STEPS", (10, 20, 40))
@@ -23,15 +25,22 @@ def test_the_figures_of_exactness(trained_model, tmp_path, monkeypatch):
     assert [line.split("|")[-2].strip() for line in pages[3].splitlines()[-10:]] == ["4", "8", "5", *["8"] * 7]
 
 
-def test_the_parts_are_put_together(tmp_path, monkeypatch, capsys):
+def test_command_writes_all_sections(tmp_path, monkeypatch, capsys):
     for name in ("mixture_figure", "convergence", "stochastic", "network_error", "rules"):
         monkeypatch.setattr(exactness, name, lambda *_, name=name, **settings: f"## {name} {settings or ''}".strip())
     main = load_command("studies/exactness").main
     main(["--output_dir", str(tmp_path / "a")])
-    main(["--output_dir", str(tmp_path / "b"), "--model", "m", "--num_samples", "9"])
+    main(["--output_dir", str(tmp_path / "b"), "--model", "m", "--num_samples", "29"])
     without = "## mixture_figure\n\n## convergence\n\n## stochastic\n\n## network_error\n"
     assert (tmp_path / "a" / "tables.md").read_text() == without
-    settings = {"model": "m", "guide_model": None, "guidance_scale": 2.0, "num_samples": 9}
+    settings = {"model": "m", "guide_model": None, "guidance_scale": 2.0, "num_samples": 29}
     settings |= {"num_inference_steps": 20, "seed": 0}
     assert (tmp_path / "b" / "tables.md").read_text() == f"{without}\n## rules {settings}\n"
     assert "## stochastic" in capsys.readouterr().out
+
+
+def test_too_few_samples_raise_before_the_first_experiment(tmp_path):
+    main = load_command("studies/exactness").main
+    with pytest.raises(UserError, match="--num_samples must be at least 20, but is 19"):
+        main(["--output_dir", str(tmp_path / "out"), "--model", "m", "--num_samples", "19"])
+    assert not (tmp_path / "out").exists()

@@ -5,12 +5,12 @@
 # [tool.uv.sources]
 # diffusers-cfg = { path = "../..", editable = true }
 # ///
-"""Train the same model at several p_uncond, and measure each over w: the paper's table 1.
+"""Train one model for each of several p_uncond, and evaluate each over w, as in the paper's table 1.
 
 python training/studies/ablate_dropout.py --output_dir ablation
 accelerate launch training/studies/ablate_dropout.py --output_dir ablation --config training/configs/mnist.yaml
 
-Flags that are not listed below are train_cfg.py's. Run again, it resumes with what is missing.
+Other flags are those of train_cfg.py. If the command is run again, it skips completed runs and resumes the rest.
 """
 
 from argparse import ArgumentDefaultsHelpFormatter, ArgumentParser, Namespace
@@ -24,21 +24,28 @@ from diffusers_cfg.settings import CFGConfig
 
 
 def parse_args(argv: list[str] | None = None) -> tuple[Namespace, list[str]]:
-    """Return the flags of this command, and those that are train_cfg.py's."""
+    """Parse the flags of this command. Return them, and the remaining flags for train_cfg.py."""
     parser = ArgumentParser(
         prog="ablate_dropout.py",
-        description="Train the same model at several p_uncond, and measure each over w: the paper's table 1.",
+        description="Train one model for each of several p_uncond, and evaluate each over w. Other flags are those of "
+        "train_cfg.py.",
         formatter_class=ArgumentDefaultsHelpFormatter,
         allow_abbrev=False,
     )
-    parser.add_argument("--output_dir", required=True, help="A folder for the models, table.md and curves.png.")
+    parser.add_argument("--output_dir", required=True, help="Output folder for the models, table.md and curves.png.")
     parser.add_argument(
-        "--conditioning_dropout_probs", type=float, nargs="+", default=[0.1, 0.2, 0.5], help="The values of p_uncond."
+        "--conditioning_dropout_probs", type=float, nargs="+", default=[0.1, 0.2, 0.5], help="Values of p_uncond."
     )
-    parser.add_argument("--guidance_scales", type=float, nargs="+", default=PAPER_SCALES, help="The paper's w.")
-    parser.add_argument("--num_samples", type=int, default=2000, help="Samples for each p_uncond and w.")
-    parser.add_argument("--num_inference_steps", type=int, default=20, help="Sampling steps.")
-    parser.add_argument("--scheduler", default="UniPCMultistepScheduler", help="Sampler, a class of diffusers.")
+    parser.add_argument(
+        "--guidance_scales",
+        type=float,
+        nargs="+",
+        default=PAPER_SCALES,
+        help="Guidance scales w, as defined in the paper.",
+    )
+    parser.add_argument("--num_samples", type=int, default=2000, help="Number of samples for each p_uncond and w.")
+    parser.add_argument("--num_inference_steps", type=int, default=20, help="Number of sampling steps.")
+    parser.add_argument("--scheduler", default="UniPCMultistepScheduler", help="Scheduler class of diffusers.")
     return parser.parse_known_args(argv)
 
 
@@ -46,7 +53,7 @@ def main(argv: list[str] | None = None) -> None:
     preemption = Preemption().install()
     args, train_argv = parse_args(argv)
     runs = {p: configs_of(p, args, train_argv) for p in args.conditioning_dropout_probs}
-    # Here and not above: torch takes seconds, which --help and a wrong flag need not wait for.
+    # Imported here so that --help and flag errors do not wait for torch.
     from diffusers_cfg.engine.accelerator import make_accelerator
     from diffusers_cfg.engine.trainer import Trainer
     from diffusers_cfg.evaluation.ablations import draw_tradeoff, dropout_table
@@ -70,14 +77,14 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def configs_of(p: float, args: Namespace, train_argv: list[str]) -> tuple[CFGConfig, EvaluationConfig]:
-    """Return the settings of the training at one p_uncond, and of its evaluation. Raises UserError."""
+    """Return the training and evaluation settings for one p_uncond. Raises `UserError` if a setting is invalid."""
     model = Path(args.output_dir) / f"p={p:g}"
-    begun = model.is_dir() and any(model.iterdir())
+    started = model.is_dir() and any(model.iterdir())
     train_config = replace(
         parse_config(CFGConfig, train_argv),
         conditioning_dropout_prob=p,
         output_dir=str(model),
-        resume_from_checkpoint="latest" if begun else None,
+        resume_from_checkpoint="latest" if started else None,
     )
     evaluation_config = EvaluationConfig(
         model=str(model),

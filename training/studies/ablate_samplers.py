@@ -5,12 +5,12 @@
 # [tool.uv.sources]
 # diffusers-cfg = { path = "../..", editable = true }
 # ///
-"""Measure a model by several samplers: how close to the data they come for how many evaluations of the network.
+"""Compare samplers on a trained model by Fréchet distance and number of network evaluations.
 
 python training/studies/ablate_samplers.py --model cfg-model --output_dir samplers
 python training/studies/ablate_samplers.py --model teacher student --output_dir samplers --guidance_interval 0.2 5
 
-Flags that are not listed below are evaluate_cfg.py's. Run again, it resumes with what is missing.
+Other flags are those of evaluate_cfg.py. If the command is run again, it reuses existing samples.
 """
 
 from argparse import ArgumentDefaultsHelpFormatter, ArgumentParser, Namespace
@@ -29,24 +29,33 @@ SAMPLERS = [
 
 
 def parse_args(argv: list[str] | None = None) -> tuple[Namespace, list[str]]:
-    """Return the flags of this command, and those that are evaluate_cfg.py's."""
+    """Parse the flags of this command. Return them, and the remaining flags for evaluate_cfg.py."""
     parser = ArgumentParser(
         prog="ablate_samplers.py",
-        description="Measure a model by several samplers: how close to the data they come for how many evaluations of "
-        "the network.",
+        description="Compare samplers on a trained model by Fréchet distance and number of network evaluations. Other "
+        "flags are those of evaluate_cfg.py.",
         formatter_class=ArgumentDefaultsHelpFormatter,
         allow_abbrev=False,
     )
-    parser.add_argument("--model", nargs="+", required=True, help="Output folders of training runs, or repositories.")
     parser.add_argument(
-        "--output_dir", required=True, help="A folder for table.md, samplers.json, curves.png and samples."
-    )
-    parser.add_argument("--samplers", nargs="+", default=SAMPLERS, help="Classes, and their numbers of steps.")
-    parser.add_argument(
-        "--guidance_interval", type=float, nargs=2, help="Measure each also with guidance where σ_lo < σ/α ≤ σ_hi only."
+        "--model", nargs="+", required=True, help="Output folders of training runs, or Hub repositories."
     )
     parser.add_argument(
-        "--guidance_scales", type=float, nargs="+", default=[0.1, 0.2, 0.3], help="The paper's w; the best counts."
+        "--output_dir", required=True, help="Output folder for table.md, samplers.json, curves.png and samples."
+    )
+    parser.add_argument("--samplers", nargs="+", default=SAMPLERS, help="Samplers as CLASS:STEPS,STEPS.")
+    parser.add_argument(
+        "--guidance_interval",
+        type=float,
+        nargs=2,
+        help="Also evaluate each sampler with guidance only where σ_lo < σ/α ≤ σ_hi.",
+    )
+    parser.add_argument(
+        "--guidance_scales",
+        type=float,
+        nargs="+",
+        default=[0.1, 0.2, 0.3],
+        help="Guidance scales w; the best one is reported.",
     )
     return parser.parse_known_args(argv)
 
@@ -54,7 +63,7 @@ def parse_args(argv: list[str] | None = None) -> tuple[Namespace, list[str]]:
 def main(argv: list[str] | None = None) -> None:
     args, evaluation_argv = parse_args(argv)
     configs = configs_of(args, evaluation_argv)
-    # Here and not above: torch takes seconds, which --help and a wrong flag need not wait for.
+    # Imported here so that --help and flag errors do not wait for torch.
     from diffusers_cfg.engine.accelerator import make_accelerator
     from diffusers_cfg.evaluation.ablations import check_settings, combine, draw_quality, samplers_table
     from diffusers_cfg.evaluation.reports import write_json, write_text
@@ -73,46 +82,47 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def configs_of(args: Namespace, evaluation_argv: list[str]) -> list[EvaluationConfig]:
-    """Return the settings of an evaluation for each way to draw. Raises UserError for wrong or misplaced flags."""
+    """Return the evaluation settings of each model, sampler and interval. Raises `UserError` for invalid flags."""
     base = parse_config(EvaluationConfig, [*evaluation_argv, "--model", args.model[0]])
     for name in ("scheduler", "num_inference_steps"):
         if getattr(base, name) is not None:
-            raise UserError(f"--{name} is not a flag of this command: give the samplers and their steps by --samplers.")
-    models = [replace(base, model=model) for model in args.model]
-    if len({of_model.model_name for of_model in models}) < len(models):
+            raise UserError(f"--{name} is not a flag of this command. Set samplers and their steps with --samplers.")
+    model_configs = [replace(base, model=model) for model in args.model]
+    if len({config.model_name for config in model_configs}) < len(model_configs):
         raise UserError(
-            f"--model {' '.join(args.model)}: two have the same name, which identifies their results. Rename a folder."
+            f"--model {' '.join(args.model)}: two models have the same name, which identifies their results. Rename a "
+            "folder."
         )
     intervals = [None] if args.guidance_interval is None else [None, args.guidance_interval]
     configs = [
         replace(
-            of_model,
+            config,
             scheduler=scheduler,
             num_inference_steps=steps,
             guidance_interval=interval,
             guidance_scales=args.guidance_scales,
-            output_dir=Path(args.output_dir) / of_model.model_name / folder_name(scheduler, steps, interval),
+            output_dir=Path(args.output_dir) / config.model_name / folder_name(scheduler, steps, interval),
         )
-        for of_model in models
-        for scheduler, numbers in map(parse_sampler, args.samplers)
+        for config in model_configs
+        for scheduler, step_counts in map(parse_sampler, args.samplers)
         for interval in intervals
-        for steps in numbers
+        for steps in step_counts
     ]
     return list({config.output_dir: config for config in configs}.values())
 
 
 def folder_name(scheduler: str, steps: int, interval: list[float] | None) -> str:
-    """Return the name of the folder of a way to draw."""
+    """Return the name of the output folder of a sampler with its steps and guidance interval."""
     return f"{scheduler}-{steps}" + ("-interval={:g},{:g}".format(*interval) if interval else "")
 
 
 def parse_sampler(text: str) -> tuple[str, list[int]]:
-    """Return the class and the numbers of steps of "CLASS:STEPS,STEPS". Raises UserError."""
-    scheduler, _, numbers = text.partition(":")
+    """Parse "CLASS:STEPS,STEPS". Return the class and the step counts. Raises `UserError` if the format is invalid."""
+    scheduler, _, steps = text.partition(":")
     try:
-        return scheduler, [int(number) for number in numbers.split(",")]
+        return scheduler, [int(count) for count in steps.split(",")]
     except ValueError:
-        raise UserError(f"--samplers {text} must be a class and its numbers of steps, as {SAMPLERS[1]}.") from None
+        raise UserError(f"--samplers {text} must have the form CLASS:STEPS,STEPS, such as {SAMPLERS[1]}.") from None
 
 
 if __name__ == "__main__":

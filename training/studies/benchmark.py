@@ -5,13 +5,13 @@
 # [tool.uv.sources]
 # diffusers-cfg = { path = "../..", editable = true }
 # ///
-"""Measure the cost of sampling, training and starting, compared with hand-written code: medians and ratios, in turn.
+"""Measure the cost of sampling, training and starting, compared with hand-written code.
 
 python training/studies/benchmark.py
 python training/studies/benchmark.py --config training/configs/mnist.yaml --output benchmark.json
 
-Flags that are not listed below are train_cfg.py's: network, data, batch. The quality of samplers over their cost is
-measured by ablate_samplers.py.
+Other flags are those of train_cfg.py, such as network, data and batch size. To compare the quality of samplers, see
+ablate_samplers.py.
 """
 
 import io
@@ -29,18 +29,18 @@ TRAIN_COMMAND = Path(__file__).parents[1] / "train_cfg.py"
 
 
 def parse_args(argv: list[str] | None = None) -> tuple[Namespace, CFGConfig]:
-    """Return the flags of this command, and the settings of the training, of which there are no other logs."""
+    """Parse the flags of this command. Return them, and the training settings without trackers."""
     parser = ArgumentParser(
         prog="benchmark.py",
-        description="Measure the cost of sampling, training and starting. Further flags are train_cfg.py's.",
+        description="Measure the cost of sampling, training and starting. Other flags are those of train_cfg.py.",
         formatter_class=ArgumentDefaultsHelpFormatter,
         allow_abbrev=False,
     )
-    parser.add_argument("--batch_sizes", type=int, nargs="+", default=[1, 8, 64], help="Images that are drawn at once.")
-    parser.add_argument("--sampling_steps", type=int, default=20, help="Sampling steps T; a divisor of 1000.")
-    parser.add_argument("--training_steps", type=int, default=30, help="Training steps that are timed at a time.")
-    parser.add_argument("--repeats", type=int, default=5, help="How often each side has its turn.")
-    parser.add_argument("--output", help="A JSON file for the figures.")
+    parser.add_argument("--batch_sizes", type=int, nargs="+", default=[1, 8, 64], help="Batch sizes for sampling.")
+    parser.add_argument("--sampling_steps", type=int, default=20, help="Number of sampling steps T, a divisor of 1000.")
+    parser.add_argument("--training_steps", type=int, default=30, help="Number of training steps per timed call.")
+    parser.add_argument("--repeats", type=int, default=5, help="Number of timed calls of each side.")
+    parser.add_argument("--output", help="JSON file for the measurements.")
     args, train_argv = parser.parse_known_args(argv)
     return args, replace(parse_config(CFGConfig, train_argv), report_to="none")
 
@@ -49,8 +49,8 @@ def main(argv: list[str] | None = None) -> None:
     args, config = parse_args(argv)
     steps, repeats = args.training_steps, args.repeats
     short = replace(config, max_train_steps=steps, checkpointing_steps=0, validation_steps=0, eval_steps=0)
-    short = replace(short, validation_guidance_scales=[0.0], num_inference_steps=1)  # of the samples after the steps
-    # Here and not above: torch takes seconds, which --help and a wrong flag need not wait for.
+    short = replace(short, validation_guidance_scales=[0.0], num_inference_steps=1)  # cheap final samples
+    # Imported here so that --help and flag errors do not wait for torch.
     from diffusers_cfg.data.sources import load_labelled_images
     from diffusers_cfg.engine.accelerator import make_accelerator
     from diffusers_cfg.engine.trainer import Trainer

@@ -5,41 +5,47 @@
 # [tool.uv.sources]
 # diffusers-cfg = { path = "../..", editable = true }
 # ///
-"""Show that guidance and its samplers are right where the truth is known, and draw figures of it.
+"""Compare guidance and its samplers with a known exact solution, and plot the results.
 
 python training/studies/exactness.py --output_dir figures
 python training/studies/exactness.py --output_dir figures --model cfg-model --guide_model weak-model
 
-The truth is a mixture of three Gaussians, a class each, whose ε(z, c) and ε(z) are closed forms. With --model the rules
-of guidance are compared on a trained model. Tables are printed, and written to tables.md with the figures.
+The exact model is a mixture of three Gaussians, one per class, whose ε(z, c) and ε(z) are closed forms. With --model,
+rules of guidance are compared on a trained model. Tables are printed and written to tables.md, next to the figures.
 """
 
 from argparse import ArgumentDefaultsHelpFormatter, ArgumentParser, Namespace
+from collections.abc import Callable
 from pathlib import Path
 
-from diffusers_cfg.config import CACHE_DIR, run_command
+from diffusers_cfg.config import CACHE_DIR, UserError, run_command
+from diffusers_cfg.evaluation.settings import MIN_SAMPLES
 
 
 def parse_args(argv: list[str] | None = None) -> Namespace:
-    """Return the flags of this command."""
+    """Parse the flags of this command."""
     parser = ArgumentParser(
         prog="exactness.py",
-        description="Show that guidance and its samplers are right where the truth is known, and draw figures of it.",
+        description="Compare guidance and its samplers with a known exact solution, and plot the results.",
         formatter_class=ArgumentDefaultsHelpFormatter,
     )
-    parser.add_argument("--output_dir", required=True, help="Where to write the figures and tables.md.")
-    parser.add_argument("--model", help="The output folder of a training run, to compare the rules of guidance on.")
-    parser.add_argument("--guide_model", help="That of a weaker one for the same data, for autoguidance.")
-    parser.add_argument("--guidance_scale", type=float, default=2.0, help="The w at which the rules are compared.")
-    parser.add_argument("--num_samples", type=int, default=1000, help="Samples of each rule.")
-    parser.add_argument("--num_inference_steps", type=int, default=20, help="Steps of each rule.")
-    parser.add_argument("--seed", type=int, default=0, help="Each sample is determined by this and its index.")
+    parser.add_argument("--output_dir", required=True, help="Output folder for the figures and tables.md.")
+    parser.add_argument("--model", help="The output folder of a training run, to compare rules of guidance on.")
+    parser.add_argument("--guide_model", help="The output folder of a weaker model of the same data, for autoguidance.")
+    parser.add_argument("--guidance_scale", type=float, default=2.0, help="Guidance scale w of the rules.")
+    parser.add_argument("--num_samples", type=int, default=1000, help="Number of samples for each rule.")
+    parser.add_argument("--num_inference_steps", type=int, default=20, help="Number of sampling steps for each rule.")
+    parser.add_argument(
+        "--seed", type=int, default=0, help="Random seed; each sample depends on the seed and its index."
+    )
     return parser.parse_args(argv)
 
 
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
-    # Here and not above: torch takes seconds, which --help and a wrong flag need not wait for.
+    if args.model is not None and args.num_samples < MIN_SAMPLES:
+        raise UserError(f"--num_samples must be at least {MIN_SAMPLES}, but is {args.num_samples}.")
+    # Imported here so that --help and flag errors do not wait for torch.
     import diffusers
 
     from diffusers_cfg.engine.accelerator import make_accelerator
@@ -49,13 +55,18 @@ def main(argv: list[str] | None = None) -> None:
     output_dir = Path(args.output_dir)
     output_dir.mkdir(parents=True, exist_ok=True)
     diffusers.utils.logging.set_verbosity_error()
-    parts = [exactness.mixture_figure, exactness.convergence, exactness.stochastic, exactness.network_error]
+    experiments: list[Callable[[Path], str]] = [
+        exactness.mixture_figure,
+        exactness.convergence,
+        exactness.stochastic,
+        exactness.network_error,
+    ]
     if args.model is not None:
         settings = {name: value for name, value in vars(args).items() if name != "output_dir"}
-        parts.append(lambda folder: exactness.rules(folder, make_accelerator(), CACHE_DIR, **settings))
+        experiments.append(lambda folder: exactness.rules(folder, make_accelerator(), CACHE_DIR, **settings))
     sections = []
-    for part in parts:
-        sections.append(part(output_dir))
+    for experiment in experiments:
+        sections.append(experiment(output_dir))
         print(f"\n{sections[-1]}", flush=True)
     write_text("\n\n".join(sections) + "\n", output_dir / "tables.md")
 
