@@ -166,6 +166,8 @@ class Trainer:
         state, method, accelerator = self.state, self.method, self.accelerator
         self._sync_stream_state()
         with ema_weights(state), self.preemption.interruptible(), torch.no_grad():
+            disable = None if accelerator.is_local_main_process else True  # None: if the output is not a terminal
+            method.sampling_pipeline().set_progress_bar_config(desc="Sampling", leave=False, disable=disable)
             if draw:
                 self._draw_samples()
                 images = self.stream.probe if self.stream is not None else self.dataset
@@ -358,8 +360,6 @@ class Trainer:
 
     def _draw_samples(self) -> None:
         logger.info("Drawing samples at step %d", self.state.step)
-        quiet = None if self.accelerator.is_local_main_process else True
-        self.method.sampling_pipeline().set_progress_bar_config(desc="Sampling", leave=False, disable=quiet)
         picture = self.method.preview(self.accelerator)
         if picture is not None and self.accelerator.is_main_process:
             save_picture(Path(self.config.output_dir), self.accelerator, picture, self.state.step)
