@@ -60,7 +60,7 @@ def test_what_the_network_is_is_not_said_twice(tmp_path, source):
     path, network = tmp_path / "run.yaml", [f"--{source}", "network"]
     for argv in (["--dropout", "0.0"], ["--dropout=0.0"], ["--layers-per-block", "1"]):
         name = argv[0].lstrip("-").split("=")[0].replace("-", "_")
-        with pytest.raises(UserError, match=f"^{name}: the network is that of --{source} network. Leave"):
+        with pytest.raises(UserError, match=f"^{name}: the network comes from --{source} network. Leave"):
             parse_config(CFGConfig, [*network, *argv])
         path.write_text(f"{source}: network\n")
         with pytest.raises(UserError, match=f"^{name}: the network"):
@@ -111,7 +111,7 @@ def test_shipped_settings_are_valid(path):
         ({"cache_latents": True}, "--cache_latents needs an autoencoder.*--pretrained_vae_model_name_or_path"),
         (
             {"cache_latents": True, "streaming": True, "dataset_name": "a", "pretrained_vae_model_name_or_path": "b"},
-            "--cache_latents keeps the whole dataset.*--streaming",
+            "--cache_latents caches the whole dataset.*--streaming",
         ),
     ],
 )

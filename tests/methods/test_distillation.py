@@ -164,9 +164,9 @@ def test_resumed_distillation_is_bit_exact(teacher, student, tmp_path):
         (["--student_steps", "8", "--teacher_steps", "12"], "--teacher_steps 12"),
         (["--student_steps", "0"], "but is 0"),
         (["--max_guidance_scale", "0"], "max_guidance_scale must be a positive number, but is 0"),
-        (["--block_out_channels", "8"], "block_out_channels: the network is that of --pretrained_model_name_or_path"),
-        (["--prediction_type", "epsilon"], "prediction_type: that is the teacher's"),
-        (["--log_snr_max", "5"], "log_snr_max: that is the teacher's"),
+        (["--block_out_channels", "8"], "block_out_channels: the network comes from --pretrained_model_name_or_path"),
+        (["--prediction_type", "epsilon"], "prediction_type: the student inherits this from --teacher"),
+        (["--log_snr_max", "5"], "log_snr_max: the student inherits this from --teacher"),
         (["--learning_rat", "1"], None),
     ],
 )
