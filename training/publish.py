@@ -16,6 +16,7 @@ from diffusers_cfg.config import run_command
 
 
 def main(argv: list[str] | None = None) -> None:
+    """Run the command with the given arguments, by default those of the process."""
     parser = ArgumentParser(description="Publish the output folder of a training run to the Hub, with a model card.")
     parser.add_argument("folder", help="The output folder of a training run, or any saved pipeline.")
     parser.add_argument(

@@ -1,7 +1,4 @@
-"""
-Replace the trained network by a mixture of Gaussians, whose ε(z, c) and ε(z) are closed forms, and compute the exact
-results of guiding it.
-"""
+"""Define a mixture of Gaussians with closed-form ε(z, c) and ε(z), and compute the exact results of guiding it."""
 
 import math
 from functools import cache
@@ -126,7 +123,7 @@ class GaussianMixtureModel(torch.nn.Module):
         sigma: torch.Tensor | float = 0.0,
         class_labels: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """Return log p(z | c), or log p(z) for the null class, `(batch,)`. By default z = x, the data."""
+        """Return log p(z | c), or log p(z) for the null class, `(batch,)`. By default z is the data."""
         log_joint, _, _ = self._components(z, alpha, sigma, class_labels)
         return log_joint.logsumexp(1)
 

@@ -50,6 +50,7 @@ def parse_args(argv: list[str] | None = None) -> tuple[Namespace, list[str]]:
 
 
 def main(argv: list[str] | None = None) -> None:
+    """Run the command with the given arguments, by default those of the process."""
     preemption = Preemption().install()
     args, train_argv = parse_args(argv)
     runs = {p: configs_of(p, args, train_argv) for p in args.conditioning_dropout_probs}

@@ -61,6 +61,7 @@ def parse_args(argv: list[str] | None = None) -> tuple[Namespace, list[str]]:
 
 
 def main(argv: list[str] | None = None) -> None:
+    """Run the command with the given arguments, by default those of the process."""
     args, evaluation_argv = parse_args(argv)
     configs = configs_of(args, evaluation_argv)
     # Imported here so that --help and flag errors do not wait for torch.

@@ -46,6 +46,7 @@ def parse_args(argv: list[str] | None = None) -> tuple[Namespace, CFGConfig]:
 
 
 def main(argv: list[str] | None = None) -> None:
+    """Run the command with the given arguments, by default those of the process."""
     args, config = parse_args(argv)
     steps, repeats = args.training_steps, args.repeats
     short = replace(config, max_train_steps=steps, checkpointing_steps=0, validation_steps=0, eval_steps=0)

@@ -42,6 +42,7 @@ def parse_args(argv: list[str] | None = None) -> Namespace:
 
 
 def main(argv: list[str] | None = None) -> None:
+    """Run the command with the given arguments, by default those of the process."""
     args = parse_args(argv)
     if args.model is not None and args.num_samples < MIN_SAMPLES:
         raise UserError(f"--num_samples must be at least {MIN_SAMPLES}, but is {args.num_samples}.")
