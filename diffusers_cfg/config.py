@@ -1,6 +1,6 @@
-"""Turn flags and YAML files into frozen dataclasses, and check every setting in one place.
+"""Parse flags and YAML files into frozen dataclasses, and validate every setting.
 
-Nothing heavy is imported here, so that `--help` and a wrong flag are answered before torch is loaded.
+This module imports nothing heavy, so that `--help` and flag errors do not wait for torch.
 """
 
 import dataclasses
@@ -21,28 +21,28 @@ CACHE_DIR = Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "d
 
 
 class CommandError(Exception):
-    """Ends a command with its text on stderr and with `exit_code`."""
+    """An error that ends a command with its text on stderr and with `exit_code`."""
 
     exit_code = 1
 
 
 class UserError(CommandError, ValueError):
-    """Something that the user asked for cannot be done. The message names the value and what to do."""
+    """An error in what the user passed. The message names the value and says what to do."""
 
 
 def flag(default: Any = MISSING, help: str = "", **metadata: Any) -> Any:
     """
-    Declare a setting, which is a flag on the command line and a name in a YAML file.
+    Declare a setting: a flag on the command line and a name in a YAML file.
 
     Args:
-        default: its default; without one the flag is required.
-        help (`str`): its help text.
+        default: the default; without one the flag is required.
+        help (`str`): the help text.
         at_least, at_most, above, below: bounds on the value, or on each element of a list.
         length (`int`): number of elements of a list.
-        scalar (`bool`): whether one value may stand for a list of one.
-        secret (`bool`): whether the value is left out of everything that is written down.
-        relative (`bool`): whether the value may be a path relative to the YAML file that holds it.
-        on_resume (`str`): what a resumed run may do with it, see `fixed`, `recorded` and `free`.
+        scalar (`bool`): whether a single value is accepted instead of a list.
+        secret (`bool`): whether the value is left out of saved settings and of `repr`.
+        relative (`bool`): whether the value may be a path relative to the YAML file that contains it.
+        on_resume (`str`): whether a resumed run may change the setting, see `fixed`, `recorded` and `free`.
     """
     metadata = {"help": help, **metadata}
     if isinstance(default, list):
@@ -51,31 +51,31 @@ def flag(default: Any = MISSING, help: str = "", **metadata: Any) -> Any:
 
 
 def fixed(default: Any = MISSING, help: str = "", **metadata: Any) -> Any:
-    """Declare a setting whose change is refused when a run is resumed."""
+    """Declare a setting that a resumed run cannot change."""
     return flag(default, help, on_resume="fixed", **metadata)
 
 
 def recorded(default: Any = MISSING, help: str = "", **metadata: Any) -> Any:
-    """Declare a setting whose change is logged and kept in the run's history when a run is resumed."""
+    """Declare a setting that a resumed run may change. The change is logged and kept in the history of the run."""
     return flag(default, help, on_resume="recorded", **metadata)
 
 
 def free(default: Any = MISSING, help: str = "", **metadata: Any) -> Any:
-    """Declare a setting that changes no weights, so that a resumed run may change it."""
+    """Declare a setting that a resumed run may change, because it does not affect the weights."""
     return flag(default, help, on_resume="free", **metadata)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
     """
-    The settings of a command. A subclass declares them by `flag`, `fixed`, `recorded` or `free`.
+    The settings of a command. A subclass declares them with `flag`, `fixed`, `recorded` or `free`.
 
     Attributes:
         description (`str`): the first line of `--help`.
-        group (`str`): the heading of the class's own flags there.
+        group (`str`): the heading in `--help` of the flags that the class declares.
 
     Raises:
-        UserError: a value has the wrong type, is out of range or is not one of the choices.
+        UserError: if a value has the wrong type, is out of range or is not one of the choices.
     """
 
     description: ClassVar[str] = ""
@@ -90,16 +90,16 @@ class Config:
         self.check()
 
     def check(self) -> None:
-        """Check the settings against each other. Raises UserError."""
+        """Check combinations of settings. Raises UserError."""
 
     @classmethod
     def underlying(cls, values: Mapping[str, Any]) -> dict[str, Any]:
-        """Return defaults that depend on the other settings. They rank below the YAML file's and the flags."""
+        """Return defaults that depend on other settings. The YAML file and the flags override them."""
         return {}
 
     @classmethod
     def check_given(cls, values: Mapping[str, Any], flags: set[str], in_file: set[str]) -> None:
-        """Check which settings were given at all, as flags or in the YAML file. Raises UserError."""
+        """Check combinations of the settings that were passed as flags or in the YAML file. Raises UserError."""
 
     def public(self) -> dict[str, Any]:
         """Return the settings by name, without secrets."""
@@ -107,12 +107,12 @@ class Config:
         return {name: value for name, value in dataclasses.asdict(self).items() if name not in secrets}
 
     def save(self, path: Path) -> None:
-        """Write the settings as YAML, for `--config`."""
+        """Write the settings to a YAML file that `--config` accepts."""
         path.write_text(yaml.safe_dump(self.public(), sort_keys=False, allow_unicode=True), encoding="utf-8")
 
     @classmethod
     def load(cls, path: Path) -> Self:
-        """Read what `save` wrote."""
+        """Read settings that `save` has written."""
         return cls(**read_yaml(path, cls))
 
 
@@ -121,17 +121,17 @@ BOOLEANS = {"true": True, "false": False, "yes": True, "no": False}
 
 def convert(name: str, value: Any, annotation: Any, metadata: Mapping[str, Any]) -> Any:
     """
-    Return a value as its annotation has it: "3e-4" (a string in YAML 1.1) as a float, 10.0 as an int.
+    Convert a value to the type of its annotation: "3e-4" (a string in YAML 1.1) to a float, 10.0 to an int.
 
     Raises:
-        UserError: it cannot be, or it is not one of the choices.
+        UserError: if the value has another type or is not one of the choices.
     """
     origin, arguments = get_origin(annotation), get_args(annotation)
     if origin in (Union, types.UnionType):
         (kind,) = (argument for argument in arguments if argument is not types.NoneType)
         return None if value is None else convert(name, value, kind, metadata)
     if origin is Literal:
-        if value is False and "no" in arguments:  # which YAML makes of it
+        if value is False and "no" in arguments:  # YAML parses `no` as False.
             value = "no"
         if value not in arguments:
             raise UserError(f"{name} must be one of {', '.join(map(repr, arguments))}, but is {value!r}.")
@@ -154,12 +154,12 @@ def convert(name: str, value: Any, annotation: Any, metadata: Mapping[str, Any])
             return int(value)
     except (ValueError, OverflowError):
         pass
-    kind = {str: "text", bool: "true or false", float: "a number", int: "a whole number"}[annotation]
+    kind = {str: "a string", bool: "true or false", float: "a number", int: "an integer"}[annotation]
     raise UserError(f"{name} must be {kind}, but is {value!r}.")
 
 
 def check_range(name: str, value: Any, metadata: Mapping[str, Any]) -> None:
-    """Raise UserError if a number, or an element of a list, is not finite or outside its bounds."""
+    """Raise UserError if a number, or an element of a list, is not finite or is out of bounds."""
     values = value if isinstance(value, list) else [value]
     numbers = [v for v in values if isinstance(v, (int, float)) and not isinstance(v, bool)]
     at_least, at_most = metadata.get("at_least", -math.inf), metadata.get("at_most", math.inf)
@@ -175,7 +175,7 @@ def check_range(name: str, value: Any, metadata: Mapping[str, Any]) -> None:
 
 
 def range_text(metadata: Mapping[str, Any]) -> str:
-    """Return the bounds of a setting in words."""
+    """Return the bounds of a setting as text."""
     bounds = {name: metadata[name] for name in ("at_least", "above", "below", "at_most") if name in metadata}
     match bounds:
         case {"at_least": low, "below": high}:
@@ -191,10 +191,10 @@ def range_text(metadata: Mapping[str, Any]) -> str:
 
 def read_yaml(path: Path, cls: type[Config]) -> dict[str, Any]:
     """
-    Read the settings in a YAML file, by name.
+    Return the settings in a YAML file by name.
 
     Raises:
-        UserError: the file is missing, is not YAML, holds something else, or names an unknown setting.
+        UserError: if the file is missing, is not a YAML mapping, or names an unknown setting.
     """
     if not path.is_file():
         raise UserError(f"--config {path} does not exist.")
@@ -203,11 +203,11 @@ def read_yaml(path: Path, cls: type[Config]) -> dict[str, Any]:
     except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
         raise UserError(f"{path} is not a YAML file: {error}") from error
     if not isinstance(settings, dict):
-        raise UserError(f"{path} must hold settings as `name: value`, but holds a {type(settings).__name__}.")
+        raise UserError(f"{path} must contain settings as `name: value`, but contains a {type(settings).__name__}.")
     known = {setting.name: setting for setting in fields(cls)}
     unknown = sorted(str(name) for name in settings if name not in known)
     if unknown:
-        raise UserError(f"{path} has unknown settings {unknown}; --help lists those that exist.")
+        raise UserError(f"{path} contains unknown settings: {unknown}. --help lists all settings.")
     for name, value in settings.items():
         if known[name].metadata.get("relative") and value is not None and (path.parent / str(value)).exists():
             settings[name] = str((path.parent / str(value)).resolve())
@@ -219,31 +219,27 @@ def is_required(setting: dataclasses.Field) -> bool:
     return setting.default is MISSING and setting.default_factory is MISSING
 
 
+def parser_field(setting: dataclasses.Field) -> Any:
+    """Return a field for the parser, with the default and the help text of a setting and without other metadata."""
+    metadata = {"help": setting.metadata["help"]}
+    if setting.default_factory is not MISSING:
+        return field(default_factory=setting.default_factory, metadata=metadata)
+    # A required setting gets a default, because the YAML file may contain it. `parse_config` checks it later.
+    return field(default=None if setting.default is MISSING else setting.default, metadata=metadata)
+
+
 C = TypeVar("C", bound=Config)
 
 
 def make_parser(cls: type[Config]) -> ArgumentParser:
-    """Return a parser with a flag for each setting, in groups by the class that declares it."""
-    # From its module: importing it from `transformers` itself would take half a second longer.
+    """Return a parser with a flag for each setting, grouped by the class that declares it."""
+    # Imported from its own module, which is half a second faster than from `transformers`.
     from transformers.hf_argparser import HfArgumentParser
 
     annotations, groups = get_type_hints(cls), []
     for base in reversed(cls.__mro__[: cls.__mro__.index(Config)]):
         own = [setting for setting in fields(cls) if setting.name in inspect.get_annotations(base)]
-        # The parser passes a field's metadata on to argparse, which knows the help text only. What is required is
-        # checked later, as the YAML file may have it.
-        declared = [
-            (
-                setting.name,
-                annotations[setting.name],
-                field(
-                    default=None if is_required(setting) else setting.default,
-                    default_factory=setting.default_factory,
-                    metadata={"help": setting.metadata["help"]},
-                ),
-            )
-            for setting in own
-        ]
+        declared = [(setting.name, annotations[setting.name], parser_field(setting)) for setting in own]
         if declared:
             group = dataclasses.make_dataclass(base.__name__, declared, kw_only=True)
             group._argument_group_name = base.group
@@ -254,21 +250,21 @@ def make_parser(cls: type[Config]) -> ArgumentParser:
     parser.add_argument(
         "--config",
         default=SUPPRESS,
-        help="A YAML file of settings, by the names of these flags; flags override it.",
+        help="YAML file of settings, named like these flags; flags override it.",
     )
     return parser
 
 
 def parse_config(cls: type[C], argv: list[str] | None = None) -> C:
     """
-    Return the settings of a command. Flags override the file of `--config`, which overrides the defaults.
+    Parse the settings of a command. Flags override the file of `--config`, which overrides the defaults.
 
     Args:
         cls (`type`): the dataclass of the command's settings.
         argv (`list[str]`, *optional*): the arguments; by default those of the process.
 
     Raises:
-        UserError: a value is wrong. (For an unknown flag, argparse ends the process with its usage.)
+        UserError: if a value is wrong. For an unknown flag, argparse prints the usage and exits.
     """
     argv = sys.argv[1:] if argv is None else argv
     parser = make_parser(cls)
@@ -291,7 +287,7 @@ def parse_config(cls: type[C], argv: list[str] | None = None) -> C:
 
 
 def run_command(main: Callable[[], None]) -> None:
-    """Run the main function of a command. A `CommandError` becomes one line on stderr, with its exit code."""
+    """Run the main function of a command. On a `CommandError`, print its text to stderr and exit with its code."""
     try:
         main()
     except CommandError as error:

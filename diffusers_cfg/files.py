@@ -1,4 +1,4 @@
-"""Write files that are whole or absent, and name contents by their hashes."""
+"""Write files atomically, and hash their contents."""
 
 import hashlib
 import os
@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 
 @contextmanager
 def atomic_write(path: Path) -> Iterator[Path]:
-    """Yield a path to write to, which replaces `path` at the end of the block. If the block raises, it is deleted."""
+    """Yield a temporary path that replaces `path` after the block, or is deleted if the block raises."""
     path.parent.mkdir(parents=True, exist_ok=True)
     unfinished = path.with_suffix(f".tmp-{os.getpid()}")
     try:
@@ -23,13 +23,13 @@ def atomic_write(path: Path) -> Iterator[Path]:
 
 
 def write_safetensors(tensors: dict[str, torch.Tensor], metadata: dict[str, str], path: Path) -> None:
-    """Write tensors and text to a safetensors file, atomically."""
+    """Write tensors and metadata to a safetensors file atomically."""
     with atomic_write(path) as unfinished:
         save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, unfinished, metadata)
 
 
 def fsync(path: Path) -> None:
-    """Wait until a file, or the list of a folder's files, is on the disk."""
+    """Flush a file, or the entries of a folder, to the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -38,14 +38,14 @@ def fsync(path: Path) -> None:
 
 
 def checksum(path: Path) -> str:
-    """Return the SHA-256 of a file, in hexadecimal."""
+    """Return the SHA-256 hash of a file in hexadecimal."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def digest(tensors: dict[str, torch.Tensor]) -> str:
-    """Return a short name of weights: a hash of their bytes, in the order of their names."""
+    """Return a short hash of tensors: of their bytes, in the order of their names, in hexadecimal."""
     total = hashlib.blake2b(digest_size=4)
     for _, tensor in sorted(tensors.items()):
-        total.update(tensor.cpu().reshape(-1).view(torch.uint8).numpy())  # as bytes: NumPy has no bfloat16
+        total.update(tensor.cpu().reshape(-1).view(torch.uint8).numpy().data)  # as bytes: NumPy has no bfloat16
     return total.hexdigest()

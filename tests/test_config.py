@@ -1,8 +1,8 @@
-"""Flags and YAML files become settings, and what is wrong with them is named."""
+"""Test that flags and YAML files become settings, and that errors name the wrong value."""
 
 import dataclasses
 import math
-from typing import Literal
+from typing import Any, Literal
 
 import pytest
 
@@ -11,14 +11,14 @@ from diffusers_cfg.settings import CFGConfig
 from tests.support.runs import TRAINING
 
 
-def test_defaults_are_the_digits_where_no_data_is_named():
+def test_digits_are_the_default_dataset():
     config = parse_config(CFGConfig, [])
     assert (config.resolution, config.block_out_channels) == (8, [32, 64])
     assert parse_config(CFGConfig, ["--train_batch_size", "32"]).train_batch_size == 32
     assert parse_config(CFGConfig, ["--dataset_name", "someone/something"]).resolution == 64
 
 
-def test_flags_override_the_file_and_the_file_the_defaults(tmp_path):
+def test_flags_override_the_file_which_overrides_the_defaults(tmp_path):
     path = tmp_path / "run.yaml"
     path.write_text(
         "dataset_name: someone/something\nlearning_rate: 3e-4\nrandom_flip: true\nblock_out_channels: [8, 16]\n"
@@ -26,18 +26,18 @@ def test_flags_override_the_file_and_the_file_the_defaults(tmp_path):
     config = parse_config(CFGConfig, ["--config", str(path), "--learning_rate", "0.5"])
     assert (config.dataset_name, config.learning_rate) == ("someone/something", 0.5)
     assert (config.random_flip, config.block_out_channels) == (True, [8, 16])
-    # YAML 1.1 takes 3e-4 for a string
+    # In YAML 1.1, 3e-4 is a string.
     assert parse_config(CFGConfig, ["--config", str(path)]).learning_rate == 3e-4
 
 
-def test_saved_settings_are_read_back(tmp_path):
+def test_saved_settings_load(tmp_path):
     config = parse_config(CFGConfig, ["--resolution", "16", "--no_use_ema", "--validation_guidance_scales", "0", "2.5"])
     config.save(tmp_path / "train_config.yaml")
     assert CFGConfig.load(tmp_path / "train_config.yaml") == config
     assert parse_config(CFGConfig, ["--config", str(tmp_path / "train_config.yaml")]) == config
 
 
-def test_a_file_for_the_network_may_lie_beside_the_settings(tmp_path, monkeypatch):
+def test_network_config_path_is_relative_to_the_settings_file(tmp_path, monkeypatch):
     (tmp_path / "recipe").mkdir()
     (tmp_path / "recipe" / "network.json").write_text("{}")
     (tmp_path / "recipe" / "run.yaml").write_text("dataset_name: a\nmodel_config_name_or_path: network.json\n")
@@ -56,7 +56,7 @@ def test_a_file_for_the_network_may_lie_beside_the_settings(tmp_path, monkeypatc
 
 
 @pytest.mark.parametrize("source", ["model_config_name_or_path", "pretrained_model_name_or_path"])
-def test_what_the_network_is_is_not_said_twice(tmp_path, source):
+def test_network_settings_conflict_with_a_pretrained_network(tmp_path, source):
     path, network = tmp_path / "run.yaml", [f"--{source}", "network"]
     for argv in (["--dropout", "0.0"], ["--dropout=0.0"], ["--layers-per-block", "1"]):
         name = argv[0].lstrip("-").split("=")[0].replace("-", "_")
@@ -68,7 +68,7 @@ def test_what_the_network_is_is_not_said_twice(tmp_path, source):
     path.write_text(f"{source}: network\ndropout: 0.1\nblock_out_channels: [8]\n")
     with pytest.raises(UserError, match="^block_out_channels, dropout: the network"):
         parse_config(CFGConfig, ["--config", str(path)])
-    # A flag overrides the file of settings, with all that it says of the network
+    # A pretrained network passed as a flag overrides all network settings in the file.
     path.write_text("dropout: 0.1\n")
     config = parse_config(CFGConfig, ["--config", str(path), *network])
     config.save(path)
@@ -115,16 +115,16 @@ def test_shipped_settings_are_valid(path):
         ),
     ],
 )
-def test_wrong_settings_are_named(settings, message):
+def test_wrong_settings_raise(settings, message):
     with pytest.raises(UserError, match=message):
         CFGConfig(**settings)
 
 
 @pytest.mark.parametrize(
     ("text", "message"),
-    [("resolutoin: 3\n", "unknown settings.*resolutoin"), ("- 3\n", "holds a list"), (None, "does not exist")],
+    [("resolutoin: 3\n", "unknown settings.*resolutoin"), ("- 3\n", "contains a list"), (None, "does not exist")],
 )
-def test_wrong_files_are_named(text, message, tmp_path):
+def test_wrong_files_raise(text, message, tmp_path):
     path = tmp_path / "run.yaml"
     if text is not None:
         path.write_text(text)
@@ -133,16 +133,17 @@ def test_wrong_files_are_named(text, message, tmp_path):
 
 
 @pytest.mark.parametrize("argv", [["--resoluton", "8"], ["--resolution", "big"], ["--lr_scheduler", "magic"], ["8"]])
-def test_unknown_flags_and_values_end_the_program(argv, capsys):
+def test_unknown_flags_and_values_exit_with_usage(argv, capsys):
     with pytest.raises(SystemExit, match="2"):
         parse_config(CFGConfig, argv)
     assert argv[-1] in capsys.readouterr().err
 
 
-def test_one_decay_or_several():
+def test_ema_max_decay_accepts_one_value_or_several():
     assert parse_config(CFGConfig, ["--ema_max_decay", "0.999"]).ema_max_decay == [0.999]
     assert parse_config(CFGConfig, ["--ema_max_decay", "0.999", "0.99"]).ema_max_decay == [0.999, 0.99]
-    assert CFGConfig(ema_max_decay=0.9).ema_max_decay == [0.9]  # as one writes it in a file
+    in_file: dict[str, Any] = {"ema_max_decay": 0.9}
+    assert CFGConfig(**in_file).ema_max_decay == [0.9]
     for wrong in ([], [1.0], [0.9, 0.9]):
         with pytest.raises(UserError, match="ema_max_decay must "):
             CFGConfig(ema_max_decay=wrong)
@@ -150,7 +151,7 @@ def test_one_decay_or_several():
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Toy(Config):
-    """A setting of each type."""
+    """Settings of every type."""
 
     number: int = flag(1, "A number.", at_least=0)
     share: float = flag(0.5, "A share.", above=0, below=1)
@@ -159,7 +160,7 @@ class Toy(Config):
     text: str | None = flag(None, "A text.")
     pair: list[float] | None = flag(None, "A pair.", length=2)
     secret: str | None = flag(None, "A token.", secret=True)
-    must: str = flag(help="What has to be given.")
+    required: str = flag(help="A required text.")
 
 
 @pytest.mark.parametrize(
@@ -174,9 +175,9 @@ class Toy(Config):
         ({"text": None}, None),
     ],
 )
-def test_values_of_a_file_become_those_of_the_flags(values, expected):
+def test_values_are_converted_to_the_annotated_type(values, expected):
     ((name, _),) = values.items()
-    value = getattr(Toy(must="x", **values), name)
+    value = getattr(Toy(required="x", **values), name)
     assert value == expected
     assert type(value) is type(expected)
 
@@ -184,10 +185,10 @@ def test_values_of_a_file_become_those_of_the_flags(values, expected):
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"number": 1.5}, "number must be a whole number, but is 1.5"),
-        ({"number": True}, "number must be a whole number, but is True"),
-        ({"number": "four"}, "number must be a whole number, but is 'four'"),
-        ({"number": None}, "number must be a whole number, but is None"),
+        ({"number": 1.5}, "number must be an integer, but is 1.5"),
+        ({"number": True}, "number must be an integer, but is True"),
+        ({"number": "four"}, "number must be an integer, but is 'four'"),
+        ({"number": None}, "number must be an integer, but is None"),
         ({"number": -1}, "number must be at least 0, but is -1"),
         ({"share": "much"}, "share must be a number, but is 'much'"),
         ({"share": [0.5]}, r"share must be a number, but is \[0.5\]"),
@@ -196,39 +197,39 @@ def test_values_of_a_file_become_those_of_the_flags(values, expected):
         ({"yes": "perhaps"}, "yes must be true or false, but is 'perhaps'"),
         ({"yes": 3}, "yes must be true or false, but is 3"),
         ({"choice": "c"}, "choice must be one of 'a', 'b', but is 'c'"),
-        ({"text": 123}, "text must be text, but is 123"),
+        ({"text": 123}, "text must be a string, but is 123"),
         ({"pair": [1.0]}, r"pair must have 2 values, but has 1: \[1.0\]"),
         ({"pair": []}, r"pair must be a list with at least one element, but is \[\]"),
         ({"pair": 1.0}, "pair must be a list with at least one element, but is 1.0"),
-        ({"must": None}, "must must be text, but is None"),
+        ({"required": None}, "required must be a string, but is None"),
     ],
 )
-def test_values_of_another_type_are_named(values, message):
+def test_values_of_a_wrong_type_raise(values, message):
     with pytest.raises(UserError, match=message):
-        Toy(**{"must": "x", **values})
+        Toy(**{"required": "x", **values})
 
 
-def test_a_no_that_yaml_takes_for_false(tmp_path):
+def test_unquoted_no_in_yaml_is_mixed_precision_no(tmp_path):
     (tmp_path / "run.yaml").write_text("mixed_precision: no\n")
     assert parse_config(CFGConfig, ["--config", str(tmp_path / "run.yaml")]).mixed_precision == "no"
 
 
-def test_settings_do_not_change_after_parsing():
-    config = parse_config(Toy, ["--must", "x"])
+def test_settings_are_immutable():
+    config = parse_config(Toy, ["--required", "x"])
     with pytest.raises(dataclasses.FrozenInstanceError):
         config.number = 3
 
 
-def test_what_is_required_may_stand_in_the_file(tmp_path, capsys):
+def test_required_setting_may_come_from_the_file(tmp_path, capsys):
     with pytest.raises(SystemExit, match="2"):
         parse_config(Toy, ["--number", "3"])
-    assert "the following arguments are required: --must" in capsys.readouterr().err
-    (tmp_path / "toy.yaml").write_text("must: x\n")
-    assert parse_config(Toy, ["--config", str(tmp_path / "toy.yaml")]).must == "x"
+    assert "the following arguments are required: --required" in capsys.readouterr().err
+    (tmp_path / "toy.yaml").write_text("required: x\n")
+    assert parse_config(Toy, ["--config", str(tmp_path / "toy.yaml")]).required == "x"
 
 
-def test_secrets_are_not_written_down(tmp_path):
-    config = Toy(must="x", secret="hf_secret")
+def test_secrets_are_not_saved(tmp_path):
+    config = Toy(required="x", secret="hf_secret")
     config.save(tmp_path / "toy.yaml")
     assert "hf_secret" not in (tmp_path / "toy.yaml").read_text() + repr(config) + str(config.public())
 
@@ -236,13 +237,13 @@ def test_secrets_are_not_written_down(tmp_path):
 @pytest.mark.parametrize(
     "text", ["a: [1\n", "\tnumber: 1\n", "number: 1\n---\nnumber: 2\n", "!!python/object:os.system {}\n"]
 )
-def test_files_that_are_not_yaml(tmp_path, text):
+def test_file_that_is_not_yaml_raises(tmp_path, text):
     (tmp_path / "toy.yaml").write_text(text)
     with pytest.raises(UserError, match=r"toy.yaml is not a YAML file: "):
         parse_config(Toy, ["--config", str(tmp_path / "toy.yaml")])
 
 
-def test_files_that_are_not_text(tmp_path):
+def test_binary_file_raises(tmp_path):
     (tmp_path / "toy.yaml").write_bytes(b"\xff\xfe\x00n")
     with pytest.raises(UserError, match=r"toy.yaml is not a YAML file: "):
         parse_config(Toy, ["--config", str(tmp_path / "toy.yaml")])

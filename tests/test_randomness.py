@@ -1,4 +1,4 @@
-"""Random numbers as functions of the seed and of where in the run they are used."""
+"""Test that random numbers are functions of the seed and of their use in the run."""
 
 import pytest
 import torch
@@ -13,15 +13,15 @@ def draws(seed: int = 0, step: int = 3, rows: range = range(ROWS), batch_size: i
 
 
 def draw_all(source: Draws, purpose: str = "noise") -> list[torch.Tensor]:
-    """Return what can be drawn for a purpose, of every kind."""
+    """Return draws of every kind for a purpose."""
     by_row = torch.stack([torch.randn(3, generator=generator) for generator in source.generators(purpose)])
     return [source.normal(purpose, 1, 2, 2), source.uniform(purpose), source.antithetic(purpose), by_row]
 
 
-def test_draws_depend_on_seed_step_and_purpose_alone():
+def test_draws_depend_only_on_seed_step_and_purpose():
     first, again = draw_all(draws()), draw_all(draws())
     assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
-    # Drawing for other purposes in between makes no difference
+    # Draws for other purposes in between have no effect.
     source = draws()
     draw_all(source, "other")
     assert all(torch.equal(a, b) for a, b in zip(first, draw_all(source), strict=True))
@@ -30,7 +30,7 @@ def test_draws_depend_on_seed_step_and_purpose_alone():
 
 
 @pytest.mark.parametrize("rows", [range(0, 10), range(10, 20), range(990, ROWS), range(5, 5)])
-def test_draws_do_not_depend_on_how_the_global_batch_is_divided(rows):
+def test_draws_do_not_depend_on_the_division_of_the_global_batch(rows):
     whole = draw_all(draws())
     if len(rows) == 0:
         assert draws(rows=rows).normal("noise", 1, 2, 2).shape == (0, 1, 2, 2)
@@ -39,7 +39,7 @@ def test_draws_do_not_depend_on_how_the_global_batch_is_divided(rows):
         assert torch.equal(own, all_rows[rows.start : rows.stop])
 
 
-def test_draws_have_the_shapes_and_the_type_that_are_documented():
+def test_draws_have_the_documented_shapes_and_dtype():
     source = draws(rows=range(2, 5), batch_size=8)
     assert source.normal("x", 1, 2, 2).shape == (3, 1, 2, 2)
     assert source.uniform("x").shape == source.antithetic("x").shape == (3,)
@@ -48,7 +48,7 @@ def test_draws_have_the_shapes_and_the_type_that_are_documented():
         assert numbers.dtype == torch.float32
 
 
-def test_draws_have_their_distributions():
+def test_draws_have_the_documented_distributions():
     source = draws()
     noise, uniform, antithetic = source.normal("noise", 1, 2, 2), source.uniform("u"), source.antithetic("t")
     assert noise.mean().item() == pytest.approx(0, abs=0.06)
@@ -68,7 +68,7 @@ def test_draws_for_different_purposes_are_independent():
 
 
 def test_antithetic_draws_are_evenly_spaced():
-    """One in each interval of length 1/k, in any step: the least is the remainder of u."""
+    """Each step has one value in each interval of length 1/k, with a different offset."""
     first_rows = []
     for step in range(20):
         numbers = draws(step=step, rows=range(50), batch_size=50).antithetic("t")
@@ -78,7 +78,7 @@ def test_antithetic_draws_are_evenly_spaced():
     assert len(set(first_rows)) == 20
 
 
-def test_generators_of_rows_do_not_depend_on_the_size_of_the_batch():
+def test_row_generators_do_not_depend_on_the_batch_size():
     first = draws(rows=range(2), batch_size=2).generators("posterior")
     second = draws(rows=range(1, 3), batch_size=8).generators("posterior")
     assert first[1].initial_seed() == second[0].initial_seed()
@@ -91,6 +91,6 @@ def test_generators_of_different_keys_differ():
 
 
 def test_seeds_are_the_same_in_every_process():
-    """Unlike those of `hash`. A change of these numbers would change every run that is resumed."""
+    """Unlike `hash`. Changing these seeds would change every resumed run."""
     assert [seed_of(0, "order", 0), seed_of(1, "order", 0)] == [4819849257279361181, 969933350306031620]
     assert all(0 <= seed_of(number) < 2**63 for number in range(1000))
