@@ -69,7 +69,7 @@ def test_pipeline_with_a_different_noise_process_is_refused(tmp_path):
     ("settings", "message"),
     [
         ({"pretrained_model_name_or_path": "/nowhere/at/all"}, "/nowhere/at/all cannot be loaded"),
-        ({"pretrained_model_name_or_path": "a", "model_config_name_or_path": "b"}, "brings its own network"),
+        ({"pretrained_model_name_or_path": "a", "model_config_name_or_path": "b"}, "already contains a network"),
     ],
 )
 def test_invalid_pretrained_settings_are_refused(settings, message):
