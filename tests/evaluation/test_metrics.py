@@ -48,10 +48,10 @@ def test_frechet_distance_matches_scipy_and_torchmetrics(n, features):
 
     network = torch.nn.Identity()
     network.num_features = features
-    theirs = FrechetInceptionDistance(feature=network)
-    theirs.update(real, real=True)
-    theirs.update(fake, real=False)
-    assert distance(real, fake) == pytest.approx(theirs.compute().item(), rel=1e-6)
+    reference = FrechetInceptionDistance(feature=network)
+    reference.update(real, real=True)
+    reference.update(fake, real=False)
+    assert distance(real, fake) == pytest.approx(reference.compute().item(), rel=1e-6)
 
 
 def test_frechet_distance_of_known_gaussians():
@@ -99,9 +99,9 @@ def test_inception_score_of_known_predictions():
 
 def test_inception_score_matches_torchmetrics():
     logits = 3 * normal(200, 10)
-    theirs = InceptionScore(feature=torch.nn.Identity(), splits=1)
-    theirs.update(logits)
-    assert score(logits) == pytest.approx(theirs.compute()[0].item(), rel=1e-9)
+    reference = InceptionScore(feature=torch.nn.Identity(), splits=1)
+    reference.update(logits)
+    assert score(logits) == pytest.approx(reference.compute()[0].item(), rel=1e-9)
 
 
 def modes(*centers: float, n: int = 100, seed: int = 0) -> torch.Tensor:
