@@ -86,7 +86,7 @@ def combine(configs: list[EvaluationConfig], records: list[dict[str, Any]]) -> d
 
 
 def paper_row(rows: list[dict[str, Any]]) -> dict[str, Any] | None:
-    """Return the row of the paper's sampler with the paper's settings: most steps, guided at each, first model."""
+    """Return the row of the paper's sampler for the first model, with the most steps and no guidance interval."""
     paper_rows = [row for row in rows if row["scheduler"] == PAPER_SAMPLER and row["guidance_interval"] is None]
     return max(paper_rows, key=lambda row: row["num_inference_steps"], default=None)
 

@@ -1,4 +1,4 @@
-"""Accumulate feature statistics of samples and of real images, which are cached on disk for the real images."""
+"""Accumulate feature statistics of samples and real images, and cache those of the real images on disk."""
 
 import json
 import logging

@@ -66,7 +66,7 @@ def timed(function: Callable[[], Any]) -> Callable[[], float]:
 
 
 def peak_bytes(function: Callable[[], Any]) -> int:
-    """Return the peak increase of memory during a call: torch's memory on a GPU, or else the process's."""
+    """Return the peak memory increase of a call: torch's memory on a GPU if there is one, else the process's memory."""
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()

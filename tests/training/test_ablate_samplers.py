@@ -176,7 +176,10 @@ def test_models_of_different_data_raise(tmp_path, fake_sweeps):
         (["--samplers", "DDIMScheduler"], "--samplers DDIMScheduler must have the form CLASS:STEPS,STEPS"),
         (["--samplers", "DDIMScheduler:2,many"], "--samplers DDIMScheduler:2,many must have"),
         (["--guidance_interval", "5", "0.2"], r"0 ≤ σ_lo < σ_hi, but is \(5.0, 0.2\)"),
-        (["--samplers", "DDIMScheduler:2", "--guidance_interval", "0.3", "0.4"], "None of the 2 steps is in guidance_interval"),
+        (
+            ["--samplers", "DDIMScheduler:2", "--guidance_interval", "0.3", "0.4"],
+            "None of the 2 steps is in guidance_interval",
+        ),
         (["--scheduler", "DDIMScheduler"], "--scheduler is not a flag of this command"),
         (["--num_inference_steps=5"], "--num_inference_steps is not a flag of this command"),
     ],
