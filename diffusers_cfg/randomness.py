@@ -29,11 +29,12 @@ class Draws:
         step (`int`): the step.
         rows (`range`): the rows of the global batch to draw for.
         batch_size (`int`): number of rows in the global batch.
-        device (`torch.device`): the device to draw on. A CPU and a GPU give different numbers.
+        device (`torch.device` or `str`): the device to draw on. A CPU and a GPU give different numbers.
     """
 
     def __init__(self, seed: int, step: int, rows: range, batch_size: int, device: torch.device | str = "cpu"):
-        self.seed, self.step, self.rows, self.batch_size, self.device = seed, step, rows, batch_size, device
+        self.seed, self.step, self.rows, self.batch_size = seed, step, rows, batch_size
+        self.device = torch.device(device)
 
     def normal(self, purpose: str, *shape: int) -> torch.Tensor:
         """Return samples of N(0, 1), `(rows, *shape)`, float32."""

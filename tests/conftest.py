@@ -1,16 +1,17 @@
-"""Fixtures that several folders of tests share."""
+"""Provide fixtures for several folders of tests."""
 
 import logging
 import os
 import signal
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-# Before torch is imported: OpenMP's threads spin less while they wait, which costs 1 % on an idle machine and doubles
-# the rate when other processes are running. Processes that tests start inherit it.
+# Set before torch is imported, and inherited by the processes that tests start: waiting OpenMP threads spin less. This
+# costs 1 % of the speed on an idle machine and doubles the speed when other processes are running.
 os.environ.setdefault("GOMP_SPINCOUNT", "3000")
-# The workers of `pytest -n` have a core each, and so have the processes that their tests start.
+# Each worker of `pytest -n` is pinned to one core, together with the processes that its tests start.
 if (worker := os.environ.get("PYTEST_XDIST_WORKER")) and hasattr(os, "sched_setaffinity"):
     cores = sorted(os.sched_getaffinity(0))
     os.sched_setaffinity(0, {cores[int(worker.removeprefix("gw")) % len(cores)]})
@@ -23,8 +24,8 @@ from tests.support.runs import train
 
 
 @pytest.fixture(autouse=True)
-def settings_of_the_process():
-    """Take back the signal handlers and the logging of a command, whose process would end with it."""
+def restore_process_state():
+    """Restore the signal handlers and the logging after a test that runs a command in this process."""
     before = {number: signal.getsignal(number) for number in SIGNALS}
     yield
     for number, handler in before.items():
@@ -33,24 +34,27 @@ def settings_of_the_process():
 
 
 @pytest.fixture
-def hub():
+def hub() -> Iterator[Hub]:
+    """A local server in place of the Hub."""
     with Hub().serve() as hub:
         yield hub
 
 
 @pytest.fixture
 def unet() -> UNet2DCFGModel:
+    """A tiny network with random weights."""
     return make_unet()
 
 
 @pytest.fixture
 def pipeline() -> CFGPipeline:
+    """A tiny pipeline with random weights."""
     return make_pipeline()
 
 
 @pytest.fixture(scope="session")
 def trained_model(tmp_path_factory) -> Path:
-    """One tiny run of classifier-free guidance for all tests. Copy it to write into it."""
+    """The output folder of one tiny run of classifier-free guidance for all tests. Copy it to change it."""
     folder = tmp_path_factory.mktemp("trained") / "out"
     train(folder, "--conditioning_dropout_prob", "0.2")
     return folder

@@ -1,4 +1,4 @@
-"""Hold the rules of who may import whom."""
+"""Test the import rules and other design rules of the code."""
 
 import ast
 import re
@@ -9,7 +9,7 @@ import pytest
 
 from tests.support.imports import PACKAGE, REMOTE, ROOT, commands, edges, imported, layer, modules
 
-# What each layer may import of the package
+# The layers of the package that each layer may import
 RULES = {
     "diffusers_cfg": {"R"},
     "config": set(),
@@ -26,7 +26,7 @@ RULES = {
 
 
 def identifiers(path: Path) -> str:
-    """Return all names in the code of a file, docstrings and comments aside."""
+    """Return all names in the code of a file, without docstrings and comments."""
     nodes = list(ast.walk(ast.parse(path.read_text(encoding="utf-8"))))
     names = [node.id for node in nodes if isinstance(node, ast.Name)]
     names += [node.attr for node in nodes if isinstance(node, ast.Attribute)]
@@ -35,23 +35,25 @@ def identifiers(path: Path) -> str:
 
 
 def top_level(names: set[str]) -> set[str]:
+    """Return the top-level packages of modules."""
     return {name.split(".")[0] for name in names}
 
 
 def users_of(library: str) -> set[str]:
+    """Return the modules and commands that import a library."""
     return {name for name, path in {**modules(), **commands()}.items() if library in top_level(imported(path))}
 
 
 @pytest.mark.parametrize("name", REMOTE)
-def test_remote_code_runs_alone(name):
+def test_remote_code_imports_only_torch_and_diffusers(name):
     path = PACKAGE / f"{name}.py"
     assert top_level(imported(path)) - set(sys.stdlib_module_names) <= {"torch", "diffusers"}
     tree = ast.parse(path.read_text(encoding="utf-8"))
-    # A helper at module level would be shared by two loaded versions of a repository.
+    # Two loaded versions of a repository would share a function at module level.
     assert [node.name for node in tree.body if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef))] == []
-    # diffusers finds imports by their look, in docstrings too.
-    looks = re.findall(r"^\s*(?:import\s+(\S+)\s*$|from\s+(\S+)\s+import)", path.read_text(), flags=re.MULTILINE)
-    assert {(a or b).split(".")[0] for a, b in looks} <= top_level(imported(path))
+    # diffusers searches for imports with this pattern, in docstrings too.
+    found = re.findall(r"^\s*(?:import\s+(\S+)\s*$|from\s+(\S+)\s+import)", path.read_text(), flags=re.MULTILINE)
+    assert {(a or b).split(".")[0] for a, b in found} <= top_level(imported(path))
 
 
 @pytest.mark.parametrize(
@@ -63,22 +65,22 @@ def test_remote_code_runs_alone(name):
         ("data/*.py", r"log_snr|guidance|null_class|conditioning_dropout|unet|prediction_type"),
     ],
 )
-def test_what_a_part_does_not_know(pattern, unknown):
-    """Only the pipeline joins the network and the noise process; the engine and the data know no method."""
+def test_layers_do_not_mention_concepts_of_others(pattern, unknown):
+    """Only the pipeline combines the network and the noise process. Engine and data are independent of the method."""
     found = {path.name: set(re.findall(unknown, identifiers(path))) for path in PACKAGE.glob(pattern)}
     assert {name: words for name, words in found.items() if words} == {}
 
 
 @pytest.mark.parametrize("name", RULES)
-def test_the_layers_import_downwards(name):
+def test_layers_import_only_allowed_layers(name):
     assert edges().get(name, set()) <= RULES[name]
 
 
-def test_every_file_has_a_layer():
+def test_every_module_has_a_layer():
     assert {layer(name) for name in modules()} <= RULES.keys()
 
 
-def test_there_is_no_circle():
+def test_there_are_no_circular_imports():
     graph = {name: imported(path) & modules().keys() for name, path in modules().items() if name != "diffusers_cfg"}
     while free := [name for name, targets in graph.items() if not targets & graph.keys()]:
         for name in free:
@@ -86,7 +88,7 @@ def test_there_is_no_circle():
     assert graph.keys() == set()
 
 
-def test_a_method_imports_no_other():
+def test_methods_do_not_import_each_other():
     methods = {path.stem for path in (PACKAGE / "methods").glob("*.py")}
     shared = {"__init__", "objectives", "networks", "guided"}
     for name in methods - shared:
@@ -96,19 +98,19 @@ def test_a_method_imports_no_other():
         assert own <= shared, name
 
 
-def test_evaluation_comes_to_the_engine_as_a_callable():
+def test_engine_and_evaluation_do_not_import_each_other():
     assert "evaluation" not in edges()["engine"]
     assert "engine" not in edges()["evaluation"]
 
 
-def test_nobody_imports_a_command():
-    stems = {path.stem for path in commands().values()} - {"publish", "sample"}  # which are words of other modules too
+def test_no_module_imports_a_command():
+    stems = {path.stem for path in commands().values()} - {"publish", "sample"}  # also names of other modules
     for path in [*modules().values(), *commands().values(), *(ROOT / "tests").rglob("*.py")]:
         assert not top_level(imported(path)) & (stems | {"training"}), path
 
 
-def test_imports_stand_at_the_top():
-    """In the package too, but for what is optional or costs a start that does not need it."""
+def test_imports_are_at_the_top_of_the_file():
+    """The exceptions are optional or slow, and not always needed."""
     allowed = {"config": {"transformers.hf_argparser"}, "sources": {"sklearn.datasets"}}
     allowed["features"] = {"torch_fidelity.feature_extractor_inceptionv3"}
     for name, path in modules().items():
@@ -116,12 +118,12 @@ def test_imports_stand_at_the_top():
         assert nested <= allowed.get(name.split(".")[-1], set()), name
 
 
-def test_no_file_is_long():
-    long = {name: len(path.read_text().splitlines()) for name, path in {**modules(), **commands()}.items()}
-    assert {name: n for name, n in long.items() if n > 400 and name.split(".")[-1] not in REMOTE} == {}
+def test_no_file_exceeds_400_lines():
+    lines = {name: len(path.read_text().splitlines()) for name, path in {**modules(), **commands()}.items()}
+    assert {name: n for name, n in lines.items() if n > 400 and name.split(".")[-1] not in REMOTE} == {}
 
 
-def test_nobody_extends_the_path():
+def test_no_module_changes_sys_path():
     for path in [*modules().values(), *commands().values(), *(ROOT / "tests").rglob("*.py")]:
         if path != Path(__file__):
             assert "sys.path" not in path.read_text(encoding="utf-8"), path
@@ -129,7 +131,7 @@ def test_nobody_extends_the_path():
 
 
 @pytest.mark.parametrize(
-    ("library", "homes"),
+    ("library", "allowed"),
     [
         ("accelerate", r"diffusers_cfg\.(engine|evaluation|methods)\..*|diffusers_cfg\.data\.latents"),
         ("datasets", r"diffusers_cfg\.data\..*"),
@@ -137,27 +139,26 @@ def test_nobody_extends_the_path():
         ("torchvision", "-"),
     ],
 )
-def test_a_library_stays_in_its_place(library, homes):
-    assert {name for name in users_of(library) if not re.fullmatch(homes, name)} - {
+def test_libraries_are_imported_only_where_allowed(library, allowed):
+    assert {name for name in users_of(library) if not re.fullmatch(allowed, name)} - {
         name for name in commands() if library == "accelerate"
     } == set()
 
 
 @pytest.mark.parametrize("name", ["methods/objectives.py", "evaluation/metrics.py"])
-def test_the_mathematics_are_functions_over_tensors(name):
+def test_mathematics_are_pure_functions(name):
     libraries = top_level(imported(PACKAGE / name)) - set(sys.stdlib_module_names)
     assert libraries <= {"torch", "diffusers", "diffusers_cfg"}
     assert [n for n in ast.parse((PACKAGE / name).read_text()).body if isinstance(n, ast.ClassDef)] == []
 
 
-def test_the_guidance_rule_stands_in_one_place():
+def test_guidance_rule_is_written_once():
     rule = re.compile(r"\(1 \+ \w+\) \* ")
     files = [*modules().values(), *commands().values()]
     assert [path.name for path in files if rule.search(path.read_text(encoding="utf-8"))] == ["pipeline_cfg.py"]
 
 
-def test_the_documents_name_what_exists():
-    """Tests, files of the project, and the flags of commands."""
+def test_documents_name_existing_tests_and_files():
     documents = {name: (ROOT / name).read_text(encoding="utf-8") for name in ("README.md", "training/EXACTNESS.md")}
     sources = {path: path.read_text(encoding="utf-8") for path in (ROOT / "tests").rglob("*.py")}
     for name, text in documents.items():
@@ -169,7 +170,7 @@ def test_the_documents_name_what_exists():
             assert (ROOT / path).exists(), f"{name}: {path}"
 
 
-def test_ci_runs_the_command_of_the_readme():
+def test_ci_runs_the_command_in_the_readme():
     commands = re.findall(r"^(python -m venv .*pytest.*)$", (ROOT / "README.md").read_text(), flags=re.MULTILINE)
     assert len(commands) == 1
     assert commands[0] in (ROOT / ".ci" / "run").read_text()

@@ -3,13 +3,13 @@
 import atexit
 import logging
 import os
-from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
+from typing import Protocol
 
 import torch
 from accelerate import Accelerator, PartialState
-from accelerate.utils import DynamoBackend, LoggerType, ProjectConfiguration, parse_flag_from_env
+from accelerate.utils import DynamoBackend, LoggerType, ProjectConfiguration, TorchDynamoPlugin, parse_flag_from_env
 
 from diffusers_cfg.config import UserError
 from diffusers_cfg.settings import TrainConfig
@@ -19,20 +19,21 @@ logger = logging.getLogger(__name__)
 
 def make_accelerator(config: TrainConfig | None = None) -> Accelerator:
     """
-    Return the processes and the device that `accelerate launch` gave.
+    Return an `Accelerator` for the processes and the device of the launcher, and configure logging.
 
     Args:
-        config (`TrainConfig`, *optional*): of a training; without it there are no trackers, for sampling.
+        config (`TrainConfig`, *optional*): the settings of a training run. By default there are no trackers, which is
+            for sampling.
 
     Raises:
-        UserError: a tracker is not installed, or the launcher is to shard the network.
+        UserError: if a tracker is unknown or not installed, or the launcher would shard the network.
     """
     config = config or TrainConfig(report_to="none")
     refuse_sharding()
     # Without `cpu=True`, accelerate treats several CPU processes as independent runs.
     cpu = not torch.accelerator.is_available()
     state = PartialState(cpu=cpu, timeout=timedelta(seconds=config.ddp_timeout))
-    # And not at the end of a run: the group cannot be built again in the same processes, which may have another run.
+    # At exit and not at the end of a run: the same processes may start another run, and cannot recreate the group.
     atexit.unregister(destroy_process_group)
     atexit.register(destroy_process_group)
     configure_logging(state.is_main_process)
@@ -40,9 +41,9 @@ def make_accelerator(config: TrainConfig | None = None) -> Accelerator:
     mixed_precision = config.mixed_precision or os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
     if cpu:
         if mixed_precision != "no":
-            logger.warning("Training in fp32: on a CPU %s is many times slower.", mixed_precision)
+            logger.warning("Using fp32, because %s is many times slower on a CPU.", mixed_precision)
         mixed_precision = "no"
-        # `accelerate launch` leaves one thread to a process unless it is told that there is no GPU.
+        # Without --cpu, `accelerate launch` limits each process to one thread.
         torch.set_num_threads(max(1, available_cpus() // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
     if config.allow_tf32:
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
@@ -51,63 +52,78 @@ def make_accelerator(config: TrainConfig | None = None) -> Accelerator:
         log_with = None if config.report_to == "none" else LoggerType(config.report_to)
     except ValueError as error:
         trackers = ", ".join(LoggerType.list())
-        raise UserError(f"--report_to {config.report_to!r} is no tracker: it can be {trackers}, or none.") from error
+        raise UserError(f"--report_to {config.report_to} is not a tracker. Use {trackers} or none.") from error
     accelerator = Accelerator(
         cpu=cpu,
         mixed_precision=mixed_precision,
         gradient_accumulation_steps=config.gradient_accumulation_steps,
-        # It compiles a wrapper: the network that is sampled and saved stays as it is.
+        # Compiles a wrapper. The network that is sampled and saved is unchanged.
         dynamo_backend="inductor" if config.compile else None,
         log_with=log_with,
         project_config=ProjectConfiguration(
             project_dir=config.output_dir, logging_dir=str(Path(config.output_dir) / config.logging_dir)
         ),
     )
-    if accelerator.state.dynamo_plugin.backend != DynamoBackend.NO:
-        # With it torch 2.13 silently loses, on a CPU at least, the gradient of all that lies before an upsampling:
-        # most of the network would not learn. (torch imports its compiler when this attribute is first read.)
+    if dynamo_plugin(accelerator).backend != DynamoBackend.NO:
+        # With layout optimization, torch 2.13 silently drops the gradient of all layers before an upsampling, at least
+        # on a CPU, so most of the network would not learn. Reading this attribute makes torch import its compiler.
         torch._inductor.config.layout_optimization = False
     if config.report_to != "none" and not accelerator.log_with:
-        raise UserError(
-            f"--report_to {config.report_to}: that tracker is not installed. Install it, or set it to none."
-        )
+        raise UserError(f"--report_to {config.report_to} is not installed. Install it, or pass --report_to none.")
     return accelerator
 
 
+def dynamo_plugin(accelerator: Accelerator) -> TorchDynamoPlugin:
+    """Return accelerate's settings of torch.compile."""
+    plugin = accelerator.state.dynamo_plugin
+    assert plugin is not None  # `AcceleratorState` always has one.
+    return plugin
+
+
 def destroy_process_group() -> None:
-    """Leave the group of processes, if there is one."""
+    """Destroy the default process group if it is initialized."""
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
 
 
 def refuse_sharding() -> None:
-    """Raise UserError if the launcher is to shard the network."""
+    """Raise UserError if the launcher would shard the network."""
     for kind in ("FSDP", "DEEPSPEED", "MEGATRON_LM", "PARALLELISM_CONFIG"):
         if parse_flag_from_env(f"ACCELERATE_USE_{kind}"):
             raise UserError(
-                f"`accelerate launch` was told --use_{kind.lower()}, but checkpoints, averages and samples need each "
-                "process to have the whole network. Use DDP, such as --config_file "
-                "training/configs/accelerate/ddp.yaml; it needs some 20 bytes for each parameter."
+                f"`accelerate launch --use_{kind.lower()}` is not supported: checkpoints, EMA weights and samples need "
+                "the whole network on every process. Use DDP, such as --config_file "
+                "training/configs/accelerate/ddp.yaml, which needs about 20 bytes of memory per parameter."
             )
 
 
 def configure_logging(is_main_process: bool) -> None:
-    """Log warnings and progress on the main process, errors on the others."""
+    """Log at level INFO on the main process and at level ERROR on the other processes."""
     logging.basicConfig(format="%(levelname)s %(message)s", level=logging.INFO if is_main_process else logging.ERROR)
     for noisy in ("httpx", "datasets", "fsspec"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
 
 
 def available_cpus() -> int:
-    """Return the number of processors that this process may use (all of them, where the system does not say)."""
+    """Return the number of CPUs available to this process, or of the machine if the system has no CPU affinity."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def make_vote(accelerator: Accelerator, timeout_s: int) -> Callable[[bool, bool], bool]:
+class Vote(Protocol):
+    """A function that returns whether any rank votes yes, see `make_vote`."""
+
+    def __call__(self, vote: bool, at_once: bool) -> bool: ...
+
+
+def make_vote(accelerator: Accelerator, timeout_s: int) -> Vote:
     """
-    Return a function `(vote, at_once) -> bool` that all-reduces a boolean (or) over all ranks. With `at_once=False` it
-    returns the result of the *previous* call, so that the reduction overlaps with the step. It uses a gloo group, which
-    does not synchronize the GPU.
+    Return a function `(vote, at_once) -> bool` that all-reduces a boolean with OR over all ranks. With `at_once=False`
+    it returns the result of the *previous* call, so that the reduction overlaps with the step. It uses a gloo group,
+    which does not synchronize the GPU.
+
+    Args:
+        accelerator (`Accelerator`): the processes.
+        timeout_s (`int`): timeout of the reduction, in seconds.
     """
     if accelerator.num_processes == 1:
         return lambda vote, at_once: vote

@@ -1,9 +1,10 @@
-"""Read the data of each step: this process's batches, as training input on the device, with their random numbers."""
+"""Load the batches of each step, on the device and with their random numbers."""
 
 import multiprocessing
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sized
 from functools import partial
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -30,15 +31,15 @@ from diffusers_cfg.settings import TrainConfig
 
 class StepBatches:
     """
-    The batches of this process, step by step.
+    An iterable over the steps of a run that yields the batches of this process.
 
     Args:
         config (`TrainConfig`): seed, batch size, flips and workers.
-        accelerator (`Accelerator`): the processes that divide each global batch.
+        accelerator (`Accelerator`): the processes that share each global batch.
         dataset (`Dataset`): images, or their cached latents.
-        method (`Method`): its pipeline's autoencoder, if it has one, encodes the images.
-        steps (`range`): of the run.
-        accumulation (`int`): batches of a process in a step.
+        method (`Method`): the method, whose autoencoder, if any, encodes the images.
+        steps (`range`): the steps of the run.
+        accumulation (`int`): number of batches per process and step.
 
     Attributes:
         wait (`float`): seconds spent waiting for data.
@@ -55,11 +56,11 @@ class StepBatches:
     ):
         self.config, self.accelerator, self.dataset, self.method = config, accelerator, dataset, method
         self.steps, self.accumulation, self.wait = steps, accumulation, 0.0
-        self.streamed = isinstance(dataset, StreamedImages)
+        self.stream = dataset if isinstance(dataset, StreamedImages) else None
         self.unreadable, self.seen, self._ending = set(), 0, multiprocessing.Event()
 
     def __iter__(self) -> Iterator[list[Batch]]:
-        """Yield for each step the list of its batches. Raises UserError if too many images cannot be read."""
+        """Yield the list of batches of each step. Raises UserError if too many images cannot be read."""
         self._loaded = iter(self._loader())
         for step in self.steps:
             yield [self._batch(self._next(), step, micro_step) for micro_step in range(self.accumulation)]
@@ -68,17 +69,17 @@ class StepBatches:
 
     def close(self) -> None:
         """
-        End the workers. Before it they ignore the SIGTERM by which the process, at its exit, would ask them to go, and
-        it would wait for them.
+        Stop the workers. Until then they ignore SIGTERM, so that without this call the process would wait for them
+        forever at its exit.
         """
         self._ending.set()
         self._loaded = None
 
     def _loader(self) -> DataLoader:
         config, rank, world_size = self.config, self.accelerator.process_index, self.accelerator.num_processes
-        if self.streamed:
-            order = {"batch_size": None}
-        else:
+        order: dict[str, Any] = {"batch_size": None}
+        if self.stream is None:
+            assert isinstance(self.dataset, Sized)
             sampler = GlobalBatchSampler(
                 len(self.dataset),
                 config.train_batch_size,
@@ -108,20 +109,23 @@ class StepBatches:
         return make_batch(self.method, images, draws, flip)
 
     def _next(self) -> ImageBatch | LatentBatch:
-        asked = time.perf_counter()
+        started = time.perf_counter()
+        assert self._loaded is not None
         try:
             images = next(self._loaded)
-        except UserError as error:  # of a worker: torch has made its traceback a part of the text
+        except UserError as error:  # raised in a worker: torch adds the worker's traceback to the text
             raise UserError(str(error).strip().rpartition("UserError: ")[2]) from None
-        self.wait += time.perf_counter() - asked
-        if self.streamed:
-            self.dataset.used(images)
+        self.wait += time.perf_counter() - started
+        if self.stream is not None:
+            self.stream.used(images)
         self.seen += len(images.class_labels) + len(images.unreadable)
         if images.unreadable:
             self.unreadable.update(images.unreadable)
-            if self.seen >= MIN_SEEN or not self.streamed:
-                among = self.seen if self.streamed else len(self.dataset)
-                check_unreadable(self.unreadable, among, self.config.max_unreadable_fraction)
+            if self.stream is None:
+                assert isinstance(self.dataset, Sized)
+                check_unreadable(self.unreadable, len(self.dataset), self.config.max_unreadable_fraction)
+            elif self.seen >= MIN_SEEN:
+                check_unreadable(self.unreadable, self.seen, self.config.max_unreadable_fraction)
         return images
 
 
@@ -129,7 +133,7 @@ class StepBatches:
 def make_batch(
     method: Method, images: ImageBatch | LatentBatch, draws: Draws, flip: torch.Tensor | None = None
 ) -> Batch:
-    """Return images as training input: in [-1, 1], flipped where `flip` says; or latents drawn from the posterior."""
+    """Return a batch on the device of `draws`: images in [-1, 1], flipped where `flip` is true, or their latents."""
     x = images.training_input(draws.device, flip)
     pipeline = method.pipeline
     if getattr(pipeline, "vae", None) is not None:
@@ -139,7 +143,8 @@ def make_batch(
 
 
 def probe_batches(config: TrainConfig, method: Method, dataset: Dataset, device: torch.device) -> Iterator[Batch]:
-    """Yield up to 256 labelled images, the same at every call, for `Method.probe`; any images if none has a label."""
+    """Yield up to 256 images for `Method.probe`, the same ones in every call. They have labels if any image has."""
+    assert isinstance(dataset, Sized)
     candidates = (dataset.class_labels != UNLABELLED).nonzero().flatten()
     if not len(candidates):
         candidates = torch.arange(len(dataset))

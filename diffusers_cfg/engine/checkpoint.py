@@ -1,7 +1,7 @@
-"""Write and read `checkpoint-STEP` folders: tensors as safetensors, the rest as JSON, no pickles.
+"""Write and read `checkpoint-STEP` folders, with tensors as safetensors, all else as JSON, and no pickles.
 
-A checkpoint holds for each module `NAME/`, and `NAME_ema/` if it is averaged; for each objective
-`optimizer-OBJECTIVE.safetensors`; `state.json`; and `checksums.json`, which lists all of these files.
+A checkpoint contains a folder `NAME` for each module, a folder `NAME_ema` for each averaged module, a file
+`optimizer-OBJECTIVE.safetensors` for each objective, `state.json`, and `checksums.json`, which lists all other files.
 """
 
 import json
@@ -15,7 +15,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from diffusers_cfg.config import Config, UserError
+from diffusers_cfg.config import UserError
 from diffusers_cfg.engine.state import (
     TrainState,
     ema_weights,
@@ -31,9 +31,9 @@ from diffusers_cfg.settings import CONFIG_FILE, RunConfig, TrainConfig
 logger = logging.getLogger(__name__)
 
 STATE_FILE, CHECKSUMS = "state.json", "checksums.json"
-# The layout described above. Checkpoints without a format were written before there were several methods.
+# Version of the layout above. Checkpoints without a format come from versions that had one method only.
 FORMAT = 2
-# All that a run writes into its folder, and all that --overwrite_output_dir deletes.
+# Everything that a run writes to its folder and that --overwrite_output_dir deletes.
 RUN_FILES = [
     CONFIG_FILE, "run.json", "evaluation", "model_index.json", "pipeline_cfg.py", "unet", "scheduler", "vae",
     "samples", "checkpoint-*", "old-checkpoint-*", "tmp-*",
@@ -48,11 +48,11 @@ def checkpoints(output_dir: Path) -> list[Path]:
 
 def find_checkpoint(config: RunConfig) -> Path | None:
     """
-    Return the folder that `--resume_from_checkpoint` means: a name in the output folder, a path, or the latest that is
-    undamaged. Return None if there is nothing to resume.
+    Return the checkpoint folder of `--resume_from_checkpoint`: a name in the output folder, a path, or the latest
+    undamaged checkpoint. Return None if there is none to resume.
 
     Raises:
-        UserError: it does not exist or is damaged.
+        UserError: if the checkpoint does not exist or is damaged.
     """
     wanted, output_dir = config.resume_from_checkpoint, Path(config.output_dir)
     if wanted is None:
@@ -62,43 +62,44 @@ def find_checkpoint(config: RunConfig) -> Path | None:
         for path in reversed(existing):
             if (damage := verify_checkpoint(path)) is None:
                 return path
-            logger.warning("%s is damaged (%s): taking the one before it.", path, damage)
+            logger.warning("%s is damaged (%s). Trying the previous checkpoint.", path, damage)
         if existing:
             raise UserError(
-                f"All checkpoints in {output_dir} are damaged ({', '.join(path.name for path in existing)}): start "
-                "again with --overwrite_output_dir."
+                f"All checkpoints in {output_dir} are damaged ({', '.join(path.name for path in existing)}). Restart "
+                "with --overwrite_output_dir."
             )
-        logger.warning("There is no checkpoint in %s yet: starting a new run.", output_dir)
+        logger.warning("%s contains no checkpoint. Starting a new run.", output_dir)
         return None
     found = [path for path in (output_dir / wanted, Path(wanted)) if (path / STATE_FILE).is_file()]
     if not found:
         raise UserError(
-            f"--resume_from_checkpoint {wanted} does not exist. {output_dir} holds "
+            f"--resume_from_checkpoint {wanted} does not exist. {output_dir} contains "
             f"{', '.join(path.name for path in existing) or 'no checkpoints'}."
         )
     if (damage := verify_checkpoint(found[0])) is not None:
-        raise UserError(f"--resume_from_checkpoint {wanted} is damaged ({damage}): take another, or latest.")
+        raise UserError(f"--resume_from_checkpoint {wanted} is damaged ({damage}). Pass another checkpoint or latest.")
     return found[0]
 
 
 def check_output_dir(config: RunConfig) -> None:
-    """Raise UserError if the output folder holds another run, and the settings do not say what to do with it."""
+    """Raise UserError if the output folder is not empty and the settings neither resume nor overwrite the run in it."""
     output_dir = Path(config.output_dir)
     if output_dir.exists() and not output_dir.is_dir():
-        raise UserError(f"--output_dir {output_dir} is a file: name a folder.")
+        raise UserError(f"--output_dir {output_dir} is a file. Pass a folder.")
     taken = output_dir.is_dir() and any(output_dir.iterdir())
     if taken and config.resume_from_checkpoint is None and not config.overwrite_output_dir:
         raise UserError(
-            f"--output_dir {output_dir} is not empty: resume with --resume_from_checkpoint latest, start again with "
-            "--overwrite_output_dir, or name another folder."
+            f"--output_dir {output_dir} is not empty. Resume with --resume_from_checkpoint latest, restart with "
+            "--overwrite_output_dir, or pass a different folder."
         )
 
 
 def prepare_output_dir(config: TrainConfig, checkpoint: Path | None) -> None:
     """
-    Create the folder, and write down the settings of this run. Delete the run in the folder if that is wanted and none
-    is resumed. Rename the checkpoints that are newer than the one that is resumed: they belong to the steps that this
-    run takes again, and `latest` must not mean them.
+    Create the output folder and save the settings in it.
+
+    With `--overwrite_output_dir`, delete the run in the folder, unless a checkpoint is resumed. Rename checkpoints that
+    are newer than the resumed one: this run repeats their steps, and `latest` must not find them.
     """
     output_dir = Path(config.output_dir)
     if config.overwrite_output_dir and checkpoint is None:
@@ -111,38 +112,38 @@ def prepare_output_dir(config: TrainConfig, checkpoint: Path | None) -> None:
             old = output_dir / f"old-{newer.name}"
             shutil.rmtree(old, ignore_errors=True)
             newer.rename(old)
-            logger.warning("%s is newer than the checkpoint that is resumed: it is %s now.", newer, old.name)
+            logger.warning("%s is newer than the resumed checkpoint and was renamed to %s.", newer, old.name)
     output_dir.mkdir(parents=True, exist_ok=True)
     config.save(output_dir / CONFIG_FILE)
 
 
 def save_checkpoint(config: RunConfig, state: TrainState, facts: dict[str, Any]) -> bool:
     """
-    Write `checkpoint-STEP` under a temporary name, make sure that it is on the disk and reads back as written, and only
-    then give it its name and delete the oldest. A failure before that leaves the last valid checkpoint untouched, and a
-    full disk costs the checkpoint and not the run.
+    Write `checkpoint-STEP` under a temporary name, flush it to the disk and verify it. Then rename it and delete the
+    oldest checkpoints. A failure before the rename, such as a full disk, leaves the last valid checkpoint untouched and
+    does not end the run.
 
     Args:
-        config (`RunConfig`): output folder, and how many checkpoints are kept.
-        state (`TrainState`): what is saved.
-        facts (`dict`): what else `state.json` holds, for a resumed run to compare with.
+        config (`RunConfig`): the output folder, and the number of checkpoints to keep.
+        state (`TrainState`): the state to save.
+        facts (`dict`): other entries of `state.json`, which a resumed run is compared with.
 
     Returns:
-        `bool`: whether it was written. If not, an error is logged.
+        `bool`: whether the checkpoint was written. If not, an error is logged.
     """
     output_dir = Path(config.output_dir)
-    path, aside = output_dir / f"checkpoint-{state.step}", output_dir / f"tmp-checkpoint-{state.step}"
+    path, unfinished = output_dir / f"checkpoint-{state.step}", output_dir / f"tmp-checkpoint-{state.step}"
     try:
-        shutil.rmtree(aside, ignore_errors=True)
-        write_checkpoint(aside, state, facts)
-        write_checksums(aside)
-        if (damage := verify_checkpoint(aside)) is not None:
-            raise OSError(f"it does not read as it was written: {damage}")
+        shutil.rmtree(unfinished, ignore_errors=True)
+        write_checkpoint(unfinished, state, facts)
+        write_checksums(unfinished)
+        if (damage := verify_checkpoint(unfinished)) is not None:
+            raise OSError(f"the files read back differ: {damage}")
         shutil.rmtree(path, ignore_errors=True)
-        aside.rename(path)
+        unfinished.rename(path)
         fsync(output_dir)
-    except (OSError, SafetensorError) as error:  # which safetensors raises for a full disk too
-        shutil.rmtree(aside, ignore_errors=True)
+    except (OSError, SafetensorError) as error:  # safetensors raises its own error for a full disk
+        shutil.rmtree(unfinished, ignore_errors=True)
         last = [other.name for other in checkpoints(output_dir)][-1:]
         logger.error(
             "Failed to write the checkpoint of step %d: %s. The last valid checkpoint is %s.",
@@ -187,7 +188,7 @@ def write_checkpoint(folder: Path, state: TrainState, facts: dict[str, Any]) -> 
 
 
 def write_checksums(folder: Path) -> None:
-    """Write down the checksum of each file of a folder, and wait until all of it is on the disk."""
+    """Write `checksums.json`, the checksum of each file in a folder, and flush the folder to the disk."""
     files = [path for path in sorted(folder.rglob("*")) if path.is_file()]
     checksums = {path.relative_to(folder).as_posix(): checksum(path) for path in files}
     (folder / CHECKSUMS).write_text(json.dumps(checksums, indent=2), encoding="utf-8")
@@ -196,50 +197,56 @@ def write_checksums(folder: Path) -> None:
 
 
 def verify_checkpoint(folder: Path) -> str | None:
-    """Return what is wrong with a checkpoint: a file that is missing or not as it was written. None if nothing is."""
+    """Return a description of the first missing or changed file of a checkpoint, or None if it is undamaged."""
     try:
         checksums = json.loads((folder / CHECKSUMS).read_text(encoding="utf-8"))
         if STATE_FILE not in checksums:
             return f"{CHECKSUMS} does not list {STATE_FILE}"
         for name, expected in checksums.items():
             if checksum(folder / name) != expected:
-                return f"{name} is not as it was written"
+                return f"{name} does not match its checksum"
     except (OSError, ValueError, AttributeError, TypeError) as error:
         return str(error)
     return None
 
 
 def read_record(path: Path) -> dict[str, Any]:
-    """Return a checkpoint's `state.json`. Raises UserError if it has the layout of another version."""
+    """Read the `state.json` of a checkpoint. Raises UserError if a version with a different layout wrote it."""
     record = json.loads((path / STATE_FILE).read_text(encoding="utf-8"))
     if record.get("format") != FORMAT:
         age = "an older" if "format" not in record else "a newer"
         raise UserError(
-            f"{path} was written by {age} version of diffusers-cfg, with another layout (format "
-            f"{record.get('format', 1)}, this version reads {FORMAT}). Finish that run with the version that began it, "
-            "or start again with --overwrite_output_dir; a model that it has saved can be the start of a new run, with "
+            f"{path} was written by {age} version of diffusers-cfg with a different layout (format "
+            f"{record.get('format', 1)}, this version reads {FORMAT}). Finish the run with the version that started "
+            "it, or restart with --overwrite_output_dir. A new run can start from a model that the run has saved, with "
             "--pretrained_model_name_or_path."
         )
     return record
 
 
-def match_batch_size(path: Path, record: dict[str, Any], config: Config, num_processes: int) -> int:
+def match_batch_size(path: Path, record: dict[str, Any], config: TrainConfig, num_processes: int) -> int:
     """
-    Return the `gradient_accumulation_steps` with which a step has as many images as in a checkpoint.
+    Return the `gradient_accumulation_steps` for which the global batch size matches the checkpoint's.
+
+    Args:
+        path (`Path`): the checkpoint, for messages.
+        record (`dict`): its `state.json`.
+        config (`TrainConfig`): the batch size of a process.
+        num_processes (`int`): number of processes of this run.
 
     Raises:
-        UserError: the processes and the batch size cannot make up that number.
+        UserError: if the batch size of all processes does not divide the checkpoint's.
     """
     batch_size, before = record["batch_size"], record["num_processes"]
     accumulation, rest = divmod(batch_size, config.train_batch_size * num_processes)
     if rest:
         raise UserError(
-            f"{path} was written with steps of {batch_size} images, which {num_processes} processes cannot share in "
-            f"batches of {config.train_batch_size}: choose another --train_batch_size or number of processes."
+            f"{path} was written with {batch_size} images per step, which {num_processes} processes cannot divide into "
+            f"batches of {config.train_batch_size}. Change --train_batch_size or the number of processes."
         )
     if accumulation != config.gradient_accumulation_steps:
         logger.warning(
-            "--gradient_accumulation_steps is %d and not %d, so that a step stays one of %d images.",
+            "Using --gradient_accumulation_steps %d instead of %d, so that a step still has %d images.",
             accumulation,
             config.gradient_accumulation_steps,
             batch_size,
@@ -255,7 +262,7 @@ def match_batch_size(path: Path, record: dict[str, Any], config: Config, num_pro
 
 
 def load_checkpoint(path: Path, record: dict[str, Any], state: TrainState) -> None:
-    """Restore the state that `save_checkpoint` wrote. Raises UserError if the checkpoint is of another network."""
+    """Restore the state that `save_checkpoint` wrote. Raises UserError if the weights do not match the modules."""
     try:
         for name, module in state.modules.items():
             module.load_state_dict(load_weights(path / name))
@@ -267,8 +274,8 @@ def load_checkpoint(path: Path, record: dict[str, Any], state: TrainState) -> No
             number = record["optimizers"][name]
             load_moments(path / f"optimizer-{name}.safetensors", number, state.modules, optimizer)
     except (OSError, RuntimeError, KeyError) as error:
-        raise UserError(f"{path} does not hold the weights of this model and run: {error}") from error
-    if state.scaler is not None and record["scaler"] is not None:  # the checkpoint may be of another precision
+        raise UserError(f"{path} does not match the model of this run: {error}") from error
+    if state.scaler is not None and record["scaler"] is not None:  # the precision may have changed
         state.scaler.load_state_dict(record["scaler"])
     state.step, state.seconds, state.stream = record["step"], record["seconds"], record["stream"]
 
@@ -277,10 +284,16 @@ def load_moments(
     path: Path, number: int, modules: dict[str, torch.nn.Module], optimizer: torch.optim.Optimizer
 ) -> None:
     """
-    Give an optimizer the moments in a file, and leave its settings.
+    Load the moments in a file into an optimizer, and keep the settings of its parameter groups.
+
+    Args:
+        path (`Path`): the safetensors file.
+        number (`int`): number of parameters that had moments when the file was written.
+        modules (`dict[str, torch.nn.Module]`): the modules of the run, by name.
+        optimizer (`torch.optim.Optimizer`): the optimizer.
 
     Raises:
-        KeyError: the moments are not of these parameters, or not of as many as were saved.
+        KeyError: if the file has moments of unknown parameters, or of a different number of parameters.
     """
     moments: dict[str, dict[str, torch.Tensor]] = {}
     for key, value in load_file(path).items():
@@ -288,7 +301,7 @@ def load_moments(
         moments.setdefault(parameter, {})[name] = value
     names = parameter_names(modules, optimizer)
     if unknown := sorted(moments.keys() - set(names)):
-        raise KeyError(f"{path.name} has moments of other parameters, such as {unknown[0]}")
+        raise KeyError(f"{path.name} has moments of unknown parameters, such as {unknown[0]}")
     if len(moments) != number:
         raise KeyError(f"{path.name} has the moments of {len(moments)} parameters, but {number} were saved")
     states = {index: moments[name] for index, name in enumerate(names) if name in moments}

@@ -1,4 +1,4 @@
-"""Compare a run with the checkpoint that it resumes: what must match, and what is logged and recorded."""
+"""Compare a run with the checkpoint that it resumes: refuse some changes, and log and record others."""
 
 import json
 import logging
@@ -14,7 +14,7 @@ logger = logging.getLogger(__name__)
 
 
 def settings_of(config: Config) -> dict[str, Any]:
-    """Return the settings that a checkpoint remembers: those that are fixed or recorded."""
+    """Return the settings that are saved in a checkpoint: the fixed and the recorded ones."""
     return {
         setting.name: getattr(config, setting.name)
         for setting in fields(config)
@@ -23,24 +23,24 @@ def settings_of(config: Config) -> dict[str, Any]:
 
 
 def identity_of(method: Method) -> dict[str, dict[str, Any]]:
-    """Return what must be the same for a checkpoint to fit: the config of each module, and what the method adds."""
+    """Return what a resumed run must share with its checkpoint: each module's config and facts about the method."""
     configs = {
-        name: {key: value for key, value in module.config.items() if not key.startswith("_")}
+        name: {key: value for key, value in config.items() if not key.startswith("_")}
         for name, module in method.modules.items()
-        if hasattr(module, "config")
+        if (config := getattr(module, "config", None)) is not None
     }
-    parts = {
+    facts = {
         "name": type(method).__name__,
         "modules": sorted(method.modules),
         "averaged": sorted(method.averaged),
         "objectives": [objective.name for objective in method.objectives],
         **method.identity(),
     }
-    return json.loads(json.dumps({**configs, "method": parts}))
+    return json.loads(json.dumps({**configs, "method": facts}))
 
 
 def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
-    """Return (old, new) for each name in both that differs. What a later version added or removed is not compared."""
+    """Return (old, new) for each name whose value differs. Names in only one of the mappings are ignored."""
     return {name: (old[name], new[name]) for name in old if name in new and old[name] != new[name]}
 
 
@@ -48,19 +48,20 @@ def check_resumed(
     path: Path, record: Mapping[str, Any], config: Config, identity: Mapping[str, Any], data: Mapping[str, Any]
 ) -> list[dict[str, Any]]:
     """
-    Compare a run with the checkpoint that it resumes, and log what changed.
+    Compare a run with the checkpoint that it resumes, and log the changes.
 
     Args:
         path (`Path`): the checkpoint, for messages.
-        record (`Mapping`): its `state.json`.
-        config (`Config`), identity (`Mapping`): of the run that resumes, the latter from `identity_of`.
-        data (`Mapping`): its `describe_data`.
+        record (`Mapping`): the `state.json` of the checkpoint.
+        config (`Config`): the settings of the resumed run.
+        identity (`Mapping`): the result of `identity_of` for the resumed run.
+        data (`Mapping`): the result of `describe_data` for the resumed run.
 
     Returns:
-        `list[dict]`: the history of the run, `{"from_step": …, NAME: [old, new], …}` for each change.
+        `list[dict]`: the history of the run, with `{"from_step": …, NAME: [old, new], …}` for each change.
 
     Raises:
-        UserError: something that is fixed has changed; the message names both values.
+        UserError: if a fixed setting, the data or the model has changed. The message names both values.
     """
     changed = differences(record["settings"], json.loads(json.dumps(settings_of(config))))
     on_resume = {setting.name: setting.metadata.get("on_resume") for setting in fields(config)}
@@ -73,8 +74,8 @@ def check_resumed(
     if refused:
         listed = "; ".join(f"{name} was {shorten(old)} and is {shorten(new)}" for name, (old, new) in refused.items())
         raise UserError(
-            f"{path} cannot be resumed: {listed}. These are fixed for a run: go back to the old values, or start "
-            "another run in another --output_dir."
+            f"{path} cannot be resumed: {listed}. These values cannot change during a run. Restore the old values, or "
+            "start a new run in a different --output_dir."
         )
     recorded = {name: list(values) for name, values in changed.items()}
     for name in ("num_images", "fingerprint"):
@@ -83,11 +84,11 @@ def check_resumed(
     if not recorded:
         return record["history"]
     listed = "; ".join(f"{name} was {shorten(old)} and is {shorten(new)}" for name, (old, new) in recorded.items())
-    logger.warning("From step %d on the run differs from the one in %s: %s.", record["step"], path, listed)
+    logger.warning("From step %d on, the settings differ from %s: %s.", record["step"], path, listed)
     return [*record["history"], {"from_step": record["step"], **recorded}]
 
 
 def shorten(value: Any, length: int = 200) -> str:
-    """Return a value as text of limited length."""
+    """Return the `repr` of a value, shortened to `length` characters."""
     text = repr(value)
     return text if len(text) <= length else f"{text[: length - 1]}…"

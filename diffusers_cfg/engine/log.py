@@ -1,4 +1,4 @@
-"""Log a run: the progress bar, trackers, and pictures of samples."""
+"""Log the progress of a run and its samples."""
 
 import logging
 import math
@@ -22,12 +22,12 @@ from diffusers_cfg.settings import TrainConfig
 logger = logging.getLogger(__name__)
 
 TRACKER_PROJECT = "diffusers-cfg"
-# Between two lines about the progress, where the output is not a terminal.
+# The interval between progress lines, which replace the progress bar if the output is not a terminal.
 SECONDS_BETWEEN_LINES = 10
 
 
 class Diverged(CommandError, FloatingPointError):
-    """Too many steps in a row had a loss or a gradient that is not finite."""
+    """An error that ends a run after too many consecutive steps with a non-finite loss or gradient."""
 
 
 def is_due(every: int, step: int) -> bool:
@@ -37,15 +37,16 @@ def is_due(every: int, step: int) -> bool:
 
 class Log:
     """
-    The progress bar, or a line every `SECONDS_BETWEEN_LINES` if the output is not a terminal; and the trackers every
-    `logging_steps`: losses and other terms of the objectives, gradient norms, learning rates and throughput. Values are
-    read from the device only when they are logged.
+    A log of losses and other terms of the objectives, gradient norms, learning rates and throughput. Trackers get the
+    values every `logging_steps`. A terminal shows a progress bar, other outputs a line every `SECONDS_BETWEEN_LINES`.
+    Values are read from the device only when they are logged.
 
     Args:
-        config (`TrainConfig`): how often to log.
-        accelerator (`Accelerator`): its trackers, and the processes whose losses are averaged.
-        objectives (`Sequence[Objective]`): where there are several, their names begin those of their figures.
-        first_step (`int`), total_steps (`int`), batch_size (`int`): of the run, and images in a step.
+        config (`TrainConfig`): the settings.
+        accelerator (`Accelerator`): the trackers, and the processes whose losses are averaged.
+        objectives (`Sequence[Objective]`): the objectives. If there are several, their names prefix the logged names.
+        first_step (`int`), total_steps (`int`): the step that the run starts from and the length of the run.
+        batch_size (`int`): number of images in a step.
     """
 
     def __init__(
@@ -58,16 +59,16 @@ class Log:
         batch_size: int,
     ):
         self.config, self.accelerator, self.batch_size = config, accelerator, batch_size
-        self.total_steps, self.since, self.then, self.waited = total_steps, first_step, time.perf_counter(), 0.0
-        self.last_line = -math.inf
+        self.total_steps, self.last_line_time = total_steps, -math.inf
+        self.last_step, self.last_time, self.last_waited = first_step, time.perf_counter(), 0.0
         several = len({objective.name for objective in objectives}) > 1
         self.turns = Counter(objective.name for objective in objectives)
         self.prefixes = {objective.name: f"{objective.name}/" if several else "" for objective in objectives}
-        # By names, sums and counts of the terms; by objective, sums and counts of the gradients' norms.
+        # Sums and counts: of the terms by their names, and of the gradient norms by name.
         self.terms: dict[tuple[str, ...], torch.Tensor] = {}
         self.norms: dict[str, torch.Tensor] = defaultdict(lambda: torch.zeros(2, device=accelerator.device))
         self.skipped_in_a_row: dict[str, torch.Tensor] = {}
-        # TensorBoard accepts no lists, and no None.
+        # TensorBoard accepts neither lists nor None.
         settings = {k: v if isinstance(v, (int, float, str)) else str(v) for k, v in config.public().items()}
         accelerator.init_trackers(TRACKER_PROJECT, settings)
         self.progress = tqdm(
@@ -75,12 +76,12 @@ class Log:
             initial=first_step,
             desc="Training",
             unit="step",
-            disable=None if accelerator.is_main_process else True,  # None: if the output is no terminal
+            disable=None if accelerator.is_main_process else True,  # None: if the output is not a terminal
         )
 
     @torch.no_grad()
     def log_terms(self, objective: Objective, terms: Terms) -> None:
-        """Add up the terms of a batch. What is not finite is left out of a mean."""
+        """Accumulate the terms of a batch. Values that are not finite are left out of the means."""
         prefix = self.prefixes[objective.name]
         names = tuple(f"{prefix}{name}" for name in ("loss", *terms.logs))
         values = torch.stack([terms.loss, *terms.logs.values()])
@@ -89,7 +90,7 @@ class Log:
         self.terms[names] = self.terms[names] + sums if names in self.terms else sums
 
     def log_gradient(self, objective: Objective, norms: Mapping[str, torch.Tensor], finite: torch.Tensor) -> None:
-        """Add up the norms of an objective's gradient, by module, and count the steps that are skipped."""
+        """Accumulate the gradient norms of an objective by module, and count skipped steps."""
         prefix, several, turns = self.prefixes[objective.name], len(norms) > 1, self.turns[objective.name]
         for module, norm in norms.items():
             name = f"{prefix}grad_norm/{module}" if several else f"{prefix}grad_norm"
@@ -102,15 +103,15 @@ class Log:
 
     def log_step(self, step: int, learning_rates: Mapping[str, float], waited: float) -> None:
         """
-        Count a step, and write to the trackers if that is due.
+        Advance the progress bar, and log the accumulated values every `logging_steps`.
 
         Args:
-            step (`int`): steps done.
-            learning_rates (`Mapping[str, float]`): by objective.
-            waited (`float`): seconds spent waiting for data, since the run began.
+            step (`int`): number of completed steps.
+            learning_rates (`Mapping[str, float]`): the learning rate of each objective.
+            waited (`float`): seconds spent waiting for data since the start of the run.
 
         Raises:
-            Diverged: too many steps in a row were skipped.
+            Diverged: if too many consecutive steps were skipped.
         """
         self.progress.update()
         if is_due(self.config.logging_steps, step) or step == self.total_steps:
@@ -118,15 +119,15 @@ class Log:
 
     def _write(self, step: int, learning_rates: Mapping[str, float], waited: float) -> None:
         self._stop_if_not_finite(step)
-        steps, now = step - self.since, time.perf_counter()
+        steps, now = step - self.last_step, time.perf_counter()
         values = {**self._means_of_terms(), **self._means_of_norms()}
         values |= {f"{self.prefixes[name]}lr": rate for name, rate in learning_rates.items()}
-        values["images_per_second"] = steps * self.batch_size / (now - self.then)
-        values["data_wait"] = (waited - self.waited) / (now - self.then)
-        left = timedelta(seconds=round((self.total_steps - step) * (now - self.then) / steps))
+        values["images_per_second"] = steps * self.batch_size / (now - self.last_time)
+        values["data_wait"] = (waited - self.last_waited) / (now - self.last_time)
+        left = timedelta(seconds=round((self.total_steps - step) * (now - self.last_time) / steps))
         losses = {name: f"{value:.4f}" for name, value in values.items() if name.split("/")[-1] == "loss"}
-        if self.progress.disable and (now - self.last_line >= SECONDS_BETWEEN_LINES or step == self.total_steps):
-            self.last_line = now
+        if self.progress.disable and (now - self.last_line_time >= SECONDS_BETWEEN_LINES or step == self.total_steps):
+            self.last_line_time = now
             logger.info(
                 "step %d of %d, %s, %.0f images/s, %s left",
                 step,
@@ -135,12 +136,12 @@ class Log:
                 values["images_per_second"],
                 left,
             )
-        self.since, self.then, self.waited = step, now, waited
-        self.progress.set_postfix(**losses, images_per_second=f"{values['images_per_second']:.0f}")
+        self.last_step, self.last_time, self.last_waited = step, now, waited
+        self.progress.set_postfix({"images_per_second": f"{values['images_per_second']:.0f}", **losses})
         self.accelerator.log(values, step=step)
         for name, skipped in values.items():
             if name.endswith("skipped_steps") and skipped:
-                logger.warning("%.0f of the last %d steps were skipped: their gradient was not finite.", skipped, steps)
+                logger.warning("Skipped %.0f of the last %d steps, whose gradient was not finite.", skipped, steps)
 
     def _means_of_terms(self) -> dict[str, float]:
         totals: dict[str, torch.Tensor] = {}
@@ -165,10 +166,10 @@ class Log:
         in_a_row = max((round(skipped.item()) for skipped in self.skipped_in_a_row.values()), default=0)
         if in_a_row >= self.config.max_nonfinite_steps:
             existing = [path.name for path in checkpoints(Path(self.config.output_dir))]
-            again = f"resume with --resume_from_checkpoint {existing[-1]}" if existing else "start again"
+            restart = f"resume with --resume_from_checkpoint {existing[-1]}" if existing else "restart"
             raise Diverged(
                 f"The loss or its gradient was not finite in the last {in_a_row} steps, up to step {step}. Lower "
-                f"--learning_rate (now {self.config.learning_rate}), and {again}."
+                f"--learning_rate (now {self.config.learning_rate}) and {restart}."
             )
 
     def close(self) -> None:
@@ -176,13 +177,13 @@ class Log:
         self.progress.close()
 
 
-def save_picture(output_dir: Path, accelerator: Accelerator, picture: Image.Image, step: int) -> None:
-    """Give a picture of samples to the output folder and to the trackers."""
+def save_samples(output_dir: Path, accelerator: Accelerator, image: Image.Image, step: int) -> None:
+    """Save an image of samples to the output folder and send it to the trackers."""
     folder = output_dir / "samples"
     folder.mkdir(exist_ok=True)
-    picture.save(folder / f"step-{step}.png")
+    image.save(folder / f"step-{step}.png")
     for tracker in accelerator.trackers:
         if tracker.name == "tensorboard":
-            tracker.log_images({"samples": np.asarray(picture)[None]}, step=step, dataformats="NHWC")
+            tracker.log_images({"samples": np.asarray(image)[None]}, step=step, dataformats="NHWC")
         elif hasattr(tracker, "log_images"):
-            tracker.log_images({"samples": [picture]}, step=step)
+            tracker.log_images({"samples": [image]}, step=step)

@@ -1,4 +1,4 @@
-"""Work out what a run will do and need: its length, and its room on the disk and on the device."""
+"""Compute the length of a run and its needs for disk space and memory."""
 
 import logging
 import shutil
@@ -23,10 +23,10 @@ class Plan:
     The length of a run.
 
     Args:
-        num_images (`int`, *optional*): images of the dataset, where that is known.
-        batch_size (`int`): images in a step, on all processes and accumulated.
-        accumulation (`int`): batches of a process in a step.
-        total_steps (`int`): steps of the run.
+        num_images (`int`, *optional*): number of images in the dataset, if known.
+        batch_size (`int`): number of images in a step, over all processes and accumulated batches.
+        accumulation (`int`): number of batches per process and step.
+        total_steps (`int`): number of steps of the run.
     """
 
     num_images: int | None
@@ -36,7 +36,7 @@ class Plan:
 
     @property
     def epochs(self) -> str:
-        """The length in epochs, as text; empty if the number of images is not known."""
+        """The length in epochs as text, or an empty string if the number of images is unknown."""
         return "" if self.num_images is None else f"{self.total_steps * self.batch_size / self.num_images:.1f} epochs"
 
 
@@ -45,39 +45,41 @@ def make_plan(config: TrainConfig, num_processes: int, accumulation: int, datase
     Return the length of a run.
 
     Raises:
-        UserError: the images are fewer than a step takes, or their number is not known and has to be.
+        UserError: if a step has more images than the dataset, or the run needs the unknown number of images.
     """
     available = num_images(dataset)
     batch_size = config.train_batch_size * num_processes * accumulation
-    if available is None and config.max_train_steps is None:
-        raise UserError("The dataset does not say how many images it has, so --max_train_steps is needed.")
     if available is not None and available < batch_size:
         raise UserError(
-            f"There are {available} images, but a step takes {batch_size} ({config.train_batch_size} on each of "
-            f"{num_processes} processes, {accumulation} times): lower --train_batch_size."
+            f"The dataset has {available} images, but a step needs {batch_size} ({config.train_batch_size} on each of "
+            f"{num_processes} processes, {accumulation} times). Lower --train_batch_size."
         )
-    total_steps = config.max_train_steps or config.num_train_epochs * available // batch_size
+    total_steps = config.max_train_steps
+    if total_steps is None:
+        if available is None:
+            raise UserError("The dataset does not report its number of images. Pass --max_train_steps.")
+        total_steps = config.num_train_epochs * available // batch_size
     return Plan(available, batch_size, accumulation, total_steps)
 
 
 def format_gib(size: float) -> str:
-    """Return a number of bytes in GiB, as text."""
+    """Format a number of bytes as GiB."""
     return f"{size / 1024**3:.2f} GiB"
 
 
 def num_parameters(method: Method, averaged: bool = False) -> int:
-    """Return the number of parameters of all modules, or of those that are averaged."""
+    """Return the number of parameters of all modules, or of the averaged modules only."""
     names = method.averaged if averaged else method.modules
     return sum(parameter.numel() for name in names for parameter in method.modules[name].parameters())
 
 
 def checkpoint_bytes(config: TrainConfig, method: Method) -> int:
-    """Return the size of a checkpoint in bytes: the weights, Adam's two moments and the averages."""
+    """Return the size of a checkpoint in bytes: the weights, Adam's two moments and the EMA weights."""
     return 4 * (3 * num_parameters(method) + len(config.ema_decays) * num_parameters(method, averaged=True))
 
 
 def checkpoints_at_once(config: TrainConfig, total_steps: int) -> int:
-    """Return the largest number of checkpoints at a time: one more than is kept, the one that is being written."""
+    """Return the maximum number of checkpoints on the disk at a time, including the one being written."""
     if not config.checkpointing_steps:
         return 0
     number = -(-total_steps // config.checkpointing_steps)
@@ -85,23 +87,23 @@ def checkpoints_at_once(config: TrainConfig, total_steps: int) -> int:
 
 
 def free_bytes(config: TrainConfig) -> int:
-    """Return the free bytes on the disk of the output folder, which need not exist yet."""
+    """Return the free space in bytes on the disk of the output folder. The folder need not exist."""
     folder = Path(config.output_dir).resolve()
     return shutil.disk_usage(next(path for path in [folder, *folder.parents] if path.exists())).free
 
 
 def check_disk(config: TrainConfig, method: Method, total_steps: int) -> None:
-    """Warn if the disk has no room for all checkpoints. Raise UserError if it has none for the first two of them."""
+    """Warn if the disk is too small for all checkpoints. Raise UserError if it is too small for the first two."""
     size, number, free = checkpoint_bytes(config, method), checkpoints_at_once(config, total_steps), free_bytes(config)
     if free >= number * size:
         return
     message = (
-        f"The disk of --output_dir {config.output_dir} has {format_gib(free)} left, but {number} checkpoints at once "
-        f"take {format_gib(number * size)}"
+        f"The disk of --output_dir {config.output_dir} has {format_gib(free)} free, but {number} checkpoints take "
+        f"{format_gib(number * size)}"
     )
     if free < min(number, 2) * size:
-        raise UserError(f"{message}: name a folder on another disk.")
-    logger.warning("%s: keep fewer, with --checkpoints_total_limit, or write them less often.", message)
+        raise UserError(f"{message}. Pass a folder on a larger disk.")
+    logger.warning("%s. Lower --checkpoints_total_limit or raise --checkpointing_steps.", message)
 
 
 def describe_plan(
@@ -114,32 +116,32 @@ def describe_plan(
     checkpoint: Path | None,
     repo_id: str | None,
 ) -> str:
-    """Return what a run will do, for `--dry_run`, line by line."""
+    """Return the plan of a run as the text that `--dry_run` prints."""
     device = accelerator.device
     precision = "fp32" if accelerator.mixed_precision == "no" else accelerator.mixed_precision
-    # The weights, their gradient and Adam's two moments
+    # The weights, their gradient and Adam's two moments.
     memory = 16 * num_parameters(method) + 4 * len(config.ema_decays) * num_parameters(method, averaged=True)
-    free = f", {format_gib(torch.accelerator.get_memory_info(device)[0])} are free" if device.type != "cpu" else ""
+    free = f", {format_gib(torch.accelerator.get_memory_info(device)[0])} free" if device.type != "cpu" else ""
     number, size = checkpoints_at_once(config, plan.total_steps), checkpoint_bytes(config, method)
     lines = {
         "images": f"{plan.num_images or 'unknown'} of {num_classes} classes, "
-        + ("decoded and kept in memory" if isinstance(dataset, CachedImages) else "decoded lazily"),
+        + ("decoded into memory" if isinstance(dataset, CachedImages) else "decoded lazily"),
         **{name: f"{count_parameters(module)} parameters" for name, module in method.modules.items()},
         "samples": "×".join(map(str, method.sample_shape)),
         "method": ", ".join(f"{name} {value}" for name, value in method.facts().items() if value is not None),
         "steps": f"{plan.total_steps} of {plan.batch_size} images" + (f": {plan.epochs}" if plan.epochs else ""),
         "a step": f"{accelerator.num_processes} × {device.type} × {plan.accumulation} batches of "
         f"{config.train_batch_size}, {precision}",
-        "learning rate": f"{config.learning_rate:g}, {config.lr_scheduler}, {config.lr_warmup_steps} steps of warm-up",
+        "learning rate": f"{config.learning_rate:g}, {config.lr_scheduler}, {config.lr_warmup_steps} warmup steps",
         "memory": f"{format_gib(memory)} on each device, plus the activations of a batch{free}",
-        "disk": f"{number} checkpoints at once of {format_gib(size)}, {format_gib(free_bytes(config))} are free",
+        "disk": f"{number} checkpoints of {format_gib(size)}, {format_gib(free_bytes(config))} free",
         "output": f"{config.output_dir}, from {checkpoint.name if checkpoint else 'the first step'}",
-        "tracked by": config.report_to,
-        "published as": repo_id or "nothing",
+        "tracker": config.report_to,
+        "repository": repo_id or "none",
     }
     return "\n".join(f"{name:<14} {value}" for name, value in lines.items())
 
 
 def count_parameters(module: torch.nn.Module) -> str:
-    """Return the number of a module's parameters in millions, as text."""
+    """Format the number of parameters of a module in millions."""
     return f"{sum(parameter.numel() for parameter in module.parameters()) / 1e6:.1f} M"

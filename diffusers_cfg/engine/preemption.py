@@ -1,6 +1,6 @@
-"""Stop when asked to: SIGTERM and SIGUSR1, which the schedulers of clusters send before they kill.
+"""Handle SIGTERM and SIGUSR1, which cluster schedulers send before they kill a job.
 
-Nothing heavy is imported here, so that the handlers are in place before torch loads.
+This module imports nothing heavy, so that the handlers are installed before torch is imported.
 """
 
 import os
@@ -14,13 +14,13 @@ from typing import Self
 
 from diffusers_cfg.config import CommandError
 
-# "Resume me", as HTCondor has it
+# The exit code by which HTCondor knows that a job wants to be resumed.
 EXIT_RESUME = 85
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 
 
 class Preempted(CommandError):
-    """The run was asked to stop, and has saved a checkpoint."""
+    """An exit after a signal, with a checkpoint saved."""
 
     exit_code = EXIT_RESUME
 
@@ -29,25 +29,25 @@ class Preempted(CommandError):
 
 
 class NotSaved(CommandError):
-    """The run was asked to stop, and could not save where it was."""
+    """An error that ends a run after a signal if its checkpoint could not be saved."""
 
 
 class Preemption:
     """
-    Handle a signal by where in the run it arrives. Before the first step it ends the process, which has nothing to
-    save; in a step it is noted, and the step is finished; in `interruptible` work, such as sampling, it ends that work.
-    A second signal ends the process at once.
+    A handler of signals that stop the run. Before the first step, a signal exits immediately, since there is nothing to
+    save. During a step, it sets `requested`, and the step is finished. During `interruptible` work, such as sampling,
+    it raises `Preempted`. A second signal always exits immediately.
 
     Attributes:
-        running (`bool`): whether there is something to save.
-        requested (`bool`): whether the run was asked to stop.
+        running (`bool`): whether training has started, so that there is something to save.
+        requested (`bool`): whether a signal has requested the run to stop.
     """
 
     def __init__(self):
         self.requested = self.running = self._interruptible = False
 
     def install(self) -> Self:
-        """Handle the signals of this process from now on."""
+        """Install the handler for this process, and return it."""
         for number in SIGNALS:
             signal.signal(number, self._handle)
         return self
@@ -64,7 +64,7 @@ class Preemption:
 
     @contextmanager
     def interruptible(self) -> Iterator[None]:
-        """Mark work between two steps that may be left unfinished: a signal raises Preempted in it."""
+        """Let signals raise `Preempted` inside the block, for work between two steps that may remain unfinished."""
         self._interruptible = True
         try:
             if self.requested:
@@ -77,7 +77,10 @@ class Preemption:
 def ignore_signals(ending: Event, _worker: int) -> None:
     """
     Ignore SIGTERM and SIGUSR1 in a DataLoader worker until the event is set. Clusters signal every process of a job,
-    and the current step still needs its data; but at the end of the run torch itself terminates workers by SIGTERM.
+    and the current step still needs its data. At the end of the run, torch terminates workers with SIGTERM.
+
+    Args:
+        ending (`Event`): set at the end of the run.
     """
 
     def handle(_number: int, _frame: FrameType | None) -> None:

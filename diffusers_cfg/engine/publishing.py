@@ -1,4 +1,4 @@
-"""Publish a run on the Hub: at its end, and in the background at each checkpoint."""
+"""Publish a run on the Hub, at its end and in the background at each checkpoint."""
 
 import logging
 import shutil
@@ -17,7 +17,7 @@ logger = logging.getLogger(__name__)
 
 
 class NotPublished(CommandError):
-    """Training succeeded but the model could not be published."""
+    """An error after training has succeeded but publishing has failed."""
 
     # EX_TEMPFAIL of sysexits.h, "try again later"
     exit_code = 75
@@ -25,8 +25,12 @@ class NotPublished(CommandError):
 
 class BackgroundPublisher:
     """
-    Publish checkpoints while the run continues. One that comes during another's upload is skipped, and a failure is a
-    warning: the next upload may succeed.
+    A publisher of checkpoints that uploads in the background. It skips a checkpoint while an upload is in progress. A
+    failed upload is logged as a warning, because the next upload may succeed.
+
+    Args:
+        repo_id (`str`): the repository on the Hub.
+        token (`str`, *optional*): the Hub token; by default that of `hf auth login`.
     """
 
     def __init__(self, repo_id: str, token: str | None):
@@ -34,38 +38,38 @@ class BackgroundPublisher:
         self.executor, self.upload = ThreadPoolExecutor(1), None
 
     def publish(self, pipeline: DiffusionPipeline, step: int) -> None:
-        """Copy the pipeline as it is now, and begin to upload the copy."""
+        """Save a copy of the pipeline, and start to upload it."""
         if self.upload is not None and not self.upload.done():
-            logger.info("Step %d is not published: the upload of the one before has not ended.", step)
+            logger.info("Step %d is not published, because an upload is still in progress.", step)
             return
         folder = tempfile.mkdtemp()
         try:
             pipeline.save_pretrained(folder)
-        except (OSError, SafetensorError) as error:  # which safetensors raises for a full disk too
+        except (OSError, SafetensorError) as error:  # safetensors raises its own error for a full disk
             shutil.rmtree(folder, ignore_errors=True)
-            logger.warning("Step %d was not published: it could not be copied: %s", step, error)
+            logger.warning("Failed to save a copy of step %d for publishing: %s", step, error)
             return
         self.upload: Future = self.executor.submit(self._publish, folder, step)
 
     def _publish(self, folder: str, step: int) -> None:
         try:
             publish(folder, self.repo_id, commit_message=f"Step {step}", token=self.token, verify=False)
-        except Exception as error:  # nobody else would see it, and it must not end the run
-            logger.warning("Step %d was not published: %s", step, error)
+        except Exception as error:  # The executor would hide it, and it must not end the run.
+            logger.warning("Failed to publish step %d: %s", step, error)
         finally:
             shutil.rmtree(folder, ignore_errors=True)
 
     def close(self) -> None:
-        """Wait for the upload that has not ended."""
+        """Wait until the current upload has finished."""
         self.executor.shutdown()
 
 
 def check_hub(config: TrainConfig) -> str:
     """
-    Check before training that the model can be pushed to the Hub. Return the full name of the repository.
+    Check before training that the model can be pushed to the Hub, and return the full name of the repository.
 
     Raises:
-        UserError: the token is missing or cannot write, or the repository holds something else.
+        UserError: if the token is missing or cannot write, or the repository has other contents.
     """
     name = config.hub_model_id or Path(config.output_dir).resolve().name
     try:
@@ -77,12 +81,12 @@ def check_hub(config: TrainConfig) -> str:
 
 
 def publish_run(config: TrainConfig, repo_id: str) -> None:
-    """Publish the output folder of a run, and print where. Raises NotPublished if it cannot be."""
+    """Publish the output folder of a run and print the URL. Raises NotPublished if it fails."""
     try:
         url = publish(config.output_dir, repo_id, token=config.hub_token, overwrite=True)
     except PublishError as error:
         raise NotPublished(
-            f"{error}\nThe run is done and its model is saved in {config.output_dir}. Publish it with:\n"
+            f"{error}\nTraining has finished, and the model is saved in {config.output_dir}. Publish it with:\n"
             f"  python training/publish.py {config.output_dir} --repo_id {repo_id}"
         ) from error
-    print(f"Published, and checked that it draws the same image: {url}")
+    print(f"Published to {url}. The published model generates the same image as the local one.")

@@ -1,4 +1,4 @@
-"""Write `run.json`: the facts about a training run that the model card shows."""
+"""Write `run.json`, the facts about a training run that the model card shows."""
 
 import json
 from pathlib import Path
@@ -13,14 +13,14 @@ from diffusers_cfg.engine.plan import num_parameters
 from diffusers_cfg.engine.state import TrainState
 from diffusers_cfg.settings import TrainConfig
 
-# How the data was read, for those who want to read it in the same way
+# The settings that are needed to load the same data.
 DATA_SETTINGS = ("dataset_name", "dataset_config_name", "dataset_split", "image_column", "label_column", "center_crop")
 
 
 def write_run_record(
     config: TrainConfig, accelerator: Accelerator, method: Method, state: TrainState, num_images: int | None
 ) -> None:
-    """Write facts that others may know: no paths of this machine, and no secrets."""
+    """Write `run.json` without secrets and without paths of this machine, since it is published."""
     device = accelerator.device
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type.upper()
     dataset = public_name(config.dataset_name)
@@ -49,7 +49,7 @@ def write_run_record(
 
 
 def publish_change(change: dict[str, Any]) -> dict[str, Any]:
-    """Return a change of settings with the last part of each path in place of the path."""
+    """Return a change of settings with each path replaced by its last part."""
     return {
         name: value if name == "from_step" else [without_path(old_or_new) for old_or_new in value]
         for name, value in change.items()
@@ -57,5 +57,5 @@ def publish_change(change: dict[str, Any]) -> dict[str, Any]:
 
 
 def without_path(value: Any) -> Any:
-    """Return a value, or the last part of it if it is a path of this machine."""
+    """Return a value, or its last part if it is a path of this machine."""
     return value if not isinstance(value, str) or public_name(value) else Path(value).name

@@ -1,4 +1,4 @@
-"""Hold all that changes during a run: modules, EMA weights, optimizers, learning rates, step."""
+"""Create and save the state of a run: modules, EMA weights, optimizers, learning rates and step."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -22,19 +22,21 @@ WEIGHTS = "diffusion_pytorch_model"
 @dataclass
 class TrainState:
     """
-    All that changes during a run, and that a checkpoint holds.
+    The state of a run, which checkpoints save.
 
     Attributes:
-        modules (`dict[str, torch.nn.Module]`): the method's, by name.
-        ema (`dict[str, list[EMAModel]]`): the moving averages of each averaged module, one for each decay. The first is
-            sampled, the others are saved as variants.
-        optimizers (`dict[str, torch.optim.Optimizer]`), lr_schedulers: by objective.
-        batch_size (`int`): images in a step, on all processes and accumulated.
-        num_processes (`int`): that share a step.
-        scaler (`torch.amp.GradScaler`, *optional*): in fp16.
-        step (`int`), seconds (`float`): how far the run is.
-        stream (`dict`, *optional*): the place in streamed data.
-        history (`list[dict]`): the settings, and from which step on they changed.
+        modules (`dict[str, torch.nn.Module]`): the modules of the method, by name.
+        ema (`dict[str, list[EMAModel]]`): the EMA weights of each averaged module, one `EMAModel` for each decay. The
+            first is sampled, the rest are saved as variants.
+        optimizers (`dict[str, torch.optim.Optimizer]`): the optimizers, by objective.
+        batch_size (`int`): number of images in a step, over all processes and accumulated batches.
+        num_processes (`int`): number of processes.
+        lr_schedulers (`dict[str, torch.optim.lr_scheduler.LRScheduler]`): the learning rate schedulers, by objective.
+        scaler (`torch.amp.GradScaler`, *optional*): the gradient scaler of fp16.
+        step (`int`): number of completed steps.
+        seconds (`float`): training time in seconds.
+        stream (`dict`, *optional*): the position in streamed data.
+        history (`list[dict]`): the changes of settings, each with the step from which it applies.
     """
 
     modules: dict[str, torch.nn.Module]
@@ -51,24 +53,26 @@ class TrainState:
 
     @property
     def num_parameters(self) -> int:
-        """Parameters of all modules."""
+        """Number of parameters of all modules."""
         return sum(parameter.numel() for module in self.modules.values() for parameter in module.parameters())
 
 
 def make_state(config: TrainConfig, method: Method, batch_size: int, num_processes: int) -> TrainState:
-    """Return the modules ready to train, their EMA weights and optimizers, before the first step."""
+    """Prepare the modules for training, and return the state before the first step."""
     for module in method.modules.values():
         module.train()
-        if config.gradient_checkpointing and hasattr(module, "enable_gradient_checkpointing"):
-            module.enable_gradient_checkpointing()
+        enable_checkpointing = getattr(module, "enable_gradient_checkpointing", None)
+        if config.gradient_checkpointing and enable_checkpointing is not None:
+            enable_checkpointing()
         if config.enable_xformers_memory_efficient_attention:
             if not (is_xformers_available() and torch.cuda.is_available()):
                 raise UserError(
                     "--enable_xformers_memory_efficient_attention needs a GPU and xformers (pip install -e "
-                    '".[xformers]"); leave it out to use torch\'s own attention.'
+                    '".[xformers]"). Leave it out to use the attention of torch.'
                 )
-            if hasattr(module, "enable_xformers_memory_efficient_attention"):
-                module.enable_xformers_memory_efficient_attention()
+            enable_xformers = getattr(module, "enable_xformers_memory_efficient_attention", None)
+            if enable_xformers is not None:
+                enable_xformers()
     ema = {
         name: [
             EMAModel(
@@ -83,7 +87,7 @@ def make_state(config: TrainConfig, method: Method, batch_size: int, num_process
         ]
         for name in method.averaged
     }
-    # Several objectives of one name share an optimizer.
+    # Objectives with the same name share an optimizer.
     optimizers = {objective.name: objective for objective in method.objectives}
     optimizers = {name: method.optimizer(objective) for name, objective in optimizers.items()}
     return TrainState(method.modules, ema, optimizers, batch_size, num_processes)
@@ -91,11 +95,11 @@ def make_state(config: TrainConfig, method: Method, batch_size: int, num_process
 
 def set_learning_rates(config: TrainConfig, state: TrainState, total_steps: int) -> None:
     """
-    Give each optimizer the learning rates of the run from the state's step on. They are a function of the step and of
-    the settings alone, so nothing of them is stored.
+    Create the learning rate schedulers, starting at the state's step. Learning rates depend only on the step and the
+    settings, so checkpoints do not store the schedulers.
     """
     for name, optimizer in state.optimizers.items():
-        # accelerate wraps optimizers, and would step a learning rate that it wrapped once for each process.
+        # Unwrapped, because accelerate steps a scheduler of a wrapped optimizer once for each process.
         optimizer = getattr(optimizer, "optimizer", optimizer)
         for group in optimizer.param_groups:
             group.setdefault("initial_lr", group["lr"])
@@ -110,7 +114,7 @@ def set_learning_rates(config: TrainConfig, state: TrainState, total_steps: int)
 
 @contextmanager
 def ema_weights(state: TrainState, index: int = 0) -> Iterator[None]:
-    """Give the averaged modules the EMA weights of one decay, and put all modules into eval mode, inside the block."""
+    """Use the EMA weights of one decay, and put all modules into eval mode, inside the block."""
     was_training = {name: module.training for name, module in state.modules.items()}
     ema = {name: models[index] for name, models in state.ema.items() if models}
     for module in state.modules.values():
@@ -128,14 +132,15 @@ def ema_weights(state: TrainState, index: int = 0) -> Iterator[None]:
 
 
 def variant_of(ema: EMAModel) -> str:
-    """Return the variant name of EMA weights: ema999 for a decay of 0.999, as variant names cannot contain dots."""
+    """Return the variant name of EMA weights, such as ema999 for a decay of 0.999. It cannot contain dots."""
     return "ema" + str(ema.decay).removeprefix("0.")
 
 
 def save_module(module: torch.nn.Module, folder: Path, variant: str | None = None) -> None:
-    """Save a module's weights, and its config if it has one, under the file names of diffusers."""
-    if hasattr(module, "save_pretrained"):
-        module.save_pretrained(folder, variant=variant)
+    """Save the weights of a module, and its config if it has one, with the file names of diffusers."""
+    save_pretrained = getattr(module, "save_pretrained", None)
+    if save_pretrained is not None:
+        save_pretrained(folder, variant=variant)
     else:
         folder.mkdir(parents=True, exist_ok=True)
         tensors = {name: tensor.contiguous() for name, tensor in module.state_dict().items()}
@@ -143,23 +148,23 @@ def save_module(module: torch.nn.Module, folder: Path, variant: str | None = Non
 
 
 def load_weights(folder: Path, variant: str | None = None) -> dict[str, torch.Tensor]:
-    """Read what `save_module` wrote."""
+    """Load the weights that `save_module` has written."""
     return load_file(folder / weights_file(variant))
 
 
 def weights_file(variant: str | None = None) -> str:
-    """Return the name of a file of weights."""
+    """Return the file name of weights."""
     return f"{WEIGHTS}.{variant}.safetensors" if variant else f"{WEIGHTS}.safetensors"
 
 
 def save_variants(state: TrainState, name: str, folder: Path) -> None:
-    """Save the EMA weights of a module for each decay but the first, as variants such as `ema999`."""
+    """Save the EMA weights of a module for all decays but the first, as variants such as `ema999`."""
     for index, ema in enumerate(state.ema.get(name, [])[1:], start=1):
         with ema_weights(state, index):
             save_module(state.modules[name], folder, variant_of(ema))
 
 
 def parameter_names(modules: dict[str, torch.nn.Module], optimizer: torch.optim.Optimizer) -> Sequence[str]:
-    """Return the name of each of an optimizer's parameters, in the order of its state: `MODULE.PARAMETER`."""
+    """Return the names `MODULE.PARAMETER` of an optimizer's parameters, in the order of its state."""
     names = {id(p): f"{module}.{name}" for module in modules for name, p in modules[module].named_parameters()}
     return [names[id(p)] for group in optimizer.param_groups for p in group["params"]]

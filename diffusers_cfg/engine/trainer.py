@@ -1,4 +1,4 @@
-"""Run a training job from its settings to a saved and published model. A method defines what is trained."""
+"""Run a training job from its settings to a saved and published model, for any `Method`."""
 
 import json
 import logging
@@ -19,7 +19,7 @@ from diffusers_cfg.config import UserError
 from diffusers_cfg.data.datasets import StreamedImages, describe_data, raise_for_dead_worker, training_dataset
 from diffusers_cfg.data.latents import cache_latents
 from diffusers_cfg.data.sources import LabelledImages, load_labelled_images
-from diffusers_cfg.engine.accelerator import make_accelerator, make_vote
+from diffusers_cfg.engine.accelerator import dynamo_plugin, make_accelerator, make_vote
 from diffusers_cfg.engine.batches import StepBatches, probe_batches
 from diffusers_cfg.engine.checkpoint import (
     check_output_dir,
@@ -31,7 +31,7 @@ from diffusers_cfg.engine.checkpoint import (
     save_checkpoint,
 )
 from diffusers_cfg.engine.history import check_resumed, identity_of, settings_of
-from diffusers_cfg.engine.log import Log, is_due, save_picture
+from diffusers_cfg.engine.log import Log, is_due, save_samples
 from diffusers_cfg.engine.method import Batch, Method, Objective, check_method, check_terms
 from diffusers_cfg.engine.plan import check_disk, describe_plan, make_plan
 from diffusers_cfg.engine.preemption import NotSaved, Preempted, Preemption
@@ -43,19 +43,19 @@ from diffusers_cfg.settings import TrainConfig
 
 logger = logging.getLogger(__name__)
 
-# (method, settings, processes, images) -> a function of the pipeline that returns figures by name
+# (method, config, accelerator, dataset) -> a function that maps a pipeline to metrics by name
 Evaluation = Callable[[Any, TrainConfig, Accelerator, Dataset], Callable[[Any], dict[str, float]]]
 
 
 class Trainer:
     """
-    Train a method on a dataset, on one process or several.
+    A trainer that runs a method on one or several processes.
 
     Args:
         config (`TrainConfig`): the settings of the run.
-        method_class (`type[Method]`): builds what is trained.
-        preemption (`Preemption`, *optional*): says when the run is asked to stop.
-        evaluation (`Callable`, *optional*): measures samples during training, with `--eval_steps`.
+        method_class (`type[Method]`): the class of the method to train.
+        preemption (`Preemption`, *optional*): the signal handler that stops the run.
+        evaluation (`Callable`, *optional*): builds the function that evaluates samples every `eval_steps`.
     """
 
     def __init__(
@@ -70,20 +70,20 @@ class Trainer:
 
     def run(self) -> None:
         """
-        Train, save and publish; or, with `--dry_run`, check everything and print the plan.
+        Train, save and publish. With `--dry_run`, only check the settings and print the plan.
 
         Raises:
-            UserError: a setting cannot work. Nothing has been written then.
-            Preempted: the run was asked to stop; there is a checkpoint of the step that it reached.
-            Diverged: too many steps in a row had a loss or a gradient that is not finite.
-            NotSaved: the run was asked to stop, and its checkpoint could not be written.
-            NotPublished: the model is trained and saved, but could not be published.
+            UserError: if a setting or the data is invalid. Nothing has been written.
+            Preempted: if a signal stopped the run. A checkpoint of the last step has been written.
+            Diverged: if too many consecutive steps had a non-finite loss or gradient.
+            NotSaved: if a signal stopped the run and the checkpoint could not be written.
+            NotPublished: if the model is trained and saved, but could not be published.
         """
         images = self._prepare()
         if self.config.dry_run:
             self._print_plan(images)
             return
-        with logging_redirect_tqdm():  # so that a line of the log stands above the progress bar, not inside it
+        with logging_redirect_tqdm():  # prints log lines above the progress bar
             self._start(images)
             try:
                 self.train()
@@ -92,7 +92,7 @@ class Trainer:
         self._finish()
 
     def train(self) -> None:
-        """Take all steps that are left. At the end the averaged modules hold their first average."""
+        """Take all remaining steps. On return, the averaged modules hold their first EMA weights."""
         self.preemption.running, self.saved_step = True, self.state.step
         try:
             for batches in self.batches:
@@ -102,11 +102,11 @@ class Trainer:
         except Preempted:
             if self.state.step > self.saved_step and not self._save_checkpoint():
                 raise NotSaved(
-                    f"Stopped at step {self.state.step}, whose checkpoint could not be written (see above): the steps "
+                    f"Stopped at step {self.state.step}, whose checkpoint could not be written (see above). The steps "
                     "since the last valid checkpoint are lost."
                 ) from None
             raise
-        except RuntimeError as error:  # torch raises it wherever the main process happens to be
+        except RuntimeError as error:  # torch raises the error of a dead worker anywhere in the main process
             raise_for_dead_worker(self.dataset, error)
             raise
         finally:
@@ -118,7 +118,7 @@ class Trainer:
             module.eval()
 
     def train_step(self, batches: Sequence[Batch]) -> None:
-        """Take one step: minimise the objectives in their order, then update learning rates and averages."""
+        """Take one step: minimise the objectives in order, then update the learning rates and the EMA weights."""
         state = self.state
         turns = Counter()
         for objective in self.method.objectives:
@@ -133,18 +133,18 @@ class Trainer:
 
     def minimise(self, objective: Objective, batches: Sequence[Batch]) -> None:
         """
-        Take one optimizer step on the mean of an objective's loss over the batches. A step whose gradient is not finite
-        leaves the weights and the moments as they are.
+        Take one optimizer step on the mean of an objective's loss over the batches. A non-finite gradient changes
+        neither the weights nor the moments.
 
         Args:
-            objective (`Objective`): what is minimised.
-            batches (`Sequence[Batch]`): of this process, accumulated.
+            objective (`Objective`): the objective.
+            batches (`Sequence[Batch]`): the batches of this process, whose gradients are accumulated.
         """
         accelerator, modules, optimizer = self.accelerator, self.method.modules, self.optimizers[objective.name]
         trained = {name: self.prepared[name] for name in objective.trains}
         with frozen([module for name, module in modules.items() if name not in objective.trains]):
             for micro_step, batch in enumerate(batches):
-                # What the networks draw themselves, their dropout, comes from torch's own generator.
+                # Dropout inside the networks draws from the global generator of torch.
                 torch.manual_seed(
                     seed_of(
                         *(self.config.seed, "network", batch.step, objective.name, batch.turn),
@@ -162,7 +162,7 @@ class Trainer:
                 self.log.log_terms(objective, terms)
 
     def validate(self, draw: bool, measure: bool) -> None:
-        """Draw validation samples and compute metrics with the averaged weights. A request to stop interrupts it."""
+        """Draw validation samples and compute metrics with the EMA weights. A signal interrupts it with `Preempted`."""
         state, method, accelerator = self.state, self.method, self.accelerator
         self._sync_stream_state()
         with ema_weights(state), self.preemption.interruptible(), torch.no_grad():
@@ -177,58 +177,47 @@ class Trainer:
                 accelerator.log(self.evaluate(method.sampling_pipeline()), step=state.step)
 
     def _prepare(self) -> LabelledImages:
-        """Find everything that can be wrong before anything is written. Return the images."""
+        """Check everything before anything is written, and return the images."""
         config = self.config
         check_output_dir(config)
         self.accelerator = accelerator = make_accelerator(config)
         self.checkpoint = find_checkpoint(config)
         self.record = read_record(self.checkpoint) if self.checkpoint is not None else None
         self.repo_id = check_hub(config) if config.push_to_hub and accelerator.is_main_process else None
-        with accelerator.main_process_first():  # the others find the data in the cache
+        with accelerator.main_process_first():  # Other processes then read the data from the cache.
             images = load_labelled_images(config, self.method_class.needs_labels)
         self.method = method = self.method_class.build(config, images)
         check_method(method)
         self.dataset = training_dataset(images, config, method.image_channels, accelerator.is_main_process)
         accumulation = config.gradient_accumulation_steps
-        if self.record is not None:
+        if self.checkpoint is not None and self.record is not None:
             accumulation = match_batch_size(self.checkpoint, self.record, config, accelerator.num_processes)
         self.plan = make_plan(config, accelerator.num_processes, accumulation, self.dataset)
         check_disk(config, method, self.plan.total_steps)
         self.data, self.identity, self.history = describe_data(images, self.dataset), identity_of(method), []
-        if self.record is not None:
-            self._check_resumed()
+        if self.checkpoint is not None and self.record is not None:
+            self.history = self._check_resumed(self.checkpoint, self.record)
         return images
 
-    def _check_resumed(self) -> None:
-        """Compare the run with its checkpoint. Raise UserError if it cannot be resumed."""
-        history = check_resumed(self.checkpoint, self.record, self.config, self.identity, self.data)
-        step, total_steps = self.record["step"], self.plan.total_steps
+    def _check_resumed(self, path: Path, record: dict[str, Any]) -> list[dict[str, Any]]:
+        """Compare the run with its checkpoint, and return its history. Raises UserError if it cannot be resumed."""
+        history = check_resumed(path, record, self.config, self.identity, self.data)
+        step, total_steps = record["step"], self.plan.total_steps
         if step > total_steps:
             raise UserError(
-                f"{self.checkpoint} is of step {step}, but the run is to have {total_steps} steps: raise "
+                f"{path} is from step {step}, but the run has only {total_steps} steps. Raise "
                 "--max_train_steps, or resume an earlier checkpoint."
             )
-        # A run that is done takes no step with settings that changed.
-        self.history = history if step < total_steps else self.record["history"]
+        # A finished run takes no step with the changed settings.
+        return history if step < total_steps else record["history"]
 
     def _print_plan(self, images: LabelledImages) -> None:
         if self.accelerator.is_main_process:
-            num_classes = len(images.id2label)
-            print(
-                describe_plan(
-                    self.config,
-                    self.accelerator,
-                    self.dataset,
-                    self.method,
-                    self.plan,
-                    num_classes,
-                    self.checkpoint,
-                    self.repo_id,
-                )
-            )
+            run = (self.config, self.accelerator, self.dataset, self.method, self.plan)
+            print(describe_plan(*run, len(images.id2label), self.checkpoint, self.repo_id))
 
     def _start(self, images: LabelledImages) -> None:
-        """Put everything on the device as it was at the checkpoint, or as it is before the first step."""
+        """Move everything to the device, and create the state or load it from the checkpoint."""
         config, accelerator, method, plan = self.config, self.accelerator, self.method, self.plan
         self.evaluate = None
         if config.eval_steps and self.evaluation is not None:
@@ -249,7 +238,7 @@ class Trainer:
         state.scaler = accelerator.scaler
         if self.stream is not None:
             self.stream.divide(accelerator.process_index, accelerator.num_processes)
-        if self.record is not None:
+        if self.checkpoint is not None and self.record is not None:
             load_checkpoint(self.checkpoint, self.record, state)
             if self.stream is not None and state.stream is not None:
                 self.stream.load_state_dict(state.stream)
@@ -280,8 +269,8 @@ class Trainer:
         )
 
     def _wrap(self, name: str) -> torch.nn.Module:
-        """Return a module as accelerate wraps it, compiled if that is wanted and the method can have it so."""
-        plugin = self.accelerator.state.dynamo_plugin
+        """Wrap a module with accelerate, which compiles it with `--compile` if the method allows it."""
+        plugin = dynamo_plugin(self.accelerator)
         backend = plugin.backend
         if name not in self.method.compiled:
             plugin.backend = DynamoBackend.NO
@@ -295,15 +284,15 @@ class Trainer:
         steps = self.accelerator.gather(step).tolist()
         if len(set(steps)) > 1:
             raise UserError(
-                f"The processes would resume from different steps, {steps}: --output_dir {self.config.output_dir} has "
-                "to be a folder that all machines share."
+                f"The processes would resume from different steps, {steps}. --output_dir {self.config.output_dir} must "
+                "be a folder that all machines share."
             )
 
     def _after_step(self) -> None:
-        """Log the step, save a checkpoint, draw and measure if they are due, and stop if any process was asked to."""
+        """Log the step, save a checkpoint and validate if they are due, and stop if any process got a signal."""
         config, state, last = self.config, self.state, self.state.step == self.plan.total_steps
         state.seconds = time.perf_counter() - self.started
-        rates = {name: scheduler.get_last_lr()[0] for name, scheduler in state.lr_schedulers.items()}
+        rates = {name: float(scheduler.get_last_lr()[0]) for name, scheduler in state.lr_schedulers.items()}
         self.log.log_step(state.step, rates, self.batches.wait)
         if is_due(config.checkpointing_steps, state.step) or (config.checkpointing_steps and last):
             self._sync_stream_state()
@@ -318,12 +307,13 @@ class Trainer:
             self.validate(draw, measure)
 
     def _clip(self, objective: Objective) -> torch.Tensor:
-        """Scale each module's gradient down to its largest norm. Return whether all of them are finite, bool `()`."""
-        largest = self.method.max_grad_norm(objective)
-        # Once for all modules: accelerate's own clipping would unscale the gradients of fp16 again for each of them.
+        """Clip the gradient norm of each module. Return whether all norms are finite, `()`, bool."""
+        max_norm = self.method.max_grad_norm(objective)
+        # Not with accelerate's clipping, which would unscale fp16 gradients once for each module.
         self.accelerator.unscale_gradients(self.optimizers[objective.name])
         norms = {
-            name: torch.nn.utils.clip_grad_norm_(self.prepared[name].parameters(), largest) for name in objective.trains
+            name: torch.nn.utils.clip_grad_norm_(self.prepared[name].parameters(), max_norm)
+            for name in objective.trains
         }
         norms = {name: norm.to(self.accelerator.device) for name, norm in norms.items()}
         finite = torch.stack([torch.isfinite(norm) for norm in norms.values()]).all()
@@ -332,24 +322,24 @@ class Trainer:
 
     def _skip_unless(self, finite: torch.Tensor, optimizer: torch.optim.Optimizer) -> None:
         """
-        Have an optimizer skip its step unless the gradient is finite, and if it is fused, without waiting for the
-        device to say so. The gradient is the mean of all processes', so they all decide alike.
+        Make an optimizer skip its step unless the gradient is finite. A fused optimizer does this without synchronizing
+        the device. All processes decide alike, because their gradients are averaged.
         """
-        if self.state.scaler is not None:  # which does the same, in fp16
+        if self.state.scaler is not None:  # In fp16, the scaler skips the step.
             return
         optimizer = getattr(optimizer, "optimizer", optimizer)
         if optimizer.defaults.get("fused"):
             optimizer.found_inf = (~finite).float()
         elif not finite:
-            optimizer.zero_grad()  # which leaves nothing to step by
+            optimizer.zero_grad()  # A step without gradients changes nothing.
 
     def _sync_stream_state(self) -> None:
-        """Collect on the main process how far all of them are in streamed data. Called by all of them."""
+        """Gather the positions of all processes in streamed data. Called by all processes."""
         if self.stream is not None:
             self.state.stream = self.stream.state_dict(gather_object([self.stream.reached]))
 
     def _save_checkpoint(self) -> bool:
-        """Save a checkpoint on the main process, and publish it if that is wanted. Return False if it failed."""
+        """Save a checkpoint on the main process, and publish it if requested. Return False if saving failed."""
         if not self.accelerator.is_main_process:
             return True
         saved = save_checkpoint(self.config, self.state, self.facts)
@@ -360,12 +350,12 @@ class Trainer:
 
     def _draw_samples(self) -> None:
         logger.info("Drawing samples at step %d", self.state.step)
-        picture = self.method.preview(self.accelerator)
-        if picture is not None and self.accelerator.is_main_process:
-            save_picture(Path(self.config.output_dir), self.accelerator, picture, self.state.step)
+        image = self.method.preview(self.accelerator)
+        if image is not None and self.accelerator.is_main_process:
+            save_samples(Path(self.config.output_dir), self.accelerator, image, self.state.step)
 
     def _finish(self) -> None:
-        """Save the pipeline and the record of the run, and publish them."""
+        """Save the pipeline and `run.json`, print how to load the pipeline, and publish it."""
         config, accelerator, method = self.config, self.accelerator, self.method
         if accelerator.is_main_process:
             method.save(Path(config.output_dir))
@@ -382,7 +372,7 @@ class Trainer:
                 f"pipe = DiffusionPipeline.from_pretrained({folder}, trust_remote_code=True)\n"
                 f"{method.example()}"
             )
-        accelerator.wait_for_everyone()  # for the model, not for its upload
+        accelerator.wait_for_everyone()  # for the model, but not for its upload
         for tracker in accelerator.trackers:
             tracker.finish()
         if self.publisher is not None:
@@ -393,7 +383,7 @@ class Trainer:
 
 @contextmanager
 def frozen(modules: Sequence[torch.nn.Module]) -> Iterator[None]:
-    """Compute no gradient for the parameters of modules inside the block."""
+    """Disable gradients for the parameters of modules inside the block."""
     parameters = [p for module in modules for p in module.parameters() if p.requires_grad]
     for parameter in parameters:
         parameter.requires_grad_(False)

@@ -1,4 +1,4 @@
-"""Long runs: kills, signals, full disks, damaged files, numbers that are not finite."""
+"""Test that runs survive kills, signals, full disks, damaged files and non-finite losses."""
 
 import errno
 import logging
@@ -11,7 +11,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import psutil
@@ -34,39 +34,36 @@ def names(output_dir: Path) -> list[str]:
     return [path.name for path in checkpoints(output_dir)]
 
 
-# ----- damaged checkpoints -----
-
-
 def damage(path: Path) -> None:
     data = bytearray(path.read_bytes())
     data[len(data) // 2] ^= 1
     path.write_bytes(bytes(data))
 
 
-def test_the_latest_checkpoint_that_is_whole_is_taken(tmp_path, caplog):
+def test_latest_skips_damaged_checkpoints(tmp_path, caplog):
     train(tmp_path / "out", *EVERY_STEP)
     assert all(verify_checkpoint(path) is None for path in checkpoints(tmp_path / "out"))
     damage(tmp_path / "out" / "checkpoint-4" / "unet" / WEIGHTS)
     (tmp_path / "out" / "checkpoint-3" / "optimizer-unet.safetensors").unlink()
     train(tmp_path / "out", *EVERY_STEP, "--resume_from_checkpoint", "latest")
-    assert f"checkpoint-4 is damaged (unet/{WEIGHTS} is not as it was written): taking the one before" in caplog.text
+    assert f"checkpoint-4 is damaged (unet/{WEIGHTS} does not match its checksum). Trying the previous" in caplog.text
     assert "checkpoint-3 is damaged" in caplog.text
     assert "optimizer-unet.safetensors" in caplog.text
     train(tmp_path / "whole", *EVERY_STEP)
     assert_same_tensors(tmp_path / "out" / "unet" / WEIGHTS, tmp_path / "whole" / "unet" / WEIGHTS)
 
 
-def test_a_damaged_checkpoint_that_is_asked_for_by_name(tmp_path):
+def test_resuming_a_damaged_checkpoint_by_name_raises(tmp_path):
     train(tmp_path, *EVERY_STEP)
     for path in checkpoints(tmp_path):
         damage(path / "state.json")
-    with pytest.raises(UserError, match="checkpoint-2 is damaged .*state.json is not as it was written"):
+    with pytest.raises(UserError, match="checkpoint-2 is damaged .*state.json does not match its checksum"):
         train(tmp_path, *EVERY_STEP, "--resume_from_checkpoint", "checkpoint-2")
     with pytest.raises(UserError, match="All checkpoints in .* are damaged .*--overwrite_output_dir"):
         train(tmp_path, *EVERY_STEP, "--resume_from_checkpoint", "latest")
 
 
-def test_a_half_written_checkpoint_is_not_taken_for_one(tmp_path):
+def test_partially_written_checkpoint_is_ignored(tmp_path):
     train(tmp_path, *EVERY_STEP)
     (tmp_path / "checkpoint-4").rename(tmp_path / "tmp-checkpoint-4")
     train(tmp_path, *EVERY_STEP, "--resume_from_checkpoint", "latest")
@@ -74,40 +71,39 @@ def test_a_half_written_checkpoint_is_not_taken_for_one(tmp_path):
     assert not (tmp_path / "tmp-checkpoint-4").exists()
 
 
-class Planted:
-    def __init__(self, mark: Path):
-        self.mark = mark
+class CreateFile:
+    """An object whose pickle creates a file when it is loaded."""
+
+    def __init__(self, path: Path):
+        self.path = path
 
     def __reduce__(self):
-        return (Path.touch, (self.mark,))
+        return (Path.touch, (self.path,))
 
 
-def test_planted_pickles_are_never_read(tmp_path):
+def test_pickles_are_never_loaded(tmp_path):
     train(tmp_path / "out", *EVERY_STEP)
-    mark, folder = tmp_path / "mark", tmp_path / "out" / "checkpoint-3"
-    planted = pickle.dumps(Planted(mark))
+    proof, folder = tmp_path / "proof", tmp_path / "out" / "checkpoint-3"
+    malicious = pickle.dumps(CreateFile(proof))
     for name in ("optimizer.bin", "random_states_0.pkl", "unet/diffusion_pytorch_model.bin", "custom_checkpoint_0.pkl"):
-        (folder / name).write_bytes(planted)
-        (folder.parent / Path(name).name).write_bytes(planted)
+        (folder / name).write_bytes(malicious)
+        (folder.parent / Path(name).name).write_bytes(malicious)
     train(tmp_path / "out", *EVERY_STEP, "--resume_from_checkpoint", "checkpoint-3")
-    assert not mark.exists()
-    pickle.loads(planted)
-    assert mark.exists()  # it would have worked
+    assert not proof.exists()
+    pickle.loads(malicious)
+    assert proof.exists()
 
 
-# ----- a full disk -----
-
-
-@pytest.mark.parametrize("part", ["save_file", "fsync"])
-def test_a_full_disk_costs_a_checkpoint_and_not_the_run(tmp_path, monkeypatch, caplog, part):
-    works = getattr(checkpoint, part)
+@pytest.mark.parametrize("function", ["save_file", "fsync"])
+def test_full_disk_does_not_end_the_run(tmp_path, monkeypatch, caplog, function):
+    original = getattr(checkpoint, function)
 
     def full(*args, **kwargs):
         if "checkpoint-3" in str(args):
             raise OSError(errno.ENOSPC, "No space left on device")
-        return works(*args, **kwargs)
+        return original(*args, **kwargs)
 
-    monkeypatch.setattr(checkpoint, part, full)
+    monkeypatch.setattr(checkpoint, function, full)
     train(tmp_path / "out", *EVERY_STEP, "--checkpoints_total_limit", "1")
     assert "Failed to write the checkpoint of step 3: [Errno 28] No space left" in caplog.text
     assert "The last valid checkpoint is checkpoint-2" in caplog.text
@@ -115,27 +111,27 @@ def test_a_full_disk_costs_a_checkpoint_and_not_the_run(tmp_path, monkeypatch, c
     assert list((tmp_path / "out").glob("tmp-*")) == []
 
 
-def test_a_write_that_does_not_read_back_is_no_checkpoint(tmp_path, monkeypatch, caplog):
-    works = checkpoint.write_checksums
+def test_checkpoint_that_fails_verification_is_discarded(tmp_path, monkeypatch, caplog):
+    original = checkpoint.write_checksums
 
     def write_and_damage(folder):
-        works(folder)
+        original(folder)
         if folder.name == "tmp-checkpoint-4":
             damage(folder / "unet" / WEIGHTS)
 
     monkeypatch.setattr(checkpoint, "write_checksums", write_and_damage)
     train(tmp_path / "out", *EVERY_STEP, "--checkpoints_total_limit", "1")
-    assert "it does not read as it was written: unet/" in caplog.text
+    assert "the files read back differ: unet/" in caplog.text
     assert names(tmp_path / "out") == ["checkpoint-3"]
 
 
-def test_files_that_cannot_grow(tmp_path, caplog, monkeypatch):
-    """A real limit of the system: training continues without checkpoints, and fails only where its result is lost."""
-    works = trainer.Trainer.validate
+def test_file_size_limit_does_not_end_the_run(tmp_path, caplog, monkeypatch):
+    """Unlike the test above, with a real limit of the operating system."""
+    original = trainer.Trainer.validate
 
     def unlimited(*args, **kwargs):
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
-        works(*args, **kwargs)
+        original(*args, **kwargs)
 
     before, handler = resource.getrlimit(resource.RLIMIT_FSIZE), signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     monkeypatch.setattr(trainer.Trainer, "validate", unlimited)
@@ -156,8 +152,8 @@ def preemption() -> Preemption:
     return Preemption().install()
 
 
-def signalled(works, when, number=signal.SIGTERM):
-    """A function that does what another does, but the process gets a signal in its call number `when`."""
+def with_signal(original: Callable, when: int, number: int = signal.SIGTERM) -> Callable:
+    """Return a function that calls `original`, and sends a signal to the process in call number `when`."""
     calls = []
 
     def function(*args, **kwargs):
@@ -165,7 +161,7 @@ def signalled(works, when, number=signal.SIGTERM):
         if len(calls) == when:
             os.kill(os.getpid(), number)
             time.sleep(0.01)
-        return works(*args, **kwargs)
+        return original(*args, **kwargs)
 
     return function
 
@@ -174,16 +170,16 @@ def signalled(works, when, number=signal.SIGTERM):
 @pytest.mark.parametrize(
     ("module", "name", "when", "step"),
     [
-        (cfg, "squared_error", 3, 3),  # in the third step
-        (trainer, "save_checkpoint", 1, 2),  # in a save
-        (guided, "sample_grid", 1, 3),  # while samples are drawn
-        (guided, "sample_grid", 2, 4),  # the last ones
+        (cfg, "squared_error", 3, 3),  # during the third step
+        (trainer, "save_checkpoint", 1, 2),  # during a save
+        (guided, "sample_grid", 1, 3),  # during validation
+        (guided, "sample_grid", 2, 4),  # during the last validation
     ],
 )
-def test_a_signal_saves_the_step(tmp_path, monkeypatch, preemption, module, name, when, step, number):
+def test_signal_saves_a_checkpoint(tmp_path, monkeypatch, preemption, module, name, when, step, number):
     flags = ["--validation_steps", "3"]
     with monkeypatch.context() as patch:
-        patch.setattr(module, name, signalled(getattr(module, name), when, number))
+        patch.setattr(module, name, with_signal(getattr(module, name), when, number))
         with pytest.raises(Preempted):
             start(tmp_path / "out", preemption, *flags)
     assert names(tmp_path / "out")[-1] == f"checkpoint-{step}"
@@ -196,9 +192,9 @@ def test_a_signal_saves_the_step(tmp_path, monkeypatch, preemption, module, name
     assert grids[0] == grids[1]
 
 
-def test_a_signal_to_all_processes_leaves_the_workers_at_work(tmp_path, monkeypatch, preemption):
-    """As the scheduler of a cluster sends it: those that read the data are needed until the step is done."""
-    works, calls = cfg.squared_error, []
+def test_workers_survive_a_signal_to_all_processes(tmp_path, monkeypatch, preemption):
+    """Cluster schedulers signal all processes, but the current step still needs data from the workers."""
+    original, calls = cfg.squared_error, []
 
     def signal_all(*args):
         calls.append(1)
@@ -208,7 +204,7 @@ def test_a_signal_to_all_processes_leaves_the_workers_at_work(tmp_path, monkeypa
             for process in [*workers, psutil.Process()]:
                 process.send_signal(signal.SIGTERM)
             time.sleep(0.5)
-        return works(*args)
+        return original(*args)
 
     monkeypatch.setattr(datasets, "MAX_CACHED_BYTES", 0)
     flags = ["--gradient_accumulation_steps", "2", "--dataloader_num_workers", "2"]
@@ -222,19 +218,19 @@ def test_a_signal_to_all_processes_leaves_the_workers_at_work(tmp_path, monkeypa
     assert_same_tensors(tmp_path / "out" / "unet" / WEIGHTS, tmp_path / "whole" / "unet" / WEIGHTS)
 
 
-def test_without_checkpoints_a_signal_saves_all_the_same(tmp_path, monkeypatch, preemption):
-    monkeypatch.setattr(cfg, "squared_error", signalled(cfg.squared_error, 2))
+def test_signal_saves_a_checkpoint_without_periodic_checkpoints(tmp_path, monkeypatch, preemption):
+    monkeypatch.setattr(cfg, "squared_error", with_signal(cfg.squared_error, 2))
     with pytest.raises(Preempted):
         start(tmp_path / "out", preemption, "--checkpointing_steps", "0")
     assert names(tmp_path / "out") == ["checkpoint-2"]
 
 
-def test_what_could_not_be_saved_is_not_called_saved(tmp_path, monkeypatch, preemption):
+def test_signal_and_full_disk_raise_not_saved(tmp_path, monkeypatch, preemption):
     def full(*_):
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(checkpoint, "write_checksums", full)
-    monkeypatch.setattr(cfg, "squared_error", signalled(cfg.squared_error, 3))
+    monkeypatch.setattr(cfg, "squared_error", with_signal(cfg.squared_error, 3))
     with pytest.raises(NotSaved, match="Stopped at step 3, whose checkpoint could not be written"):
         start(tmp_path / "out", preemption)
     assert names(tmp_path / "out") == []
@@ -253,18 +249,28 @@ def run_and_signal(
     times: int = 1,
 ) -> tuple[int, str]:
     """
-    Run the script, and signal it, or one of its two processes: when a text appears on stderr, when a path in `cwd`
-    exists, or after a second. Return the exit code and stderr.
+    Run `train_cfg.py`, send a signal to it, and return its exit code and stderr.
+
+    Args:
+        cwd (`Path`): the working directory. The run writes to `out` in it.
+        argv (`str`): flags of the script.
+        at (`str` or `Path`, *optional*): when to send the signal: when a text appears on stderr or when a path in `cwd`
+            exists. By default after one second.
+        launcher (`Sequence[str]`): arguments of Python before the script.
+        number (`int`): the signal.
+        rank (`int`, *optional*): the child process to send the signal to. By default the process itself.
+        times (`int`): how often to send the signal.
     """
     command = [sys.executable, *launcher, str(TRAINING / "train_cfg.py"), *TINY, "--output_dir", "out", *argv]
-    said, environment = "", {**os.environ, "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
+    stderr, environment = "", {**os.environ, "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
     with subprocess.Popen(
         command, cwd=cwd, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True, env=environment
     ) as process:
+        assert process.stderr is not None
         if at is None:
             time.sleep(1)
-        while isinstance(at, str) and at not in said and process.poll() is None:
-            said += process.stderr.read(1)
+        while isinstance(at, str) and at not in stderr and process.poll() is None:
+            stderr += process.stderr.read(1)
         while isinstance(at, Path) and not (cwd / at).exists() and process.poll() is None:
             time.sleep(0.001)
         for _ in range(times if process.poll() is None else 0):
@@ -273,43 +279,40 @@ def run_and_signal(
                 target = sorted(target.children(), key=lambda child: child.pid)[rank]
             target.send_signal(number)
             time.sleep(0.2)
-        said += process.stderr.read()
-        return process.wait(), said
+        stderr += process.stderr.read()
+        return process.wait(), stderr
 
 
 @pytest.mark.slow
-def test_a_signal_from_outside(tmp_path):
-    code, said = run_and_signal(tmp_path)  # while torch is loaded, or Python itself
+def test_signal_from_another_process(tmp_path):
+    code, stderr = run_and_signal(tmp_path)  # during imports
     assert code in (EXIT_RESUME, -signal.SIGTERM)
     assert not (tmp_path / "out").exists()
 
     long = ["--max_train_steps", "100000", "--checkpointing_steps", "0", "--resume_from_checkpoint", "latest"]
-    code, said = run_and_signal(tmp_path, *long, at="step 1 of")
+    code, stderr = run_and_signal(tmp_path, *long, at="step 1 of")
     assert code == EXIT_RESUME
-    assert "SIGTERM: finishing the step, then saving" in said
-    assert "Stopped and saved. Resume with the same command and --resume_from_checkpoint latest." in said
+    assert "SIGTERM: finishing the step, then saving" in stderr
+    assert "Stopped and saved. Resume with the same command and --resume_from_checkpoint latest." in stderr
     (first,) = checkpoints(tmp_path / "out")
-    code, said = run_and_signal(tmp_path, *long, at="images/s")
+    code, stderr = run_and_signal(tmp_path, *long, at="images/s")
     assert code == EXIT_RESUME
-    assert f"Resumed from out/{first.name}" in said
+    assert f"Resumed from out/{first.name}" in stderr
     assert len(checkpoints(tmp_path / "out")) == 2
 
-    code, said = run_and_signal(tmp_path, *long, "--num_inference_steps", "100000", "--validation_steps", "1",
+    code, stderr = run_and_signal(tmp_path, *long, "--num_inference_steps", "100000", "--validation_steps", "1",
                                 at="Drawing samples", times=2)  # fmt: skip
-    # The second one may find Python on its way out, without our handler
+    # Python may already have removed the handler when the second signal arrives.
     assert code in (EXIT_RESUME, -signal.SIGTERM)
 
 
 @pytest.mark.slow
-def test_a_signal_stops_two_processes_at_the_same_step(tmp_path):
-    _, said = run_and_signal(tmp_path, "--max_train_steps", "100000", "--checkpointing_steps", "0", at="step 1 of",
+def test_signal_stops_two_processes_at_the_same_step(tmp_path):
+    _, stderr = run_and_signal(tmp_path, "--max_train_steps", "100000", "--checkpointing_steps", "0", at="step 1 of",
                              launcher=TWO)  # fmt: skip
-    assert "Stopped and saved" in said
+    assert "Stopped and saved" in stderr
     (path,) = checkpoints(tmp_path / "out")
     assert verify_checkpoint(path) is None
-
-
-# ----- several processes, of which one fails -----
 
 
 LONG = ["--max_train_steps", "60", "--checkpointing_steps", "10", "--resume_from_checkpoint", "latest"]
@@ -317,40 +320,38 @@ LONG = ["--max_train_steps", "60", "--checkpointing_steps", "10", "--resume_from
 
 @pytest.fixture(scope="module")
 def uninterrupted(tmp_path_factory) -> Path:
-    """A run of two processes that nothing happens to."""
+    """An uninterrupted run on two processes."""
     folder = tmp_path_factory.mktemp("uninterrupted")
-    code, said = run_and_signal(folder, *LONG, at="Saved", launcher=TWO, times=0)
-    assert code == 0, said
+    code, stderr = run_and_signal(folder, *LONG, at="images/s", launcher=TWO, times=0)
+    assert code == 0, stderr
     return folder / "out"
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("rank", [0, 1])
-def test_a_killed_process_is_started_again(tmp_path, uninterrupted, rank):
+def test_killed_process_is_restarted(tmp_path, uninterrupted, rank):
     launcher = [*TWO, "--max_restarts", "1"]
     at = Path("out", "checkpoint-20")
-    code, said = run_and_signal(tmp_path, *LONG, at=at, launcher=launcher, rank=rank, number=signal.SIGKILL)
-    assert code == 0, said
-    assert "Resumed from out/checkpoint-20" in said
+    code, stderr = run_and_signal(tmp_path, *LONG, at=at, launcher=launcher, rank=rank, number=signal.SIGKILL)
+    assert code == 0, stderr
+    assert "Resumed from out/checkpoint-20" in stderr
     for name in ("unet", "checkpoint-60/unet", "checkpoint-60/unet_ema"):
         assert_same_tensors(tmp_path / "out" / name / WEIGHTS, uninterrupted / name / WEIGHTS)
 
 
 @pytest.mark.slow
-def test_nobody_waits_for_ever(tmp_path):
-    """A process that answers no more, as behind a network that was cut."""
+def test_stopped_process_ends_the_run_after_a_timeout(tmp_path):
+    """The other process gets no answer, as after a network failure."""
     flags = ["--max_train_steps", "100000", "--checkpointing_steps", "20", "--ddp_timeout", "10"]
-    then = time.monotonic()
+    started = time.monotonic()
     at = Path("out", "checkpoint-20")
-    code, said = run_and_signal(tmp_path, *flags, at=at, launcher=TWO, rank=1, number=signal.SIGSTOP)
+    code, stderr = run_and_signal(tmp_path, *flags, at=at, launcher=TWO, rank=1, number=signal.SIGSTOP)
     assert code != 0
-    assert "Timed out waiting 10000ms" in said
-    assert "Root Cause" in said  # of torchrun, which has ended the one that was stopped too
-    assert time.monotonic() - then < 300
+    assert "Timed out waiting 10000ms" in stderr
+    assert "Root Cause" in stderr  # from torchrun, which has also ended the stopped process
+    assert time.monotonic() - started < 300
     assert verify_checkpoint(tmp_path / "out" / "checkpoint-20") is None
 
-
-# ----- kills -----
 
 MANY_SAVES = ["--max_train_steps", "200", "--checkpointing_steps", "2", "--checkpoints_total_limit", "1"]
 
@@ -365,52 +366,50 @@ def last_step(output_dir: Path) -> int:
 
 
 @pytest.mark.slow
-def test_killed_at_twenty_random_moments(tmp_path, monkeypatch):
-    """Each time a little after it got further, every other time in the middle of a save."""
+def test_run_survives_kills_at_twenty_random_moments(tmp_path, monkeypatch):
+    """Each kill follows some progress. Every other kill happens during a save."""
     train(tmp_path / "whole", *MANY_SAVES)
-    monkeypatch.setenv("PYTHONPATH", str(ROOT))  # which the fork server does not inherit from pytest
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))  # The fork server does not inherit the path from pytest.
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["tests.engine.test_faults"])
-    out, moments, half_written = tmp_path / "out", random.Random(0), 0
+    out, rng, partially_written = tmp_path / "out", random.Random(0), 0
     for i in range(20):
         process = context.Process(target=train_quietly, args=(str(out),))
         process.start()
-        reached = last_step(out) + 2 * moments.randint(1, 2)
-        while last_step(out) < reached and process.is_alive():
+        target = last_step(out) + 2 * rng.randint(1, 2)
+        while last_step(out) < target and process.is_alive():
             time.sleep(0.002)
         while i % 2 and not list(out.glob("tmp-*")) and process.is_alive():
             time.sleep(0.0005)
-        time.sleep(moments.uniform(0, 0.01 if i % 2 else 0.1))
+        time.sleep(rng.uniform(0, 0.01 if i % 2 else 0.1))
         before = last_step(out)
         process.kill()
         process.join()
         assert process.exitcode == -signal.SIGKILL
-        assert before - 2 <= last_step(out) <= before + 2  # a checkpoint that is replaced is listed while it goes
-        half_written += bool(list(out.glob("tmp-*")))
-        whole = [path for path in checkpoints(out) if verify_checkpoint(path) is None]
-        assert int(whole[-1].name.removeprefix("checkpoint-")) >= reached - 2
-    assert half_written > 3
+        assert before - 2 <= last_step(out) <= before + 2  # a checkpoint is still listed while it is deleted
+        partially_written += bool(list(out.glob("tmp-*")))
+        undamaged = [path for path in checkpoints(out) if verify_checkpoint(path) is None]
+        assert int(undamaged[-1].name.removeprefix("checkpoint-")) >= target - 2
+    assert partially_written > 3
     train_quietly(str(out))
     logging.disable(logging.NOTSET)
     for name in ("unet", "checkpoint-200/unet_ema"):
         assert_same_tensors(out / name / WEIGHTS, tmp_path / "whole" / name / WEIGHTS)
 
 
-# ----- numbers that are not finite -----
-
-
-def nan_in(calls: set[int]):
-    works, count = cfg.squared_error, []
+def squared_error_with_nan(calls: set[int]) -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor]:
+    """Return `squared_error` with NaN in the given calls, counted from 1."""
+    original, count = cfg.squared_error, []
 
     def function(pred, target):
         count.append(1)
-        return works(pred, target) * (torch.nan if len(count) in calls else 1.0)
+        return original(pred, target) * (torch.nan if len(count) in calls else 1.0)
 
     return function
 
 
-def test_a_step_that_is_not_finite_is_skipped(tmp_path, monkeypatch, caplog):
-    monkeypatch.setattr(cfg, "squared_error", nan_in({3}))
+def test_nonfinite_step_is_skipped(tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr(cfg, "squared_error", squared_error_with_nan({3}))
     train(tmp_path, *EVERY_STEP, "--no_use_ema", "--report_to", "tensorboard")
     before, after, last = (load_file(tmp_path / f"checkpoint-{step}" / "unet" / WEIGHTS) for step in (2, 3, 4))
     moments = [load_file(tmp_path / f"checkpoint-{step}" / "optimizer-unet.safetensors") for step in (2, 3)]
@@ -418,12 +417,12 @@ def test_a_step_that_is_not_finite_is_skipped(tmp_path, monkeypatch, caplog):
     assert all(torch.equal(moments[0][name], moments[1][name]) for name in moments[0])
     assert all(torch.isfinite(value).all() for value in last.values())
     assert any(not torch.equal(after[name], last[name]) for name in after)
-    assert "1 of the last 1 steps were skipped" in caplog.text
+    assert "Skipped 1 of the last 1 steps" in caplog.text
     assert [value for _, value in scalars(tmp_path)["skipped_steps"]] == [0, 0, 1, 0]
 
 
-def test_too_many_in_a_row_stop_the_run(tmp_path, monkeypatch):
-    monkeypatch.setattr(cfg, "squared_error", nan_in({2, 4, 5, 6}))
+def test_too_many_consecutive_nonfinite_steps_stop_the_run(tmp_path, monkeypatch):
+    monkeypatch.setattr(cfg, "squared_error", squared_error_with_nan({2, 4, 5, 6}))
     flags = [*EVERY_STEP, "--max_train_steps", "8", "--max_nonfinite_steps", "3"]
     with pytest.raises(FloatingPointError, match="last 3 steps, up to step 6.*--resume_from_checkpoint checkpoint-5"):
         train(tmp_path, *flags)

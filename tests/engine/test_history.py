@@ -1,4 +1,4 @@
-"""A resumed run: which settings it may change, and what becomes of those that it does."""
+"""Test which settings a resumed run may change, and that the changes are recorded."""
 
 import json
 import shutil
@@ -24,6 +24,7 @@ RESUME = ["--resume_from_checkpoint", "checkpoint-2"]
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory) -> Path:
+    """Return the output folder of a finished run, which tests only read."""
     folder = tmp_path_factory.mktemp("run") / "out"
     train(folder)
     return folder
@@ -31,6 +32,7 @@ def run(tmp_path_factory) -> Path:
 
 @pytest.fixture
 def copy(run, tmp_path) -> Path:
+    """Return a copy of the finished run to resume."""
     return Path(shutil.copytree(run, tmp_path / "out"))
 
 
@@ -39,20 +41,20 @@ def run_record(folder: Path) -> dict:
 
 
 @pytest.mark.parametrize("config", [CFGConfig, DistillationConfig])
-def test_every_setting_says_what_a_resumed_run_may_do_with_it(config):
+def test_every_setting_declares_whether_a_resumed_run_may_change_it(config):
     assert {s.name for s in fields(config) if s.metadata.get("on_resume") not in ("fixed", "recorded", "free")} == set()
 
 
-# A value for every setting that is fixed, other than that of the run
+# A different value for every fixed setting
 CHANGED = {
-    "streaming": None,  # needs other data
+    "streaming": None,  # needs a different dataset
     "shuffle_buffer_size": "7",
     "resolution": "16",
     "block_out_channels": "8",
     "layers_per_block": "2",
     "attention_resolutions": "4",
     "dropout": "0.1",
-    "use_ema": None,  # a flag without a value, below
+    "use_ema": None,  # a flag without a value, tested below
     "ema_max_decay": "0.5",
     "seed": "5",
     "prediction_type": "epsilon",
@@ -61,21 +63,21 @@ CHANGED = {
 }
 
 
-def test_the_settings_that_are_fixed_are_all_tried():
+def test_all_fixed_settings_are_tested():
     assert CHANGED.keys() == {s.name for s in fields(CFGConfig) if s.metadata["on_resume"] == "fixed"}
 
 
 @pytest.mark.parametrize(("name", "value"), [(name, value) for name, value in CHANGED.items() if value is not None])
-def test_a_fixed_setting_cannot_change(copy, name, value):
+def test_fixed_settings_cannot_change(copy, name, value):
     before = {path: path.read_bytes() for path in copy.rglob("*") if path.is_file()}
-    with pytest.raises(UserError, match=rf"--{name} was .* and is \[?'?{value}.*another --output_dir"):
+    with pytest.raises(UserError, match=rf"--{name} was .* and is \[?'?{value}.*different --output_dir"):
         train(copy, *RESUME, f"--{name}", value)
     with pytest.raises(UserError, match=f"--{name} was"):
         train(copy, *RESUME, f"--{name}", value, "--dry_run")
     assert {path: path.read_bytes() for path in copy.rglob("*") if path.is_file()} == before
 
 
-def test_averages_cannot_come_and_go(copy):
+def test_use_ema_cannot_change(copy):
     with pytest.raises(UserError, match="--use_ema was True and is False"):
         train(copy, *RESUME, "--no_use_ema")
 
@@ -95,7 +97,7 @@ def test_averages_cannot_come_and_go(copy):
         (["--conditioning_dropout_prob", "0.5"], "conditioning_dropout_prob", [0.1, 0.5]),
     ],
 )
-def test_a_recorded_setting_takes_effect_and_is_remembered(run, copy, caplog, flags, name, values):
+def test_recorded_settings_take_effect_and_are_recorded(run, copy, caplog, flags, name, values):
     train(copy, *RESUME, *flags)
     assert f"{name} was {values[0]!r} and is {values[1]!r}" in caplog.text
     assert run_record(copy)["history"] == [{"from_step": 2, name: values}]
@@ -104,7 +106,7 @@ def test_a_recorded_setting_takes_effect_and_is_remembered(run, copy, caplog, fl
         for a, b in zip(*(load_file(folder / "unet" / WEIGHTS).values() for folder in (run, copy)), strict=True)
     ]
     assert any(changed)
-    # And the next one to resume has both
+    # The next resumed run records both changes.
     caplog.clear()
     latest = ["--resume_from_checkpoint", "latest", "--max_train_steps", "7"]
     train(copy, *flags, *latest)
@@ -115,8 +117,8 @@ def test_a_recorded_setting_takes_effect_and_is_remembered(run, copy, caplog, fl
     assert run_record(copy)["history"] == [{"from_step": 2, name: values}, steps]
 
 
-def test_the_documented_learning_rate_is_the_one_that_is_taken(tmp_path):
-    """As a run that had it from the start would take it from there: a step of a constant rate, ten times as large."""
+def test_a_changed_learning_rate_applies_from_the_next_step(tmp_path):
+    """With a constant learning rate, ten times the rate gives ten times the step."""
     flags = ["--lr_scheduler", "constant", "--no_use_ema", "--max_train_steps", "3", "--checkpointing_steps", "2"]
     train(tmp_path / "slow", *flags)
     steps = {}
@@ -129,13 +131,14 @@ def test_the_documented_learning_rate_is_the_one_that_is_taken(tmp_path):
     assert_same_tensors(tmp_path / "slow" / "unet" / WEIGHTS, tmp_path / "same" / "unet" / WEIGHTS)
 
 
-def test_nothing_is_said_of_settings_that_are_free(copy, caplog):
+def test_changes_of_free_settings_are_not_logged(copy, caplog):
     train(copy, *RESUME, "--logging_steps", "3", "--checkpoints_total_limit", "8", "--validation_guidance_scales", "2")
-    assert "differs from the one" not in caplog.text
+    assert "the settings differ" not in caplog.text
     assert "history" not in run_record(copy)
 
 
 def save_photos(folder: Path, names: list[str], number: int) -> str:
+    """Save a number of random images in a folder for each class, and return the path."""
     for label, name in enumerate(names):
         (folder / name).mkdir(parents=True, exist_ok=True)
         for i in range(number):
@@ -144,7 +147,7 @@ def save_photos(folder: Path, names: list[str], number: int) -> str:
     return str(folder)
 
 
-def test_other_classes_are_refused_and_more_images_are_said(tmp_path, caplog):
+def test_changed_classes_raise_and_added_images_are_recorded(tmp_path, caplog):
     photos, flags = tmp_path / "photos", ["--resolution", "8", "--cache_dir", str(tmp_path / "cache")]
     data = ["--train_data_dir", save_photos(photos, ["cat", "dog"], 8), *flags]
     train(tmp_path / "out", *data)
@@ -154,17 +157,17 @@ def test_other_classes_are_refused_and_more_images_are_said(tmp_path, caplog):
     assert "data.fingerprint was" in caplog.text
     history = run_record(tmp_path / "out")["history"]
     assert history[0]["data.num_images"] == [16, 20]
-    # The folder may move
+    # The folder may move.
     photos.rename(tmp_path / "moved")
     train(tmp_path / "out", "--train_data_dir", str(tmp_path / "moved"), *flags, *RESUME)
     history = run_record(tmp_path / "out")["history"]
-    assert history[-1]["train_data_dir"] == ["photos", "moved"]  # without the paths of this machine
+    assert history[-1]["train_data_dir"] == ["photos", "moved"]  # without paths of this machine
     (tmp_path / "moved" / "cat").rename(tmp_path / "moved" / "zebra")
     with pytest.raises(UserError, match=r"classes of the data was \['cat', 'dog'\] and is \['dog', 'zebra'\]"):
         train(tmp_path / "out", "--train_data_dir", str(tmp_path / "moved"), *flags, *RESUME)
 
 
-def test_another_noise_process_of_a_pretrained_model_is_refused(tmp_path):
+def test_changed_noise_process_of_a_pretrained_model_raises(tmp_path):
     for name, end in (("base", -20.0), ("other", -10.0)):
         pipeline = make_pipeline(make_unet(), type(make_pipeline().scheduler)(log_snr_min=end))
         pipeline.save_pretrained(tmp_path / name)
@@ -173,7 +176,7 @@ def test_another_noise_process_of_a_pretrained_model_is_refused(tmp_path):
         train(tmp_path / "out", "--pretrained_model_name_or_path", str(tmp_path / "other"), *RESUME)
 
 
-def test_a_network_of_another_file_is_refused(tmp_path):
+def test_changed_network_config_raises(tmp_path):
     settings = {
         "block_out_channels": [8, 8], "norm_num_groups": 4, "layers_per_block": 1,
         "down_block_types": ["DownBlock2D"] * 2, "up_block_types": ["UpBlock2D"] * 2,
@@ -192,12 +195,12 @@ def test_a_network_of_another_file_is_refused(tmp_path):
         train_from_file(*RESUME)
 
 
-def test_another_method_is_refused(copy):
+def test_changed_method_raises(copy):
     with pytest.raises(UserError, match="name of the method was 'ClassifierFreeGuidance' and is 'Adversarial'"):
         train(copy, *RESUME, method=Adversarial)
 
 
-def test_a_student_has_the_steps_that_it_began_with(trained_model, tmp_path):
+def test_fixed_settings_of_a_student_cannot_change(trained_model, tmp_path):
     distill(trained_model, tmp_path / "out", "--max_guidance_scale", "3")
     with pytest.raises(UserError, match=r"--max_guidance_scale was 3.0 and is 2.0"):
         distill(trained_model, tmp_path / "out", "--max_guidance_scale", "2", *RESUME)
@@ -207,45 +210,45 @@ def change_state(folder: Path, **values) -> None:
     record = json.loads((folder / STATE_FILE).read_text())
     record.update(values)
     (folder / STATE_FILE).write_text(json.dumps({k: v for k, v in record.items() if v is not ...}))
-    seal(folder)
+    update_checksums(folder)
 
 
-def seal(folder: Path) -> None:
-    """Make the checksums those of the files as they are now."""
+def update_checksums(folder: Path) -> None:
+    """Recompute the checksums of a checkpoint."""
     (folder / CHECKSUMS).unlink()
     write_checksums(folder)
 
 
 @pytest.mark.parametrize(("format", "age"), [(..., "an older"), (3, "a newer")])
-def test_a_checkpoint_of_another_layout_is_refused(copy, format, age):
+def test_checkpoint_with_a_different_layout_raises(copy, format, age):
     change_state(copy / "checkpoint-2", format=format)
     with pytest.raises(UserError, match=f"checkpoint-2 was written by {age} version.*--pretrained_model_name_or_path"):
         train(copy, *RESUME)
 
 
-def test_settings_of_other_versions_are_not_compared(copy, caplog):
+def test_settings_unknown_to_one_version_are_ignored(copy, caplog):
     record = json.loads((copy / "checkpoint-2" / STATE_FILE).read_text())
-    settings = {**record["settings"], "a_setting_of_tomorrow": 3}
+    settings = {**record["settings"], "setting_of_a_later_version": 3}
     del settings["adam_beta1"]
     change_state(copy / "checkpoint-2", settings=settings)
     train(copy, *RESUME)
     assert "history" not in run_record(copy)
 
 
-def test_moments_that_are_missing_are_not_begun_again(copy):
+def test_missing_moments_raise(copy):
     path = copy / "checkpoint-2" / "optimizer-unet.safetensors"
     moments = load_file(path)
     save_file({name: value for i, (name, value) in enumerate(sorted(moments.items())) if i < 30}, path)
-    seal(copy / "checkpoint-2")
+    update_checksums(copy / "checkpoint-2")
     with pytest.raises(UserError, match=r"has the moments of 10 parameters, but \d+ were saved"):
         train(copy, *RESUME)
 
 
-def test_an_older_checkpoint_that_is_resumed_becomes_the_latest(copy, caplog):
-    """Its steps are taken again: those that were taken before are set aside, and nothing that is written is deleted."""
+def test_resuming_an_older_checkpoint_renames_newer_ones(copy, caplog):
+    """Renamed, they are neither found as the latest nor deleted."""
     flags = ["--learning_rate", "5e-4", "--max_train_steps", "3", "--checkpoints_total_limit", "1"]
     train(copy, *RESUME, *flags)
-    assert "checkpoint-4 is newer than the checkpoint that is resumed: it is old-checkpoint-4 now" in caplog.text
+    assert "checkpoint-4 is newer than the resumed checkpoint and was renamed to old-checkpoint-4" in caplog.text
     assert [path.name for path in checkpoints(copy)] == ["checkpoint-3"]
     assert (copy / "old-checkpoint-4" / STATE_FILE).is_file()
     train(copy, *flags, "--resume_from_checkpoint", "latest", "--max_train_steps", "4")
@@ -255,22 +258,22 @@ def test_an_older_checkpoint_that_is_resumed_becomes_the_latest(copy, caplog):
     }  # fmt: skip
 
 
-def test_a_run_that_is_longer_than_it_is_to_be(copy):
+def test_resuming_beyond_the_length_of_the_run_raises(copy):
     before = {path: path.read_bytes() for path in copy.rglob("*") if path.is_file()}
-    with pytest.raises(UserError, match="checkpoint-4 is of step 4, but the run is to have 3 steps: raise --max_train"):
+    with pytest.raises(UserError, match="checkpoint-4 is from step 4, but the run has only 3 steps. Raise --max_train"):
         train(copy, "--resume_from_checkpoint", "latest", "--max_train_steps", "3")
     assert {path: path.read_bytes() for path in copy.rglob("*") if path.is_file()} == before
-    # And one that is done takes no step with another setting
+    # A finished run takes no step with the changed setting, which is not recorded.
     train(copy, "--resume_from_checkpoint", "latest", "--learning_rate", "0.5")
     assert "history" not in run_record(copy)
 
 
-def test_overwriting_is_for_a_run_that_is_not_resumed(copy):
+def test_overwrite_output_dir_does_not_delete_a_resumed_run(copy):
     flags = ["--resume_from_checkpoint", "latest", "--overwrite_output_dir"]
     train(copy, *flags)
     assert (copy / "checkpoint-2").is_dir()
     for name in ("checkpoint-2", "checkpoint-4"):
         shutil.rmtree(copy / name)
-    (copy / "samples" / "step-9.png").write_bytes(b"of the run before")
+    (copy / "samples" / "step-9.png").write_bytes(b"from the previous run")
     train(copy, *flags)
     assert not (copy / "samples" / "step-9.png").exists()

@@ -1,4 +1,4 @@
-"""Runs on cached latents: the same training as without the cache, and on nothing but the latents of its own images."""
+"""Test that training on cached latents equals training without the cache."""
 
 import shutil
 from pathlib import Path
@@ -18,7 +18,7 @@ WEIGHTS = Path("unet") / WEIGHTS
 
 @pytest.fixture(autouse=True)
 def folder(monkeypatch, tmp_path) -> Path:
-    """A folder of the test's own, for a hundred digits, 40 in a file."""
+    """Cache the latents of 100 digits in a temporary folder, with 40 in each file. Return the folder."""
     digits = few_digits()
     monkeypatch.setattr(sources, "Digits", lambda: digits)
     monkeypatch.setattr(latents, "LATENTS_DIR", tmp_path / "latents")
@@ -28,12 +28,12 @@ def folder(monkeypatch, tmp_path) -> Path:
 
 @pytest.fixture
 def encoded(monkeypatch) -> list[int]:
-    """The number of images in each batch that was encoded."""
+    """The list of the sizes of all encoded batches."""
     return count_encoded(monkeypatch)
 
 
 def differ(first: Path, second: Path) -> bool:
-    return (load_file(first)["conv_in.weight"] - load_file(second)["conv_in.weight"]).abs().max() > 1e-4
+    return bool((load_file(first)["conv_in.weight"] - load_file(second)["conv_in.weight"]).abs().max() > 1e-4)
 
 
 @pytest.mark.parametrize("flip", [[], ["--random_flip"]])
@@ -51,15 +51,15 @@ def test_training_is_the_same_with_and_without_the_cache(tmp_path, encoded, flip
 
 
 @pytest.mark.parametrize("cache", [[], ["--cache_latents"]])
-def test_accumulated_batches_are_one_batch(tmp_path, cache):
-    """Draws from the posterior belong to the image, however the step is divided."""
+def test_accumulation_does_not_change_the_weights(tmp_path, cache):
+    """The posterior noise of an image does not depend on how the global batch is divided."""
     flags = [*vae_flags(tmp_path / "vae"), *cache]
     train(tmp_path / "whole", *flags)
     train(tmp_path / "parts", *flags, "--train_batch_size", "4", "--gradient_accumulation_steps", "2")
     assert_same_tensors(tmp_path / "whole" / WEIGHTS, tmp_path / "parts" / WEIGHTS, **CLOSE)
 
 
-def test_a_resumed_run_with_latents_equals_one_that_never_stopped(tmp_path):
+def test_resume_with_cached_latents_is_bit_exact(tmp_path):
     flags = [*vae_flags(tmp_path / "vae"), "--cache_latents"]
     train(tmp_path / "whole", *flags)
     (tmp_path / "resumed").mkdir()
@@ -68,8 +68,8 @@ def test_a_resumed_run_with_latents_equals_one_that_never_stopped(tmp_path):
     assert_same_tensors(tmp_path / "whole" / WEIGHTS, tmp_path / "resumed" / WEIGHTS)
 
 
-def test_images_that_are_decoded_lazily(tmp_path, monkeypatch, caplog):
-    """One cannot be read: it is replaced as it is without the cache, and named by every run."""
+def test_latents_of_lazily_decoded_images(tmp_path, monkeypatch, caplog):
+    """An unreadable image is replaced by the same image as without the cache, and every run reports it."""
     save_folder_with_broken_image(tmp_path / "data")
     monkeypatch.setattr(datasets, "MAX_CACHED_BYTES", 0)
     monkeypatch.setattr(latents, "FILE_SIZE", 7)
@@ -85,18 +85,20 @@ def test_images_that_are_decoded_lazily(tmp_path, monkeypatch, caplog):
         train(tmp_path / "strict", *flags, "0.01", "--cache_latents")
 
 
-def test_a_run_with_latents_measures_itself_by_images(tmp_path, monkeypatch):
+def test_evaluation_with_cached_latents_uses_images(tmp_path, monkeypatch):
     monkeypatch.setattr(features.train_classifier, "__defaults__", (30, 64))
     monkeypatch.setattr(in_training, "CACHE_DIR", tmp_path / "cache")
     flags = [*vae_flags(tmp_path / "vae"), "--cache_latents"]
     train(tmp_path / "without", *flags)
     train(tmp_path / "with", *flags, "--eval_steps", "2", "--num_eval_samples", "20")
     assert_same_tensors(tmp_path / "with" / WEIGHTS, tmp_path / "without" / WEIGHTS)
-    assert len(list((tmp_path / "cache").rglob("*.safetensors"))) == 2  # the classifier, and the images' statistics
+    assert (
+        len(list((tmp_path / "cache").rglob("*.safetensors"))) == 2
+    )  # the classifier and the statistics of the images
 
 
 @pytest.mark.slow
-def test_two_processes_train_the_same_with_and_without_the_cache(tmp_path, monkeypatch):
+def test_training_on_two_processes_is_the_same_with_and_without_the_cache(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     flags = [*TINY, *vae_flags(tmp_path / "vae"), "--random_flip", "--train_batch_size", "4"]
     for name, flag in (("without", []), ("with", ["--cache_latents"])):
@@ -106,7 +108,7 @@ def test_two_processes_train_the_same_with_and_without_the_cache(tmp_path, monke
     assert_same_tensors(tmp_path / "with" / WEIGHTS, tmp_path / "without" / WEIGHTS, **CLOSE)
 
 
-def test_latents_of_something_else_are_not_used(tmp_path, folder, encoded):
+def test_latents_of_different_images_or_encoders_are_not_used(tmp_path, folder, encoded):
     flags = vae_flags(tmp_path / "vae")
     train(tmp_path / "out", *flags, "--cache_latents")
     for i, other in enumerate((vae_flags(tmp_path / "other", seed=1), ["--resolution", "16"], ["--random_flip"])):
@@ -119,7 +121,7 @@ def test_latents_of_something_else_are_not_used(tmp_path, folder, encoded):
     assert len(list(folder.iterdir())) == 4
 
 
-def test_a_run_with_damaged_and_foreign_files_is_the_same(tmp_path, folder, encoded):
+def test_damaged_and_foreign_files_are_encoded_again(tmp_path, folder, encoded):
     flags = [*vae_flags(tmp_path / "vae"), "--cache_latents"]
     train(tmp_path / "out", *flags)
     paths = sorted(folder.glob("*/*"))
@@ -135,7 +137,7 @@ def test_a_run_with_damaged_and_foreign_files_is_the_same(tmp_path, folder, enco
     assert_same_tensors(tmp_path / "out" / WEIGHTS, tmp_path / "again" / WEIGHTS)
 
 
-def test_latents_that_cannot_be_kept_leave_no_run(tmp_path, folder, encoded, monkeypatch):
+def test_too_little_disk_space_for_latents_raises_before_the_run(tmp_path, folder, encoded, monkeypatch):
     flags, disk_usage = [*vae_flags(tmp_path / "vae"), "--cache_latents"], shutil.disk_usage
 
     def full(path: Path):
@@ -149,7 +151,7 @@ def test_latents_that_cannot_be_kept_leave_no_run(tmp_path, folder, encoded, mon
     assert (encoded, list(folder.rglob("*.*")), (tmp_path / "out").exists()) == ([], [], False)
 
 
-def test_a_pipeline_without_an_autoencoder_has_no_latents(tmp_path):
+def test_cache_latents_without_an_autoencoder_raises(tmp_path):
     train(tmp_path / "out")
     with pytest.raises(UserError, match=f"--cache_latents needs an autoencoder, but {tmp_path}/out has none"):
         train(tmp_path / "latents", "--pretrained_model_name_or_path", str(tmp_path / "out"), "--cache_latents")

@@ -1,4 +1,4 @@
-"""Runs as a user starts them, in processes of their own."""
+"""Test runs that are started from the command line."""
 
 import contextlib
 import json
@@ -23,7 +23,7 @@ from tests.support.runs import TINY, TRAINING, WEIGHTS, assert_same_tensors, lau
 pytestmark = pytest.mark.slow
 
 
-def test_the_command_line_from_end_to_end(tmp_path):
+def test_train_load_and_evaluate_from_the_command_line(tmp_path):
     result = launch(*TINY, "--output_dir", "out", cwd=tmp_path)
     script = result.stdout[result.stdout.index("from diffusers import DiffusionPipeline") :]
     loaded = subprocess.run([sys.executable, "-c", script], cwd=tmp_path, capture_output=True, text=True, timeout=300)
@@ -46,42 +46,47 @@ def test_the_command_line_from_end_to_end(tmp_path):
 
 
 def run_in_terminal(command: list[str], cwd: Path, env: dict[str, str]) -> str:
-    """Run a command in a pseudo-terminal of 120 columns, and return all that it prints."""
-    ours, theirs = pty.openpty()
-    termios.tcsetwinsize(theirs, (40, 120))
+    """Run a command in a pseudo-terminal of 120 columns, and return its output."""
+    controller, terminal = pty.openpty()
+    termios.tcsetwinsize(terminal, (40, 120))
     printed = b""
-    with subprocess.Popen(command, cwd=cwd, env=env, stdin=theirs, stdout=theirs, stderr=theirs) as process:
-        os.close(theirs)
-        with contextlib.suppress(OSError):  # EIO at the end
-            while chunk := os.read(ours, 4096):
+    with subprocess.Popen(command, cwd=cwd, env=env, stdin=terminal, stdout=terminal, stderr=terminal) as process:
+        os.close(terminal)
+        with contextlib.suppress(OSError):  # EIO when the process has exited
+            while chunk := os.read(controller, 4096):
                 printed += chunk
-        os.close(ours)
+        os.close(controller)
         assert process.wait() == 0, printed.decode()
     return printed.decode()
 
 
 @pytest.mark.parametrize("terminal", [False, True])
-def test_only_our_own_lines_are_printed(tmp_path, terminal):
-    """For a user who runs the first command of the README in a new account."""
+def test_training_prints_no_messages_of_other_libraries(tmp_path, terminal):
+    """With a new home folder, as for a user who runs the first command of the README."""
     command = [sys.executable, str(TRAINING / "train_cfg.py"), "--max_train_steps", "60", "--validation_steps", "30"]
     env = {"HOME": str(tmp_path), "PATH": os.environ["PATH"], "LANG": "C.UTF-8"}
     if terminal:
         printed = run_in_terminal(command, tmp_path, env)
     else:
-        merged = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
-        printed = subprocess.run(command, cwd=tmp_path, env=env, check=True, text=True, timeout=300, **merged).stdout
+        with subprocess.Popen(
+            command, cwd=tmp_path, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        ) as process:
+            printed = process.communicate(timeout=300)[0]
+        assert process.returncode == 0, printed
     lines = [line for line in re.split(r"[\r\n]+|\x1b\[A", printed) if line.strip()]
     known = r"INFO |Decoding: |Training: |Sampling: |Saved the pipeline |from diffusers import |pipe"
     assert [line for line in lines if not re.match(known, line)] == []
-    assert [line for line in lines if "INFO " in line[1:]] == []  # above the progress bar, not inside it
+    assert [line for line in lines if "INFO " in line[1:]] == []  # above the progress bar and not inside it
     assert any(line.startswith("Training: 100%") for line in lines) == terminal
     assert any(line.startswith("INFO step 60 of 60") for line in lines) != terminal
-    assert list(tmp_path.rglob("matplotlib")) == []  # which builds a font cache, and says so on slow machines
+    assert (
+        list(tmp_path.rglob("matplotlib")) == []
+    )  # Its import would build a font cache, and print a message on slow machines.
 
 
 @pytest.fixture(scope="module")
 def photos(tmp_path_factory) -> Path:
-    """Class folders of 60 images, an epoch of seven steps and a half."""
+    """Save 60 images in class folders, 7.5 steps per epoch, and return the folder."""
     folder = tmp_path_factory.mktemp("photos")
     for index in range(60):
         path = folder / "abc"[index % 3] / f"{index}.png"
@@ -90,9 +95,9 @@ def photos(tmp_path_factory) -> Path:
     return folder
 
 
-def test_two_processes_with_workers_resume_in_the_middle_of_an_epoch(tmp_path, photos, monkeypatch, caplog):
-    """Bit for bit, what is logged too; and on one process up to rounding."""
-    (tmp_path / "lazily.py").write_text(  # small data is kept in memory, without workers
+def test_resume_on_two_processes_is_bit_exact(tmp_path, photos, monkeypatch, caplog):
+    """The run has workers and resumes within an epoch. On one process, it is the same up to rounding."""
+    (tmp_path / "lazily.py").write_text(  # Otherwise small datasets are decoded into memory, without workers.
         "import runpy\nfrom diffusers_cfg.data import datasets\ndatasets.MAX_CACHED_BYTES = 0\n"
         f"runpy.run_path({str(TRAINING / 'train_cfg.py')!r}, run_name='__main__')\n"
     )
@@ -119,20 +124,25 @@ def test_two_processes_with_workers_resume_in_the_middle_of_an_epoch(tmp_path, p
 
     monkeypatch.setattr(datasets, "MAX_CACHED_BYTES", 0)
     train(tmp_path / "alone", *flags)
-    assert "--gradient_accumulation_steps is 4 and not 2, so that a step stays one of 8 images" in caplog.text
+    assert "Using --gradient_accumulation_steps 4 instead of 2, so that a step still has 8 images" in caplog.text
     assert "Resuming with 1 processes instead of 2. Data and noise are the same" in caplog.text
     first, second = (load_file(tmp_path / name / "unet" / WEIGHTS) for name in ("whole", "alone"))
-    # The softmax does not see a bias of the keys: its gradient is all rounding, of which Adam makes steps.
-    seen = [name for name in first if not name.endswith("to_k.bias")]
-    assert max((first[name] - second[name]).abs().max().item() for name in seen) < 1e-5
+    # A bias of the keys cancels in the softmax. Its gradient is rounding noise, which Adam scales up to full steps.
+    compared = [name for name in first if not name.endswith("to_k.bias")]
+    assert max((first[name] - second[name]).abs().max().item() for name in compared) < 1e-5
     alone = dict(scalars(tmp_path / "alone")["loss"])
     assert all(abs(alone[step] - loss) < 1e-5 for step, loss in losses[1].items())
 
 
 def launch_machines(name: str, *scripts: list[str], cwd: Path) -> list[tuple[int, str]]:
     """
-    Two processes by a shipped launch configuration, on as many machines as there are scripts, all played by this one.
-    Exit code and stderr of each machine.
+    Run two processes with one of the included launch configurations, and return the exit code and stderr of each
+    machine. All machines are simulated on this one.
+
+    Args:
+        name (`str`): the file name of the launch configuration.
+        scripts (`list[str]`): the flags of `train_cfg.py` on each machine.
+        cwd (`Path`): the working directory.
     """
     flags = ["--config_file", str(TRAINING / "configs" / "accelerate" / name), "--num_processes", "2"]
     with socket.socket() as free:
@@ -146,24 +156,24 @@ def launch_machines(name: str, *scripts: list[str], cwd: Path) -> list[tuple[int
         )
         for rank, script in enumerate(scripts)
     ]  # fmt: skip
-    said = [run.communicate(timeout=600)[1] for run in runs]
-    return [(run.returncode, text) for run, text in zip(runs, said, strict=True)]
+    errors = [run.communicate(timeout=600)[1] for run in runs]
+    return [(run.returncode, stderr) for run, stderr in zip(runs, errors, strict=True)]
 
 
 @pytest.mark.parametrize(("name", "machines"), [("ddp.yaml", 1), ("ddp_two_machines.yaml", 2)])
-def test_the_shipped_launch_configurations(tmp_path, name, machines):
-    ends = launch_machines(name, *[["--output_dir", "two"]] * machines, cwd=tmp_path)
-    assert [code for code, _ in ends] == [0] * machines, ends
-    assert "4 steps of 8 images (0.0 epochs) on 2 × cpu" in ends[0][1]
+def test_included_launch_configurations(tmp_path, name, machines):
+    results = launch_machines(name, *[["--output_dir", "two"]] * machines, cwd=tmp_path)
+    assert [code for code, _ in results] == [0] * machines, results
+    assert "4 steps of 8 images (0.0 epochs) on 2 × cpu" in results[0][1]
     train(tmp_path / "one")
     assert_same_tensors(tmp_path / "one" / "unet" / WEIGHTS, tmp_path / "two" / "unet" / WEIGHTS, rtol=1e-4, atol=1e-6)
 
 
-def test_machines_that_do_not_share_their_checkpoints(tmp_path):
+def test_machines_without_a_shared_folder_raise(tmp_path):
     train(tmp_path / "here")
     flags = ["--max_train_steps", "6", "--resume_from_checkpoint", "latest", "--output_dir"]
-    ends = launch_machines("ddp_two_machines.yaml", [*flags, "here"], [*flags, "there"], cwd=tmp_path)
-    for code, said in ends:
+    results = launch_machines("ddp_two_machines.yaml", [*flags, "here"], [*flags, "there"], cwd=tmp_path)
+    for code, stderr in results:
         assert code != 0
-        assert "would resume from different steps, [4, 0]: --output_dir" in said
+        assert "would resume from different steps, [4, 0]. --output_dir" in stderr
     assert not (tmp_path / "there").exists()

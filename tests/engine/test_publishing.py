@@ -1,4 +1,4 @@
-"""From a training run to the Hub and on from there, against the stand-in."""
+"""Test publishing a run, against a local server in place of the Hub."""
 
 import json
 import subprocess
@@ -15,7 +15,7 @@ from tests.support.runs import SETTINGS, TINY, TRAINING, WEIGHTS
 
 @pytest.fixture
 def script(hub, tmp_path):
-    """Run a training script in an environment that knows the stand-in only."""
+    """A function that runs a training script in an environment with the local server in place of the Hub."""
 
     def run_script(name: str, *argv: str, token: str | None = None) -> subprocess.CompletedProcess:
         environment = hub.environment(str(tmp_path / "hf"), token)
@@ -28,14 +28,14 @@ def script(hub, tmp_path):
 
 
 @pytest.mark.slow
-def test_train_publish_and_go_on(hub, script, tmp_path):
+def test_train_publish_and_fine_tune(hub, script, tmp_path):
     result = script(
         "train_cfg.py", *TINY, "--output_dir", "out", "--push_to_hub", "--hub_model_id", "me/digits", "--hub_token",
         "hf_writer", "--hub_private_repo", "--hub_strategy", "checkpoint", "--license", "mit",
         "--report_to", "tensorboard",
     )  # fmt: skip
     assert result.returncode == 0, result.stderr
-    assert "checked that it draws the same image" in result.stdout
+    assert "The published model generates the same image" in result.stdout
     repository = hub.repositories["me/digits"]
     assert repository.private
     assert [commit.message for commit in repository.commits[1:]] == ["Step 2", "Upload CFGPipeline"]
@@ -52,9 +52,9 @@ def test_train_publish_and_go_on(hub, script, tmp_path):
         assert line in card
     assert not any("optimizer" in name or "checkpoint" in name or "logs" in name for name in files)
     for path in (tmp_path / "out").rglob("*"):
-        assert not path.is_file() or b"hf_writer" not in path.read_bytes(), f"{path} holds the token"
+        assert not path.is_file() or b"hf_writer" not in path.read_bytes(), f"{path} contains the token"
 
-    # Fine-tune what was published
+    # Fine-tune the published model.
     result = script(
         "train_cfg.py", *SETTINGS, "--output_dir", "more", "--pretrained_model_name_or_path", "me/digits",
         "--push_to_hub", "--max_train_steps", "1", token="hf_writer",
@@ -64,7 +64,7 @@ def test_train_publish_and_go_on(hub, script, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_network_that_goes_down_at_the_end(hub, script, tmp_path):
+def test_publishing_fails_at_the_end_of_the_run(hub, script, tmp_path):
     hub.faults.append(Fault("POST .*/commit/", 0))
     result = script("train_cfg.py", *TINY, "--output_dir", "out", "--push_to_hub", token="hf_writer")
     assert result.returncode == 75
@@ -85,7 +85,7 @@ def test_a_network_that_goes_down_at_the_end(hub, script, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("token", "message"), [("wrong", "does not accept the token"), ("hf_reader", "can only read")])
-def test_a_wrong_token_fails_before_training(hub, script, tmp_path, token, message):
+def test_invalid_token_raises_before_training(hub, script, tmp_path, token, message):
     result = script("train_cfg.py", *TINY, "--output_dir", "out", "--push_to_hub", token=token)
     assert result.returncode == 1
     assert (
@@ -95,17 +95,17 @@ def test_a_wrong_token_fails_before_training(hub, script, tmp_path, token, messa
 
 
 @pytest.mark.slow
-def test_a_dry_run_makes_no_repository(hub, script, tmp_path):
+def test_dry_run_creates_no_repository(hub, script, tmp_path):
     argv = ["train_cfg.py", *TINY, "--output_dir", "out", "--push_to_hub", "--dry_run"]
     result = script(*argv, token="hf_writer")
     assert result.returncode == 0, result.stderr
-    assert result.stdout.endswith("published as   me/out\n")
+    assert result.stdout.endswith("repository     me/out\n")
     assert "me/out" not in hub.repositories
     assert not (tmp_path / "out").exists()
     assert script(*argv, token="wrong").returncode != 0
 
 
-def test_the_token_is_not_written_down(tmp_path):
+def test_token_is_not_saved(tmp_path):
     config = parse_config(CFGConfig, ["--hub_token", "hf_secret"])
     config.save(tmp_path / "config.yaml")
     assert "hf_secret" not in (tmp_path / "config.yaml").read_text()
@@ -117,5 +117,5 @@ def test_the_token_is_not_written_down(tmp_path):
     ("name", "expected"),
     [("me/model", "me/model"), ("gpt2", "gpt2"), ("./model", None), ("/a/b", None), ("a/b/c", None), (None, None)],
 )
-def test_only_names_of_the_hub_are_public(name, expected):
+def test_only_hub_names_are_public(name, expected):
     assert public_name(name) == expected

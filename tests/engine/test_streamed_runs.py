@@ -1,4 +1,4 @@
-"""Runs on streamed data: exact resume, the length of the run, and workers that die."""
+"""Test runs on streamed data: exact resume, the length of a run, and dead workers."""
 
 import json
 import os
@@ -25,14 +25,14 @@ from tests.support.runs import TINY, WEIGHTS, assert_same_tensors, launch, start
 from tests.support.workers import deadly, error_in_process
 
 ROOT = Path(__file__).parents[2]
-# Blocks of which no batch and no epoch is a multiple
+# Neither a batch nor an epoch is a multiple of a shuffled block.
 STREAM = ["--streaming", "--shuffle_buffer_size", "5", "--resolution", "8", "--train_batch_size", "4"]
 STREAM += ["--attention_resolutions", "0"]
 
 
 @pytest.mark.parametrize("num_workers", ["0", "2"])
-def test_a_resumed_run_equals_one_that_never_stopped(tmp_path, num_workers):
-    """It stops in the middle of a block, in the first epoch and in a later one."""
+def test_resume_of_a_stream_is_bit_exact(tmp_path, num_workers):
+    """The run resumes within a block, in the first epoch and in a later one."""
     flags = [*STREAM, "--dataset_name", save_shards(tmp_path / "data", 5, 2, 4), "--max_train_steps", "7"]
     flags += ["--dataloader_num_workers", num_workers, "--checkpointing_steps", "1"]
     train(tmp_path / "whole", *flags)
@@ -45,7 +45,7 @@ def test_a_resumed_run_equals_one_that_never_stopped(tmp_path, num_workers):
 
 
 def assert_same_end(first: Path, second: Path, num_batches: int, num_streams: int) -> None:
-    """Compare the last checkpoints of two runs of 7 steps."""
+    """Compare the last checkpoints of two runs of 7 steps bit for bit."""
     for file in (f"unet/{WEIGHTS}", f"unet_ema/{WEIGHTS}", "optimizer-unet.safetensors"):
         assert_same_tensors(first / "checkpoint-7" / file, second / "checkpoint-7" / file)
     state, same = (json.loads((run / "checkpoint-7" / "state.json").read_text())["stream"] for run in (first, second))
@@ -54,8 +54,8 @@ def assert_same_end(first: Path, second: Path, num_batches: int, num_streams: in
 
 
 @pytest.mark.parametrize("moment", ["step", "validation"])
-def test_a_run_that_is_asked_to_stop_saves_its_position(tmp_path, monkeypatch, moment):
-    """In a step without a checkpoint, or in the validation that follows it."""
+def test_preempted_run_saves_its_position(tmp_path, monkeypatch, moment):
+    """The run stops in a step without a periodic checkpoint, or in the validation after the step."""
     flags = [*STREAM, "--dataset_name", save_shards(tmp_path / "data", 5, 2, 4), "--checkpointing_steps", "0"]
     flags += ["--validation_steps", "3"]
     preemption, squared_error, calls = Preemption(), cfg.squared_error, []
@@ -81,12 +81,12 @@ def test_a_run_that_is_asked_to_stop_saves_its_position(tmp_path, monkeypatch, m
     assert_same_tensors(tmp_path / "out" / "unet" / WEIGHTS, tmp_path / "whole" / "unet" / WEIGHTS)
 
 
-def test_a_run_on_data_of_unknown_length_needs_a_length(tmp_path, monkeypatch):
+def test_stream_of_unknown_length_needs_max_train_steps(tmp_path, monkeypatch):
     at = TINY.index("--max_train_steps")
     monkeypatch.setattr(runs, "TINY", [*TINY[:at], *TINY[at + 2 :]])
     source = save_shards(tmp_path / "data", 6)
     flags = ["--dataset_name", source, *STREAM]
-    with pytest.raises(UserError, match="does not say how many images it has.*--max_train_steps"):
+    with pytest.raises(UserError, match="does not report its number of images.*--max_train_steps"):
         train(tmp_path / "out", *flags)
     assert not (tmp_path / "out").exists()
     (Path(source) / "README.md").write_text(SPLITS_CARD.format(num_examples=6))
@@ -95,20 +95,20 @@ def test_a_run_on_data_of_unknown_length_needs_a_length(tmp_path, monkeypatch):
     assert (record["steps"], record["num_images"]) == (3, 6)
 
 
-def test_a_checkpoint_describes_its_stream(tmp_path):
+def test_checkpoint_describes_the_stream(tmp_path):
     train(tmp_path / "out", *STREAM, "--dataset_name", save_shards(tmp_path / "data", 6, 6))
     described = json.loads((tmp_path / "out" / "checkpoint-4" / "state.json").read_text())["data"]
     assert described == {"class_names": ["ant", "bee"], "num_images": None, "fingerprint": None, "num_shards": 2}
 
 
-def test_a_streamed_model_is_measured_against_all_of_its_data(tmp_path):
+def test_streamed_model_is_evaluated_against_the_whole_dataset(tmp_path):
     source = save_shards(tmp_path / "data", 5, 2, 4)
     train(tmp_path / "out", *STREAM, "--dataset_name", source, "--cache_dir", str(tmp_path / "cache"))
     dataset, id2label, _ = load_data(str(tmp_path / "out"), {}, CFGPipeline.from_pretrained(tmp_path / "out"), False)
-    assert (len(dataset), id2label) == (11, {0: "ant", 1: "bee"})
+    assert (datasets.num_images(dataset), id2label) == (11, {0: "ant", 1: "bee"})
 
 
-def test_a_checkpoint_of_other_streams_or_data(tmp_path):
+def test_resume_with_different_streams_or_shards_raises(tmp_path):
     source = save_shards(tmp_path / "data", 6, 6)
     flags = [*STREAM, "--dataset_name", source]
     train(tmp_path / "out", *flags, "--dataloader_num_workers", "2")
@@ -132,7 +132,7 @@ def test_too_many_unreadable_images_stop_the_run(tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
-def test_two_processes_resume_exactly(tmp_path):
+def test_resume_of_a_stream_on_two_processes_is_bit_exact(tmp_path):
     flags = [*TINY, *STREAM, "--dataset_name", save_shards(tmp_path / "data", 5, 2, 4), "--max_train_steps", "7"]
     flags += ["--dataloader_num_workers", "2", "--checkpointing_steps", "3"]
     whole = launch(*flags, "--output_dir", "whole", cwd=tmp_path, processes=2)
@@ -145,25 +145,26 @@ def test_two_processes_resume_exactly(tmp_path):
 
 
 def train_on_deadly_image(output_dir: Path, how: int, *flags: str) -> None:
+    """Train with workers that get the signal `how` when they decode the image 7."""
     datasets.MAX_CACHED_BYTES, datasets.to_array = 0, deadly(7, how)
     train(output_dir, *flags)
 
 
 @pytest.mark.parametrize("how", [signal.SIGSEGV, signal.SIGKILL])
 @pytest.mark.parametrize("streaming", [False, True])
-def test_a_dead_worker_is_reported_with_its_image(tmp_path, monkeypatch, streaming, how):
-    """It dies within its first batch: while it dies, the connection to an earlier batch may break first."""
-    monkeypatch.setenv("PYTHONPATH", str(ROOT))  # which the fork server does not inherit from pytest
+def test_dead_worker_is_reported_with_its_image(tmp_path, monkeypatch, streaming, how):
+    """The worker dies in its first batch. In a later one, a broken connection could be reported instead."""
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))  # The fork server does not inherit the path from pytest.
     source = save_class_folders(tmp_path / "data")
     flags = [*(STREAM if streaming else STREAM[1:]), "--train_data_dir", source, "--train_batch_size", "12"]
     flags += ["--cache_dir", str(tmp_path / "cache"), "--dataloader_num_workers", "2", "--max_train_steps", "100"]
-    said = error_in_process(train_on_deadly_image, tmp_path / "out", how, *flags, start_method="forkserver")
+    error = error_in_process(train_on_deadly_image, tmp_path / "out", how, *flags, start_method="forkserver")
     message = rf"worker \(pid.*{source}/bee/7\.png.*--dataloader_num_workers.*--resume_from_checkpoint latest"
-    assert re.search(message, said), said
+    assert re.search(message, error), error
 
 
 @pytest.mark.slow
-def test_a_worker_that_dies_ends_all_processes(tmp_path):
+def test_dead_worker_ends_all_processes(tmp_path):
     command = ROOT / "training" / "train_cfg.py"
     script = tmp_path / "script.py"
     script.write_text(
@@ -188,11 +189,11 @@ def test_a_worker_that_dies_ends_all_processes(tmp_path):
     assert "13.png" in result.stderr
 
 
-def test_an_error_in_a_worker_is_told_without_its_traceback(tmp_path, monkeypatch):
+def test_error_in_a_worker_is_reported_without_its_traceback(tmp_path, monkeypatch):
     monkeypatch.setattr(sources, "PROBE_SIZE", 1)
     monkeypatch.setattr(datasets, "MIN_SEEN", 10)
     source = save_shards(tmp_path / "data", 40, broken=range(5, 40))
     flags = [*STREAM, "--dataset_name", source, "--max_train_steps", "20", "--dataloader_num_workers", "1"]
-    # The workers know nothing of the engine's share of unreadable images; the stream itself gives up first.
+    # Raised in a worker, before the engine has counted enough unreadable images.
     with pytest.raises(UserError, match=r"^10 images in a row cannot be read, starting with row \d+ of shard 0"):
         train(tmp_path / "out", *flags, "--max_unreadable_fraction", "1")

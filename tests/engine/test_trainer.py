@@ -1,4 +1,4 @@
-"""A run from its settings to a saved pipeline, in this process."""
+"""Test runs from the settings to a saved pipeline, in this process."""
 
 import json
 import logging
@@ -6,7 +6,6 @@ import re
 import shutil
 from pathlib import Path
 
-import diffusers
 import pytest
 import torch
 from PIL import Image
@@ -21,11 +20,12 @@ from diffusers_cfg.engine.checkpoint import checkpoints
 from diffusers_cfg.engine.method import Objective, Terms
 from diffusers_cfg.methods.cfg import ClassifierFreeGuidance
 from diffusers_cfg.settings import CFGConfig
+from tests.support.latents import vae_flags
 from tests.support.runs import TIMES, WEIGHTS, assert_same_tensors, distill, events, scalars, train
 from tests.support.toys import Adversarial, Unlabelled
 
 
-def test_a_run_leaves_a_pipeline_that_loads(tmp_path, capsys):
+def test_run_saves_a_pipeline_that_loads(tmp_path, capsys):
     config = train(tmp_path / "out")
     out = tmp_path / "out"
     assert sorted(path.name for path in out.iterdir()) == [
@@ -43,27 +43,27 @@ def test_a_run_leaves_a_pipeline_that_loads(tmp_path, capsys):
     assert pipeline.id2label[3] == "three"
     assert pipeline.config.conditioning_dropout_prob == 0.1
     assert len(pipeline(["three", 7], [0.0, 2.5], num_inference_steps=2).images) == 2
-    # What is sampled is the average.
+    # The saved weights are the EMA weights.
     assert_same_tensors(out / "unet" / WEIGHTS, out / "checkpoint-4" / "unet_ema" / WEIGHTS)
 
 
 def run_printed_code(printed: str) -> None:
-    """Run the code that a run has printed at its end."""
+    """Execute the code at the end of the output of a run."""
     exec(printed[printed.index("from diffusers import DiffusionPipeline") :], {})
 
 
-def test_the_printed_code_runs(tmp_path, monkeypatch, capsys):
+def test_printed_code_runs(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     train(Path("out"))
     run_printed_code(capsys.readouterr().out)
     assert Image.open("zero.png").size == (8, 8)
 
 
-def test_the_printed_code_runs_for_any_class_name_and_for_a_student(tmp_path, monkeypatch, capsys):
-    """A name with quotation marks and a slash, and a student whose largest guidance scale is small."""
-    odd = Digits()
-    odd.id2label = {**odd.id2label, 0: 'a "zero" \\/'}
-    monkeypatch.setattr(sources, "Digits", lambda: odd)
+def test_printed_code_runs_for_any_class_name_and_student(tmp_path, monkeypatch, capsys):
+    """A class name has quotation marks and slashes, and a student has a small maximum guidance scale."""
+    digits = Digits()
+    digits.id2label = {**digits.id2label, 0: 'a "zero" \\/'}
+    monkeypatch.setattr(sources, "Digits", lambda: digits)
     monkeypatch.chdir(tmp_path)
     train(Path("teacher"))
     run_printed_code(capsys.readouterr().out)
@@ -84,7 +84,7 @@ def test_the_printed_code_runs_for_any_class_name_and_for_a_student(tmp_path, mo
         (["--ema_max_decay", "0.9", "0.2"], 10),
     ],
 )
-def test_a_resumed_run_is_the_run_that_never_stopped(tmp_path, argv, num_files):
+def test_resume_is_bit_exact(tmp_path, argv, num_files):
     argv = [*argv, "--report_to", "tensorboard"]
     train(tmp_path / "whole", *argv)
     (tmp_path / "resumed").mkdir()
@@ -105,45 +105,46 @@ def test_a_resumed_run_is_the_run_that_never_stopped(tmp_path, argv, num_files):
     assert {("loss", 3), ("loss", 4), ("grad_norm", 4), ("label_gain", 4)} <= {entry[:2] for entry in again}
 
 
-def test_each_decay_has_its_average(tmp_path):
+def test_each_ema_decay_has_its_own_weights(tmp_path):
     train(tmp_path, "--ema_max_decay", "0.9", "0.2", "--ema_power", "9", "--checkpointing_steps", "1")
     steps = [load_file(tmp_path / f"checkpoint-{step}" / "unet" / WEIGHTS) for step in (1, 2, 3, 4)]
     for file, decay in ((WEIGHTS, 0.9), ("diffusion_pytorch_model.ema2.safetensors", 0.2)):
-        average = steps[0]  # the average of one step has a decay of 0
+        ema = steps[0]  # The decay of the first step is 0.
         for weights in steps[1:]:
-            average = {name: decay * average[name] + (1 - decay) * weights[name] for name in weights}
+            ema = {name: decay * ema[name] + (1 - decay) * weights[name] for name in weights}
         saved = load_file(tmp_path / "unet" / file)
         for name in saved:
-            torch.testing.assert_close(saved[name], average[name], rtol=1e-5, atol=1e-7)
+            torch.testing.assert_close(saved[name], ema[name], rtol=1e-5, atol=1e-7)
     pipelines = [CFGPipeline.from_pretrained(tmp_path, variant=variant) for variant in (None, "ema2")]
     assert not torch.equal(*(pipeline.unet.conv_in.weight for pipeline in pipelines))
     with pytest.raises(ValueError, match="variant=ema3"):
         CFGPipeline.from_pretrained(tmp_path, variant="ema3")
 
 
-def test_gradient_checkpointing_changes_no_weight(tmp_path, monkeypatch):
+def test_gradient_checkpointing_does_not_change_the_weights(tmp_path, monkeypatch):
     flags, recomputed = ["--attention_resolutions", "4", "--dropout", "0.2"], []
     train(tmp_path / "kept", *flags)
-    works = torch.utils.checkpoint.checkpoint
-    monkeypatch.setattr(torch.utils.checkpoint, "checkpoint", lambda *a, **k: (recomputed.append(1), works(*a, **k))[1])
+    original = torch.utils.checkpoint.checkpoint
+
+    def count(*args, **kwargs):
+        recomputed.append(1)
+        return original(*args, **kwargs)
+
+    monkeypatch.setattr(torch.utils.checkpoint, "checkpoint", count)
     train(tmp_path / "recomputed", *flags, "--gradient_checkpointing")
     assert recomputed
     assert_same_tensors(tmp_path / "kept" / "unet" / WEIGHTS, tmp_path / "recomputed" / "unet" / WEIGHTS)
 
 
-def test_a_latent_model_trains(tmp_path):
-    diffusers.AutoencoderKL(
-        in_channels=1, out_channels=1, block_out_channels=(8, 8), norm_num_groups=4, latent_channels=2,
-        down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2, scaling_factor=0.5,
-    ).save_pretrained(tmp_path / "vae")  # fmt: skip
-    train(tmp_path / "out", "--pretrained_vae_model_name_or_path", str(tmp_path / "vae"))
+def test_latent_model_trains(tmp_path):
+    train(tmp_path / "out", *vae_flags(tmp_path / "vae"))
     pipeline = CFGPipeline.from_pretrained(tmp_path / "out")
     assert (pipeline.unet.config.in_channels, pipeline.unet.config.sample_size) == (2, 4)
     assert not pipeline.scheduler.config.clip_sample
     assert pipeline(0, num_inference_steps=2).images[0].size == (8, 8)
 
 
-def test_the_oldest_checkpoints_go(tmp_path):
+def test_oldest_checkpoints_are_deleted(tmp_path):
     train(tmp_path, "--checkpointing_steps", "1", "--checkpoints_total_limit", "2")
     assert [path.name for path in checkpoints(tmp_path)] == ["checkpoint-3", "checkpoint-4"]
 
@@ -166,14 +167,14 @@ def test_progress_lines_are_rate_limited_and_trackers_are_not(tmp_path, monkeypa
     assert [step for step, _ in scalars(tmp_path)["loss"]] == [1, 2, 3, 4]
 
 
-def test_a_folder_with_another_run_is_not_touched(tmp_path):
+def test_output_dir_with_a_run_is_not_changed(tmp_path):
     train(tmp_path)
     before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
     with pytest.raises(
-        UserError, match=r"is not empty: resume with --resume_from_checkpoint latest.*--overwrite_output_dir"
+        UserError, match=r"is not empty. Resume with --resume_from_checkpoint latest.*--overwrite_output_dir"
     ):
         train(tmp_path)
-    # Nor where something else is wrong
+    # --overwrite_output_dir deletes nothing if another setting is invalid.
     with pytest.raises(UserError, match="train_batch_size"):
         train(tmp_path, "--overwrite_output_dir", "--train_batch_size", "9999")
     assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
@@ -182,65 +183,65 @@ def test_a_folder_with_another_run_is_not_touched(tmp_path):
     assert [path.name for path in checkpoints(tmp_path)] == ["checkpoint-2", "checkpoint-3"]
 
 
-def test_overwriting_leaves_what_is_not_of_a_run(tmp_path):
-    (tmp_path / "thesis.tex").write_text("years of work")
+def test_overwrite_output_dir_keeps_files_of_the_user(tmp_path):
+    (tmp_path / "thesis.tex").write_text("text")
     train(tmp_path, "--overwrite_output_dir")
-    assert (tmp_path / "thesis.tex").read_text() == "years of work"
+    assert (tmp_path / "thesis.tex").read_text() == "text"
 
 
-def test_a_checkpoint_that_does_not_exist(tmp_path):
+def test_missing_checkpoint_raises(tmp_path):
     train(tmp_path, "--overwrite_output_dir")
     with pytest.raises(UserError, match="checkpoint-77 does not exist.*checkpoint-2, checkpoint-4"):
         train(tmp_path, "--resume_from_checkpoint", "checkpoint-77")
 
 
-def test_a_checkpoint_of_another_network(tmp_path):
+def test_checkpoint_of_a_different_network_raises(tmp_path):
     train(tmp_path)
     with pytest.raises(UserError, match=r"--block_out_channels was \[8, 16\] and is \[8, 8\]"):
         train(tmp_path, "--resume_from_checkpoint", "latest", "--block_out_channels", "8", "8")
 
 
-def test_a_step_stays_as_large_as_it_was(tmp_path, caplog):
+def test_resume_keeps_the_global_batch_size(tmp_path, caplog):
     train(tmp_path / "whole")
     shutil.copytree(tmp_path / "whole" / "checkpoint-2", tmp_path / "parts" / "checkpoint-2")
     resume = ["--resume_from_checkpoint", "latest"]
     config = train(tmp_path / "parts", *resume, "--train_batch_size", "2", "--gradient_accumulation_steps", "3")
-    assert config.gradient_accumulation_steps == 3  # what was said is what is written down
-    assert "--gradient_accumulation_steps is 4 and not 3, so that a step stays one of 8 images" in caplog.text
+    assert config.gradient_accumulation_steps == 3  # The settings are saved as they were passed.
+    assert "Using --gradient_accumulation_steps 4 instead of 3, so that a step still has 8 images" in caplog.text
     assert_same_tensors(
         tmp_path / "whole" / "unet" / WEIGHTS, tmp_path / "parts" / "unet" / WEIGHTS, rtol=1e-4, atol=1e-6
     )
-    with pytest.raises(UserError, match="steps of 8 images, which 1 processes cannot share in batches of 3"):
+    with pytest.raises(UserError, match="8 images per step, which 1 processes cannot divide into batches of 3"):
         train(tmp_path / "parts", *resume, "--train_batch_size", "3")
 
 
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
-        (["--train_batch_size", "2000"], "1797 images, but a step takes 2000"),
-        (["--train_batch_size", "1000", "--gradient_accumulation_steps", "2"], "1797 images, but a step takes 2000"),
+        (["--train_batch_size", "2000"], "1797 images, but a step needs 2000"),
+        (["--train_batch_size", "1000", "--gradient_accumulation_steps", "2"], "1797 images, but a step needs 2000"),
         (["--resolution", "9"], "resolution 9 cannot be halved 1 times"),
         (["--train_data_dir", "/nowhere", "--resolution", "8"], "/nowhere is not a folder"),
         (["--report_to", "wandb"], "wandb.*not installed"),
         (["--enable_xformers_memory_efficient_attention"], "xformers_memory_efficient_attention needs a GPU and xform"),
     ],
 )
-def test_what_cannot_work_is_named_before_anything_is_written(tmp_path, argv, message):
+def test_invalid_settings_raise_before_anything_is_written(tmp_path, argv, message):
     with pytest.raises(UserError, match=message):
         train(tmp_path / "out", *argv)
     assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("kind", ["fsdp", "deepspeed", "megatron_lm", "parallelism_config"])
-def test_a_sharded_network_is_refused(tmp_path, monkeypatch, kind):
-    """On a CPU accelerate ignores what `accelerate launch` was told, and trains as if it had not been."""
+def test_sharded_network_raises(tmp_path, monkeypatch, kind):
+    """On a CPU, accelerate would silently ignore these flags of `accelerate launch`."""
     monkeypatch.setenv(f"ACCELERATE_USE_{kind.upper()}", "true")
-    with pytest.raises(UserError, match=f"told --use_{kind}.* Use DDP, .*configs/accelerate/ddp.yaml"):
+    with pytest.raises(UserError, match=f"--use_{kind}` is not supported.* Use DDP, .*configs/accelerate/ddp.yaml"):
         train(tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
-def test_a_loss_that_is_not_finite_stops_the_run(tmp_path):
+def test_nonfinite_loss_stops_the_run(tmp_path):
     with pytest.raises(FloatingPointError, match=r"not finite in the last 10 steps.*learning_rate"):
         train(tmp_path, "--learning_rate", "1e30", "--max_train_steps", "20", "--lr_warmup_steps", "0")
 
@@ -250,10 +251,10 @@ def test_a_loss_that_is_not_finite_stops_the_run(tmp_path):
     [
         (lambda terms: Terms(terms.loss.mean()), r"unet returned loss of shape \(\), but .*shape \(8,\)"),
         (lambda terms: Terms(terms.loss, {"part": terms.loss.mean()}), r"unet returned part of shape \(\)"),
-        (lambda terms: Terms(terms.loss.double()), "a loss in torch.float64: compute it in float32"),
+        (lambda terms: Terms(terms.loss.double()), "a loss in torch.float64. Compute it in float32"),
     ],
 )
-def test_terms_of_another_form_are_named(tmp_path, change, message):
+def test_invalid_terms_raise(tmp_path, change, message):
     class Wrong(ClassifierFreeGuidance):
         def loss(self, networks, batch):
             return change(super().loss(networks, batch))
@@ -262,8 +263,8 @@ def test_terms_of_another_form_are_named(tmp_path, change, message):
         train(tmp_path, method=Wrong)
 
 
-def test_an_unfused_optimizer_skips_steps_too(tmp_path):
-    """Which no attribute tells of a gradient that is not finite."""
+def test_unfused_optimizer_skips_nonfinite_steps(tmp_path):
+    """An unfused optimizer has no `found_inf`."""
 
     class NanAtStep2(Unlabelled):
         def loss(self, networks, batch):
@@ -277,9 +278,9 @@ def test_an_unfused_optimizer_skips_steps_too(tmp_path):
     assert all(torch.isfinite(value).all() for value in weights[2].values())
 
 
-def test_objectives_of_one_name_are_turns_of_one_optimizer(tmp_path):
-    """Such as several critic steps, each with draws and dropout of its own."""
-    seen = []
+def test_objectives_of_the_same_name_share_an_optimizer(tmp_path):
+    """For several critic steps, each with its own turn and dropout."""
+    calls = []
 
     class Thrice(Adversarial):
         def __init__(self, *args):
@@ -287,36 +288,36 @@ def test_objectives_of_one_name_are_turns_of_one_optimizer(tmp_path):
             self.objectives = [self.objectives[0]] * 3 + self.objectives[1:]
 
         def critic_loss(self, networks, batch):
-            seen.append((batch.step, batch.turn, batch.x[0, 0, 4, 4].item(), torch.rand(1).item()))
+            calls.append((batch.step, batch.turn, batch.x[0, 0, 4, 4].item(), torch.rand(1).item()))
             return super().critic_loss(networks, batch)
 
     train(tmp_path, "--max_train_steps", "2", method=Thrice)
-    assert [entry[:2] for entry in seen] == [(step, turn) for step in (0, 1) for turn in (0, 1, 2)]
-    assert len({x for step, _, x, _ in seen if step == 0}) == 1
-    assert len({random for *_, random in seen}) == 6
+    assert [call[:2] for call in calls] == [(step, turn) for step in (0, 1) for turn in (0, 1, 2)]
+    assert len({x for step, _, x, _ in calls if step == 0}) == 1
+    assert len({random for *_, random in calls}) == 6
 
 
-def test_what_is_sampled_and_saved_is_made_with_the_ema_weights(tmp_path):
-    """As of a method whose scheduler is a part of what it learns."""
+def test_sampling_pipeline_is_built_with_the_ema_weights(tmp_path):
+    """A method whose scheduler is learned builds its pipeline from the weights."""
     weights = []
 
-    class Remade(ClassifierFreeGuidance):
+    class Recording(ClassifierFreeGuidance):
         def sampling_pipeline(self):
             weights.append(self.pipeline.unet.conv_in.weight.detach().clone())
             return super().sampling_pipeline()
 
         def save(self, folder):
             super().save(folder)
-            (folder / "extra.txt").write_text("more than a pipeline")
+            (folder / "extra.txt").write_text("text")
 
-    train(tmp_path, "--ema_max_decay", "0.5", method=Remade)
+    train(tmp_path, "--ema_max_decay", "0.5", method=Recording)
     averaged = load_file(tmp_path / "checkpoint-4" / "unet_ema" / WEIGHTS)["conv_in.weight"]
     assert len(weights) >= 2
     assert all(torch.equal(weight, averaged) for weight in weights)
     assert (tmp_path / "extra.txt").is_file()
 
 
-def test_a_frozen_module_may_be_averaged(tmp_path):
+def test_frozen_module_can_be_averaged(tmp_path):
     class Fixed(Unlabelled):
         def __init__(self, *args):
             super().__init__(*args)
@@ -329,14 +330,14 @@ def test_a_frozen_module_may_be_averaged(tmp_path):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda m: setattr(m, "averaged", ("unett",)), "'unett'.* are averaged, but are no modules"),
-        (lambda m: m.objectives.append(Objective("b", ("nett",), m.loss)), "b trains .*'nett'.*, which are no modules"),
+        (lambda m: setattr(m, "averaged", ("unett",)), "'unett'.* are averaged, but the modules are"),
+        (lambda m: m.objectives.append(Objective("b", ("nett",), m.loss)), "b trains .*'nett'.*, but the modules are"),
         (lambda m: m.objectives.append(Objective("a/b", ("unet",), m.loss)), "'a/b' cannot name"),
         (lambda m: m.objectives.append(Objective("denoising", ("unet",), m.loss)), "denoising train different modules"),
         (lambda m: m.modules.update(unet_ema=m.modules["scale"]), "'unet_ema' cannot name"),
     ],
 )
-def test_a_method_that_does_not_fit_together(tmp_path, change, message):
+def test_inconsistent_method_raises(tmp_path, change, message):
     class Wrong(Unlabelled):
         def __init__(self, *args):
             super().__init__(*args)

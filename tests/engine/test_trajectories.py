@@ -1,4 +1,4 @@
-"""Equivalent settings give one trajectory: the one that was recorded of each method."""
+"""Test that equivalent settings reproduce the recorded trajectory of each method."""
 
 import shutil
 from pathlib import Path
@@ -15,7 +15,7 @@ EACH_WAY = [
     for method in METHODS
     for way in WAYS
 ]
-# Half a minute of compiling each.
+# Each compiles for half a minute.
 COMPILED = [
     pytest.param(method, "compile", marks=pytest.mark.slow) for method in ("cfg", "distillation", "adversarial")
 ]
@@ -23,19 +23,20 @@ COMPILED = [
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory) -> Path:
+    """Return the folder of the plain runs, one for each method."""
     return tmp_path_factory.mktemp("runs")
 
 
 @pytest.fixture(scope="module")
 def two_processes(tmp_path_factory) -> Path:
-    """All methods on two processes."""
+    """Run all methods on two processes, and return their folder."""
     folder = tmp_path_factory.mktemp("two")
     launch(str(folder), cwd=ROOT, processes=2, script="tests.support.two_processes")
     return folder
 
 
 @pytest.mark.parametrize(("method", "how"), [*EACH_WAY, *COMPILED])
-def test_the_trajectory_is_the_recorded_one(request, runs, tmp_path, method, how):
+def test_equivalent_settings_reproduce_the_trajectory(request, runs, tmp_path, method, how):
     whole, out, first = runs / method, tmp_path / "out", 1
     if not whole.exists():
         follow(method, whole)
@@ -45,7 +46,7 @@ def test_the_trajectory_is_the_recorded_one(request, runs, tmp_path, method, how
         shutil.copytree(whole / "checkpoint-10", out / "checkpoint-10")
         follow(method, out, "--resume_from_checkpoint", "latest")
         first = 11
-        # The whole state, bit for bit
+        # The last checkpoint is the same bit for bit.
         for file in (whole / "checkpoint-20").rglob("*.safetensors"):
             assert_same_tensors(file, out / "checkpoint-20" / file.relative_to(whole / "checkpoint-20"))
     elif how == "accumulation":
@@ -61,5 +62,5 @@ def test_the_trajectory_is_the_recorded_one(request, runs, tmp_path, method, how
     logged = trajectory_of(out)
     for tag, values in expected(method).items():
         assert logged[tag] == pytest.approx({s: v for s, v in values.items() if s >= first}, rel=1e-4), tag
-    # Gradients that are all rounding, such as that of the keys' bias, make steps of Adam too, of at most the rate.
+    # Where the gradient is rounding noise, such as for the bias of the keys, weights differ by steps of Adam.
     assert_same_tensors(whole / "unet" / WEIGHTS, out / "unet" / WEIGHTS, rtol=1e-3, atol=2e-3)

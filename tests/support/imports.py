@@ -1,6 +1,6 @@
-"""Read who imports whom off the source, without running it.
+"""Find the imports between modules in the source code, without importing it.
 
-python -m tests.support.imports    # the graph of the package and the commands, in Mermaid
+python -m tests.support.imports    # prints the import graph of the package and the commands in Mermaid format
 """
 
 import ast
@@ -14,7 +14,7 @@ REMOTE = ("unet_2d_cfg", "scheduling_log_snr", "pipeline_cfg")
 
 @cache
 def modules() -> dict[str, Path]:
-    """Return the files of the package by module, such as `diffusers_cfg.data.order`."""
+    """Return the files of the package by module name, such as `diffusers_cfg.data.order`."""
     found = {}
     for path in sorted(PACKAGE.rglob("*.py")):
         name = ".".join(path.relative_to(ROOT).with_suffix("").parts)
@@ -24,18 +24,18 @@ def modules() -> dict[str, Path]:
 
 @cache
 def commands() -> dict[str, Path]:
-    """Return the files of the commands by their path, such as `training/sample.py`."""
+    """Return the files of the commands by relative path, such as `training/sample.py`."""
     return {path.relative_to(ROOT).as_posix(): path for path in sorted((ROOT / "training").rglob("*.py"))}
 
 
 @cache
 def imported(path: Path, nested: bool = True) -> set[str]:
     """
-    Return the modules that a file imports. `from diffusers_cfg import CFGPipeline` is an import of where that is.
+    Return the modules that a file imports. `from diffusers_cfg import CFGPipeline` imports the module that defines it.
 
     Args:
         path (`Path`): the file.
-        nested (`bool`): whether imports inside functions count.
+        nested (`bool`): whether to include imports inside functions.
     """
     tree = ast.parse(path.read_text(encoding="utf-8"))
     names = set()
@@ -51,22 +51,23 @@ def imported(path: Path, nested: bool = True) -> set[str]:
 
 def outer(tree: ast.Module) -> list[ast.AST]:
     """Return the nodes that are not inside a function."""
-    nodes, waiting = [], [tree]
-    while waiting:
-        node = waiting.pop()
+    nodes: list[ast.AST] = []
+    stack: list[ast.AST] = [tree]
+    while stack:
+        node = stack.pop()
         nodes.append(node)
         if not isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda)):
-            waiting += ast.iter_child_nodes(node)
+            stack += ast.iter_child_nodes(node)
     return nodes
 
 
 def package_of(path: Path) -> list[str]:
-    """Return the package that a file is in, such as `["diffusers_cfg", "data"]`."""
+    """Return the package that contains a file, such as `["diffusers_cfg", "data"]`."""
     return list(path.relative_to(ROOT).parent.parts)
 
 
 def resolve(module: str, name: str) -> str:
-    """Return the module that `from module import name` reads."""
+    """Return the module that `from module import name` imports."""
     public = {"CFGPipeline": "hub", "LogSNRScheduler": "scheduling_log_snr", "UNet2DCFGModel": "unet_2d_cfg"}
     if module == "diffusers_cfg" and name in public:
         return f"diffusers_cfg.{public[name]}"
@@ -74,7 +75,7 @@ def resolve(module: str, name: str) -> str:
 
 
 def layer(module: str) -> str:
-    """Return what the import rules call a module: R, a folder of the package, or the module itself."""
+    """Return the layer of a module: R for remote code, a folder of the package, or the module itself."""
     parts = module.split(".")
     if parts[0] != "diffusers_cfg" or len(parts) == 1:
         return parts[0]
@@ -83,7 +84,7 @@ def layer(module: str) -> str:
 
 @cache
 def edges() -> dict[str, set[str]]:
-    """Return what each layer of the package, and the commands, import of the package."""
+    """Return the layers that each layer of the package, and the commands, import."""
     found: dict[str, set[str]] = {}
     for name, path in {**modules(), **commands()}.items():
         source = "training" if name.startswith("training/") else layer(name)
@@ -93,6 +94,7 @@ def edges() -> dict[str, set[str]]:
 
 
 def main() -> None:
+    """Print the import graph."""
     print("graph TD")
     for source, targets in sorted(edges().items()):
         for target in sorted(targets):

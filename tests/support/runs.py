@@ -1,4 +1,4 @@
-"""Train tiny models: the digits at 8×8, a network of 20 thousand parameters, seconds."""
+"""Train networks of 20 thousand parameters on the digits at 8×8, in seconds."""
 
 import os
 import subprocess
@@ -30,12 +30,12 @@ SETTINGS = [
     "--checkpoints_total_limit", "9",
 ]  # fmt: skip
 TINY = [*NETWORK, *SETTINGS]
-# What is logged of time, which no two runs share
+# Logged values that depend on time and differ between equal runs
 TIMES = {"images_per_second", "data_wait"}
 
 
 def reset_accelerate() -> None:
-    """Forget the processes and the device of the last run: a process has one run, but for tests."""
+    """Reset the global state of accelerate, which assumes one run per process."""
     AcceleratorState._reset_state(reset_partial_state=True)
     GradientState._reset_state()
 
@@ -46,7 +46,7 @@ def train(
     method: type[Method] = ClassifierFreeGuidance,
     preemption: Preemption | None = None,
 ) -> CFGConfig:
-    """Train a method, by default classifier-free guidance, with the flags of TINY and then those given."""
+    """Train a method, by default classifier-free guidance, with the flags of `TINY` followed by `argv`."""
     reset_accelerate()
     tiny = SETTINGS if "--pretrained_model_name_or_path" in argv else TINY
     config = parse_config(CFGConfig, [*tiny, "--output_dir", str(output_dir), *argv])
@@ -55,7 +55,7 @@ def train(
 
 
 def distill(teacher: Path, output_dir: Path, *argv: str) -> DistillationConfig:
-    """Distill guidance from a teacher, with the flags of SETTINGS and then those given."""
+    """Distill guidance from a teacher, with the flags of `SETTINGS` followed by `argv`."""
     reset_accelerate()
     flags = ["--teacher", str(teacher), *SETTINGS, "--output_dir", str(output_dir), *argv]
     config = parse_config(DistillationConfig, flags)
@@ -64,14 +64,14 @@ def distill(teacher: Path, output_dir: Path, *argv: str) -> DistillationConfig:
 
 
 def start(output_dir: Path, preemption: Preemption, *argv: str) -> None:
-    """Train as `train` does, with a preemption to ask it to stop."""
+    """Train with a `Preemption` that can stop the run."""
     train(output_dir, *argv, preemption=preemption)
 
 
 def launch(
     *argv: str, cwd: Path, processes: int = 1, fails: bool = False, script: Path | str = TRAINING / "train_cfg.py"
 ) -> subprocess.CompletedProcess:
-    """Run a file or a module by `accelerate launch`; on several processes by torchrun, as a CPU needs it."""
+    """Run a file or a module with `accelerate launch`, or with torchrun on several processes, as CPUs require."""
     launcher = ["accelerate.commands.launch", "--num_processes", "1"]
     if processes > 1:
         launcher = ["torch.distributed.run", "--nproc_per_node", str(processes)]
@@ -83,20 +83,20 @@ def launch(
     return result
 
 
-def assert_same_tensors(first: Path, second: Path, **tolerance: float) -> None:
-    """Compare two files of tensors: bit for bit, or within a tolerance."""
+def assert_same_tensors(first: Path, second: Path, rtol: float = 0.0, atol: float = 0.0) -> None:
+    """Assert that two safetensors files have the same tensors, by default bit for bit."""
     a, b = load_file(first), load_file(second)
     assert a.keys() == b.keys()
     for name in a:
-        torch.testing.assert_close(a[name], b[name], **(tolerance or {"rtol": 0, "atol": 0}), msg=name)
+        torch.testing.assert_close(a[name], b[name], rtol=rtol, atol=atol, msg=name)
 
 
 def events(output_dir: Path) -> EventAccumulator:
-    """Return what a run wrote for TensorBoard."""
+    """Load the TensorBoard events of a run."""
     return EventAccumulator(str(output_dir / "logs" / "diffusers-cfg")).Reload()
 
 
 def scalars(output_dir: Path) -> dict[str, list[tuple[int, float]]]:
-    """Return the scalars of a run for TensorBoard, by name: (step, value)."""
-    written = events(output_dir)
-    return {tag: [(e.step, e.value) for e in written.Scalars(tag)] for tag in written.Tags()["scalars"]}
+    """Return the TensorBoard scalars of a run by name, as lists of (step, value)."""
+    logged = events(output_dir)
+    return {tag: [(e.step, e.value) for e in logged.Scalars(tag)] for tag in logged.Tags()["scalars"]}

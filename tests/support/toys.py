@@ -1,4 +1,4 @@
-"""Toy methods that ask of the engine what classifier-free guidance does not: two networks, no labels."""
+"""Define toy methods that use what classifier-free guidance does not: two networks, and no labels."""
 
 from typing import Self
 
@@ -14,7 +14,7 @@ from diffusers_cfg.settings import CFGConfig
 
 
 class Critic(torch.nn.Module):
-    """Scores images at two noise levels, without batch statistics, and with a network dropout of its own."""
+    """A critic that scores pairs of a clean and a noisy image."""
 
     def __init__(self, channels: int):
         super().__init__()
@@ -29,7 +29,7 @@ class Critic(torch.nn.Module):
 
 
 class Adversarial(Method):
-    """A generator of clean images from noisy ones, and a critic of the two, in turn, with a lazy penalty (R1)."""
+    """Alternating training of a generator that denoises images and a critic, with a lazy R1 penalty."""
 
     lazy_penalty = 2
 
@@ -49,6 +49,7 @@ class Adversarial(Method):
         return cls(config, CFGPipeline(unet, LogSNRScheduler(prediction_type="sample"), id2label=images.id2label))
 
     def pair(self, generator: torch.nn.Module, batch: Batch, turn: str) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return noisy images and the generator's clean images from them."""
         t = self.scheduler.timestep(batch.draws.uniform(f"{turn} time"))
         z = self.scheduler.add_noise(batch.x, batch.draws.normal(f"{turn} noise", *batch.x.shape[1:]), t)
         return z, generator(z, t, class_labels=batch.class_labels).sample
@@ -79,18 +80,19 @@ class Adversarial(Method):
 
     @property
     def compiled(self) -> tuple[str, ...]:
-        return ("generator",)  # the penalty needs second derivatives of the critic
+        return ("generator",)  # The penalty needs second derivatives of the critic.
 
 
 class Unlabelled(Method):
-    """Denoising without labels, of one network and one learned number, by an optimizer that is not fused."""
+    """Denoising without labels, by a network and a learned scale, with an optimizer that is not fused."""
 
     needs_labels = False
 
     def __init__(self, config: CFGConfig, pipeline: CFGPipeline):
         self.config, self.pipeline, self.scheduler = config, pipeline, pipeline.scheduler
-        self.modules = {"unet": pipeline.unet, "scale": torch.nn.Linear(1, 1, bias=False)}
-        torch.nn.init.ones_(self.modules["scale"].weight)
+        scale = torch.nn.Linear(1, 1, bias=False)
+        torch.nn.init.ones_(scale.weight)
+        self.modules = {"unet": pipeline.unet, "scale": scale}
         self.averaged = ("unet", "scale")
         self.objectives = [Objective("denoising", ("unet", "scale"), self.loss)]
 

@@ -1,6 +1,6 @@
-"""The trajectory of each method over its first steps, so that a change that is meant to change nothing can be seen to.
+"""Record and load the losses and gradient norms of each method's first steps, to detect unintended changes.
 
-python -m tests.support.trajectories    # record them again, after a change that is meant to change them
+python -m tests.support.trajectories    # records them again, after an intended change
 """
 
 import json
@@ -25,7 +25,7 @@ METHODS: dict[str, type[Method]] = {
 
 
 def follow(name: str, output_dir: Path, *argv: str) -> None:
-    """Train a method for the steps of its trajectory, logged at each of them."""
+    """Train a method for the steps of its trajectory, and log every step."""
     flags = ["--max_train_steps", str(STEPS), "--checkpointing_steps", "10", "--report_to", "tensorboard", *argv]
     if name == "distillation":
         distill(TEACHER, output_dir, *flags)
@@ -34,7 +34,7 @@ def follow(name: str, output_dir: Path, *argv: str) -> None:
 
 
 def trajectory_of(output_dir: Path) -> dict[str, dict[int, float]]:
-    """Return the losses and the norms of the gradients of a run, by name and step."""
+    """Return the losses and gradient norms of a run by name and step."""
     logged = scalars(output_dir)
     return {
         tag: dict(points)
@@ -44,12 +44,13 @@ def trajectory_of(output_dir: Path) -> dict[str, dict[int, float]]:
 
 
 def expected(name: str) -> dict[str, dict[int, float]]:
-    """Return the trajectory that was recorded of a method."""
+    """Return the recorded trajectory of a method."""
     recorded = json.loads((FOLDER / f"{name}.json").read_text(encoding="utf-8"))
     return {tag: dict(enumerate(values, start=1)) for tag, values in recorded.items()}
 
 
 def main() -> None:
+    """Record the trajectories of all methods."""
     FOLDER.mkdir(exist_ok=True)
     for name in METHODS:
         with tempfile.TemporaryDirectory() as folder:

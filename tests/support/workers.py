@@ -1,4 +1,4 @@
-"""DataLoader workers that die."""
+"""Simulate DataLoader workers that die."""
 
 import multiprocessing
 import os
@@ -14,7 +14,7 @@ from diffusers_cfg.data.decoding import to_array
 
 
 def deadly(number: int, how: int) -> Callable[..., np.ndarray]:
-    """Return a `to_array` that sends a signal to its worker if the image's first pixel has a value."""
+    """Return a replacement for `to_array` that sends signal `how` to its worker if the first pixel is `number`."""
 
     def decode(image: Image.Image, *args) -> np.ndarray:
         array = to_array(image, *args)
@@ -27,10 +27,10 @@ def deadly(number: int, how: int) -> Callable[..., np.ndarray]:
 
 def error_in_process(function: Callable[..., None], *args, start_method: str) -> str:
     """
-    Run a function in a process of its own, and return the text of its UserError.
+    Run a function in a new process, and return the text of its UserError.
 
-    Workers die there, since torch raises its error about them from a signal handler, anywhere in the main process:
-    what it was closing just then is left half closed, and the next test would see that.
+    torch reports dead workers from a signal handler, which can interrupt the main process anywhere and leave resources
+    half closed. In a new process, this does not affect other tests.
     """
     context = multiprocessing.get_context(start_method)
     if start_method == "forkserver":
@@ -40,15 +40,15 @@ def error_in_process(function: Callable[..., None], *args, start_method: str) ->
     process.start()
     sender.close()
     try:
-        return receiver.recv() if receiver.poll(120) else "No answer in two minutes."
+        return receiver.recv() if receiver.poll(120) else "No answer within two minutes."
     finally:
         process.kill()
         process.join()
 
 
 def report_error(sender: Connection, function: Callable[..., None], *args) -> None:
-    """Run a function, and send the text of its UserError."""
-    multiprocessing.set_start_method("fork", force=True)  # so that its workers inherit what the function replaces
+    """Run a function and send the text of its UserError."""
+    multiprocessing.set_start_method("fork", force=True)  # so that workers inherit what the function has replaced
     try:
         function(*args)
     except UserError as error:
