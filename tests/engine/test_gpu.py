@@ -1,4 +1,4 @@
-"""What only a GPU can show: its precisions, its order of sums, its memory, and whether anything waits for it."""
+"""Test precisions, summation order, memory and synchronization on a GPU."""
 
 import json
 import os
@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 
-# Before the first matrix product: with it cuBLAS can be deterministic.
+# Makes cuBLAS deterministic if set before the first matrix product.
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
 import diffusers
@@ -35,7 +35,7 @@ from tests.support.models import generators, make_pipeline, make_unet
 from tests.support.runs import WEIGHTS, assert_same_tensors, reset_accelerate, scalars, train
 from tests.support.trajectories import METHODS, expected, follow, trajectory_of
 
-pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")]
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")]
 
 DEVICE = "cuda"
 RESUME = ["--resume_from_checkpoint", "latest"]
@@ -44,8 +44,7 @@ SOLVERS = ["LogSNRScheduler", "DPMSolverMultistepScheduler", "UniPCMultistepSche
 
 @pytest.fixture(autouse=True)
 def without_tf32() -> Iterator[None]:
-    """Convolutions in fp32, which are in TF32 by default, so that a difference is one of rounding. What was set before
-    comes back."""
+    """Disable TF32, the default for convolutions, so that differences come from fp32 rounding only."""
     matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
     before = matmul.allow_tf32, cudnn.allow_tf32
     matmul.allow_tf32 = cudnn.allow_tf32 = False
@@ -55,47 +54,47 @@ def without_tf32() -> Iterator[None]:
 
 @pytest.fixture
 def deterministic() -> Iterator[None]:
-    """Only algorithms that add up in the same order each time; torch raises an error where it has none."""
+    """Use deterministic algorithms only. torch raises an error for operations without one."""
     torch.use_deterministic_algorithms(True)
     yield
     torch.use_deterministic_algorithms(False)
 
 
 @pytest.fixture
-def draws_of_the_cpu(monkeypatch) -> None:
-    """The noise, the times and the dropped labels of a run on a CPU, which draws other numbers than a GPU."""
+def cpu_draws(monkeypatch) -> None:
+    """Draw noise, times and dropped labels on the CPU, whose random numbers differ from those of a GPU."""
 
-    def on_the_cpu(works):
+    def on_cpu(original):
         def draw(self, *args):
-            device, self.device = self.device, "cpu"
+            device, self.device = self.device, torch.device("cpu")
             try:
-                return works(self, *args).to(device)
+                return original(self, *args).to(device)
             finally:
                 self.device = device
 
         return draw
 
     for name in ("normal", "uniform", "antithetic"):
-        monkeypatch.setattr(Draws, name, on_the_cpu(getattr(Draws, name)))
+        monkeypatch.setattr(Draws, name, on_cpu(getattr(Draws, name)))
 
 
 @pytest.fixture
 def conv_dtypes() -> Iterator[set[torch.dtype]]:
-    """The dtypes in which convolutions answer."""
-    seen: set[torch.dtype] = set()
+    """The dtypes of the outputs of convolutions."""
+    dtypes: set[torch.dtype] = set()
 
-    def remember(module, _inputs, output):
+    def record(module, _inputs, output):
         if isinstance(module, torch.nn.Conv2d):
-            seen.add(output.dtype)
+            dtypes.add(output.dtype)
 
-    hook = torch.nn.modules.module.register_module_forward_hook(remember)
-    yield seen
+    hook = torch.nn.modules.module.register_module_forward_hook(record)
+    yield dtypes
     hook.remove()
 
 
 @contextmanager
-def no_waiting() -> Iterator[None]:
-    """Raise an error where the process waits for the GPU."""
+def no_synchronization() -> Iterator[None]:
+    """Raise an error if the process synchronizes with the GPU inside the block."""
     torch.cuda.set_sync_debug_mode("error")
     try:
         yield
@@ -104,7 +103,7 @@ def no_waiting() -> Iterator[None]:
 
 
 def assert_same_checkpoint(first: Path, second: Path) -> None:
-    """Compare all tensors and the state, bit for bit."""
+    """Compare the tensors and the state of two checkpoints bit for bit."""
     files = [path.relative_to(first) for path in first.rglob("*.safetensors")]
     assert len(files) >= 3
     for file in files:
@@ -114,22 +113,20 @@ def assert_same_checkpoint(first: Path, second: Path) -> None:
 
 
 def resume(whole: Path, resumed: Path, *argv: str) -> None:
-    """Continue a run from its second step in another folder."""
+    """Resume a run from its second step in a different folder."""
     shutil.copytree(whole / "checkpoint-2", resumed / "checkpoint-2")
     train(resumed, *argv, *RESUME)
 
 
 def scaler_of(checkpoint: Path) -> dict:
+    """Return the state of the gradient scaler in a checkpoint."""
     return json.loads((checkpoint / "state.json").read_text())["scaler"]
-
-
-# ----- training -----
 
 
 @pytest.mark.parametrize(
     "argv", [[], ["--dropout", "0.2"], ["--mixed_precision", "fp16"], ["--mixed_precision", "bf16"]]
 )
-def test_a_resumed_run_is_the_run_that_never_stopped(tmp_path, deterministic, argv):
+def test_resume_is_bit_exact(tmp_path, deterministic, argv):
     train(tmp_path / "whole", *argv)
     resume(tmp_path / "whole", tmp_path / "resumed", *argv)
     assert_same_checkpoint(tmp_path / "whole" / "checkpoint-4", tmp_path / "resumed" / "checkpoint-4")
@@ -140,23 +137,23 @@ def test_a_resumed_run_is_the_run_that_never_stopped(tmp_path, deterministic, ar
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_training_is_that_of_a_cpu(tmp_path, draws_of_the_cpu, method):
-    """Given the same random numbers, the trajectory is the recorded one."""
+def test_training_matches_the_cpu(tmp_path, cpu_draws, method):
+    """With the same random numbers, the trajectory is the recorded one."""
     follow(method, tmp_path)
     logged = trajectory_of(tmp_path)
     for tag, values in expected(method).items():
-        # On a CPU twenty steps of Adam keep to 1e-4. A GPU's convolutions may transform their input (Winograd's), which
-        # loses up to a digit more.
+        # The relative error of twenty steps of Adam is below 1e-4 on a CPU. Winograd convolutions on a GPU may lose one
+        # more digit.
         assert logged[tag] == pytest.approx(values, rel=1e-3), tag
 
 
 @pytest.mark.parametrize(
     ("precision", "dtype", "tolerance"), [("bf16", torch.bfloat16, 0.05), ("fp16", torch.float16, 0.01)]
 )
-def test_mixed_precision_is_near_fp32(tmp_path, conv_dtypes, precision, dtype, tolerance):
+def test_mixed_precision_is_close_to_fp32(tmp_path, conv_dtypes, precision, dtype, tolerance):
     """
-    The network of some 25 layers rounds its prediction to about 5 ε, 0.02 in bf16 and 0.0025 in fp16, relative to its
-    size; the loss, its mean square, changes by twice that at most, and the weights by a few steps of as much.
+    A network of about 25 layers has a relative rounding error of about 5 ε, 0.02 in bf16 and 0.0025 in fp16. The
+    relative error of the loss, a mean square, is at most twice as large.
     """
     flags = ["--report_to", "tensorboard", "--learning_rate", "1e-4"]
     train(tmp_path / "fp32", *flags)
@@ -168,41 +165,41 @@ def test_mixed_precision_is_near_fp32(tmp_path, conv_dtypes, precision, dtype, t
     losses, norms = ([dict(logged[tag]) for logged in (mixed, fp32)] for tag in ("loss", "grad_norm"))
     assert losses[0] == pytest.approx(losses[1], rel=tolerance)
     assert losses[0] != losses[1]
-    # fp16 skips its first step, or two, while its scale is too large.
+    # fp16 skips the first one or two steps, until the scale is small enough.
     taken = [step for step, skipped in mixed["skipped_steps"] if not skipped]
     assert len(taken) >= 2
     for step in taken:
         assert norms[0][step] == pytest.approx(norms[1][step], rel=2 * tolerance)
     weights, before = (load_file(tmp_path / run / "unet" / WEIGHTS) for run in ("mixed", "fp32"))
     assert all(value.dtype == torch.float32 and torch.isfinite(value).all() for value in weights.values())
-    # Each of four steps of Adam moves a weight by about the learning rate, whatever the gradient's size.
+    # Each of the four Adam steps moves a weight by about the learning rate.
     assert all((weights[name] - before[name]).abs().max() < 8e-4 for name in weights)
     moments = load_file(tmp_path / "mixed" / "checkpoint-4" / "optimizer-unet.safetensors")
     assert {value.dtype for value in moments.values()} == {torch.float32}
 
 
-def test_the_gradient_scaler_is_in_the_checkpoint(tmp_path):
+def test_gradient_scaler_is_saved_and_restored(tmp_path):
     train(tmp_path / "whole", "--mixed_precision", "fp16", "--checkpointing_steps", "1")
     scalers = [scaler_of(tmp_path / "whole" / f"checkpoint-{step}") for step in (1, 2, 3, 4)]
     assert all(scaler["scale"] > 0 for scaler in scalers)
     assert scalers[3]["_growth_tracker"] > scalers[1]["_growth_tracker"] or scalers[3]["scale"] < scalers[1]["scale"]
-    # One that is changed is taken up, so it is what is restored, and not a new one.
+    # A resumed run restores the changed scaler.
     resume(tmp_path / "whole", tmp_path / "same", "--mixed_precision", "fp16")
     assert scaler_of(tmp_path / "same" / "checkpoint-4") == scalers[3]
-    # Of another precision
+    # A resumed run in fp32 has no scaler.
     resume(tmp_path / "whole", tmp_path / "fp32", "--mixed_precision", "no")
     assert scaler_of(tmp_path / "fp32" / "checkpoint-4") is None
 
 
 @pytest.mark.parametrize("precision", ["no", "bf16", "fp16"])
-def test_a_step_that_is_not_finite_is_skipped(tmp_path, monkeypatch, precision):
-    works, calls = cfg.squared_error, []
+def test_nonfinite_step_is_skipped(tmp_path, monkeypatch, precision):
+    original, calls = cfg.squared_error, []
 
-    def nan_in_the_third(pred, target):
+    def nan_in_third_call(pred, target):
         calls.append(1)
-        return works(pred, target) * (torch.nan if len(calls) == 3 else 1.0)
+        return original(pred, target) * (torch.nan if len(calls) == 3 else 1.0)
 
-    monkeypatch.setattr(cfg, "squared_error", nan_in_the_third)
+    monkeypatch.setattr(cfg, "squared_error", nan_in_third_call)
     flags = ["--checkpointing_steps", "1", "--no_use_ema", "--report_to", "tensorboard"]
     train(tmp_path, *flags, "--mixed_precision", precision)
     folders = [tmp_path / f"checkpoint-{step}" for step in (2, 3, 4)]
@@ -217,48 +214,48 @@ def test_a_step_that_is_not_finite_is_skipped(tmp_path, monkeypatch, precision):
         assert scaler_of(folders[1])["scale"] == scaler_of(folders[0])["scale"] / 2
 
 
-def test_training_does_not_wait_for_the_device(tmp_path, monkeypatch):
-    """Neither a step nor the copies that it takes to the device: numbers are read when they are logged."""
-    seen = []
+def test_training_does_not_synchronize_with_the_device(tmp_path, monkeypatch):
+    """Neither steps nor copies of batches synchronize. Values are read only when they are logged."""
+    calls = []
 
-    def unwaiting(works):
+    def without_synchronization(original):
         def call(self, *args):
-            seen.append(works.__name__)
-            with no_waiting():
-                return works(self, *args)
+            calls.append(original.__name__)
+            with no_synchronization():
+                return original(self, *args)
 
         return call
 
-    monkeypatch.setattr(Trainer, "train_step", unwaiting(Trainer.train_step))
-    monkeypatch.setattr(StepBatches, "_batch", unwaiting(StepBatches._batch))
+    monkeypatch.setattr(Trainer, "train_step", without_synchronization(Trainer.train_step))
+    monkeypatch.setattr(StepBatches, "_batch", without_synchronization(StepBatches._batch))
     train(tmp_path, "--logging_steps", "4", "--checkpointing_steps", "0", "--random_flip", "--mixed_precision", "bf16")
-    assert seen == ["_batch", "train_step"] * 4
+    assert calls == ["_batch", "train_step"] * 4
 
 
-def test_gradient_checkpointing_changes_no_weight(tmp_path, deterministic):
-    """Dropout is drawn again as it was, from the generator of the device."""
+def test_gradient_checkpointing_does_not_change_the_weights(tmp_path, deterministic):
+    """The recomputation has the same dropout masks, from the generator of the device."""
     flags = ["--attention_resolutions", "4", "--dropout", "0.2"]
     train(tmp_path / "kept", *flags)
     train(tmp_path / "recomputed", *flags, "--gradient_checkpointing")
     assert_same_tensors(tmp_path / "kept" / "unet" / WEIGHTS, tmp_path / "recomputed" / "unet" / WEIGHTS)
 
 
-def test_workers_and_pinned_memory_change_no_weight(tmp_path, monkeypatch, deterministic):
-    """A batch is copied to the device while the next is written."""
+def test_workers_and_pinned_memory_do_not_change_the_weights(tmp_path, monkeypatch, deterministic):
+    """A batch is copied to the device while a worker writes the next one."""
     train(tmp_path / "memory", "--max_train_steps", "12")
     monkeypatch.setattr(datasets, "MAX_CACHED_BYTES", 0)
     train(tmp_path / "workers", "--max_train_steps", "12", "--dataloader_num_workers", "2")
     assert_same_tensors(tmp_path / "memory" / "unet" / WEIGHTS, tmp_path / "workers" / "unet" / WEIGHTS)
 
 
-def test_cached_latents_are_those_of_each_step(tmp_path, monkeypatch):
+def test_training_is_the_same_with_and_without_cached_latents(tmp_path, monkeypatch):
     digits = few_digits()
     monkeypatch.setattr(sources, "Digits", lambda: digits)
     monkeypatch.setattr(latents, "LATENTS_DIR", tmp_path / "latents")
     flags = vae_flags(tmp_path / "vae")
     train(tmp_path / "without", *flags)
     train(tmp_path / "with", *flags, "--cache_latents")
-    # Batches of another size are encoded by other sums, and Adam makes a gradient that is all rounding a step.
+    # Encoding batches of a different size rounds differently, and Adam scales rounding noise up to full steps.
     assert_same_tensors(
         tmp_path / "without" / "unet" / WEIGHTS, tmp_path / "with" / "unet" / WEIGHTS, rtol=1e-3, atol=2e-3
     )
@@ -266,8 +263,8 @@ def test_cached_latents_are_those_of_each_step(tmp_path, monkeypatch):
     assert images.device.type == DEVICE
 
 
-def test_tf32_is_allowed_where_that_is_wanted(tmp_path):
-    """It has 10 bits, ε = 2⁻¹⁰; the loss rounds as in fp16, which has as many."""
+def test_allow_tf32_reduces_the_precision(tmp_path):
+    """TF32 has a mantissa of 10 bits, ε = 2⁻¹⁰, like fp16. The loss has a similar rounding error."""
     a, b = torch.randn(2, 512, 512, generator=torch.Generator().manual_seed(0)).to(DEVICE)
     exact, errors = (a.double() @ b.double()).float(), []
     for run, flags in (("fp32", []), ("tf32", ["--allow_tf32"])):
@@ -278,18 +275,18 @@ def test_tf32_is_allowed_where_that_is_wanted(tmp_path):
     assert losses[1] == pytest.approx(losses[0], rel=0.01)
 
 
-def test_a_dry_run_says_how_much_memory_is_free(tmp_path, capsys):
+def test_dry_run_prints_the_free_memory(tmp_path, capsys):
     train(tmp_path / "out", "--dry_run", "--mixed_precision", "bf16")
-    said = capsys.readouterr().out
-    assert DEVICE in said
-    assert "bf16" in said
-    (memory,) = [line for line in said.splitlines() if line.startswith("memory")]
+    printed = capsys.readouterr().out
+    assert DEVICE in printed
+    assert "bf16" in printed
+    (memory,) = [line for line in printed.splitlines() if line.startswith("memory")]
     assert "free" in memory
 
 
 @pytest.mark.slow
-def test_a_compiled_run_is_near_an_eager_one(tmp_path):
-    """With it accelerate allows TF32 in matrix products, so the losses are near as those of 10 bits are."""
+def test_compiled_run_is_close_to_an_eager_run(tmp_path):
+    """Accelerate allows TF32 matrix products in compiled runs, so the tolerance is that of a 10-bit mantissa."""
     torch.compiler.reset()
     graphs = torch._dynamo.utils.counters["stats"]
     before = graphs["unique_graphs"]
@@ -299,59 +296,57 @@ def test_a_compiled_run_is_near_an_eager_one(tmp_path):
     losses = [dict(scalars(tmp_path / run)["loss"]) for run in ("eager", "compiled")]
     assert losses[1] == pytest.approx(losses[0], rel=0.01)
     norms = [dict(scalars(tmp_path / run)["grad_norm"]) for run in ("eager", "compiled")]
-    assert norms[1] == pytest.approx(norms[0], rel=0.05)  # a gradient that is lost would be missing here
+    assert norms[1] == pytest.approx(norms[0], rel=0.05)  # A missing gradient would lower the norm.
 
 
 @pytest.mark.skipif(find_spec("xformers") is None, reason="xformers is not installed")
-def test_xformers_attention_is_near_torchs_own(tmp_path):
-    for run, flags in (("own", []), ("xformers", ["--enable_xformers_memory_efficient_attention"])):
+def test_xformers_attention_is_close_to_torch_attention(tmp_path):
+    for run, flags in (("torch", []), ("xformers", ["--enable_xformers_memory_efficient_attention"])):
         train(tmp_path / run, "--report_to", "tensorboard", *flags)
-    losses = [dict(scalars(tmp_path / run)["loss"]) for run in ("own", "xformers")]
+    losses = [dict(scalars(tmp_path / run)["loss"]) for run in ("torch", "xformers")]
     assert losses[1] == pytest.approx(losses[0], rel=1e-3)
 
 
-# ----- sampling -----
-
-
-def solved_by(name: str) -> CFGPipeline:
-    """Return a pipeline of random weights that predicts v, with a sampler."""
+def pipeline_with(name: str) -> CFGPipeline:
+    """Return a v-prediction pipeline with random weights and the named scheduler."""
     scheduler = LogSNRScheduler(prediction_type="v_prediction")
     return make_pipeline(scheduler=scheduler.solver(getattr(diffusers, name, LogSNRScheduler)))
 
 
 def draw(pipeline: CFGPipeline, *seeds: int, w: float | list[float] = 1.0, steps: int = 6) -> torch.Tensor:
+    """Return one image for each seed."""
     labels = [seed % 3 for seed in seeds]
     images = pipeline(labels, w, num_inference_steps=steps, generator=generators(*seeds), output_type="pt").images
     return images.cpu()
 
 
-def assert_near(actual: torch.Tensor, expected: torch.Tensor, pipeline: CFGPipeline, w: float, steps: int = 6) -> None:
-    """As `assert_same_draws`, times ten: a GPU's convolutions may transform their input, which loses up to a digit."""
+def assert_close(actual: torch.Tensor, expected: torch.Tensor, pipeline: CFGPipeline, w: float, steps: int = 6) -> None:
+    """Compare images with ten times the `rounding_tolerance`, since Winograd convolutions lose up to a digit."""
     tolerance = 10 * rounding_tolerance(pipeline, w, steps)
     torch.testing.assert_close(actual, expected, rtol=0, atol=tolerance)
 
 
 @pytest.mark.parametrize("name", SOLVERS)
-def test_it_draws_what_a_cpu_draws(name):
-    pipeline = solved_by(name)
+def test_images_match_the_cpu(name):
+    pipeline = pipeline_with(name)
     images = draw(pipeline, 0, 1, 2, 3)
-    assert_near(draw(pipeline.to(DEVICE), 0, 1, 2, 3), images, pipeline, 1.0)
+    assert_close(draw(pipeline.to(DEVICE), 0, 1, 2, 3), images, pipeline, 1.0)
     assert images.std() > 0.01
 
 
-def test_an_image_does_not_depend_on_its_batch():
-    """Batches of another size are added up in another order."""
-    pipeline = solved_by("DPMSolverMultistepScheduler").to(DEVICE)
+def test_image_does_not_depend_on_its_batch():
+    """Batches of a different size differ in the summation order only."""
+    pipeline = pipeline_with("DPMSolverMultistepScheduler").to(DEVICE)
     seeds = range(64)
-    many = draw(pipeline, *seeds, w=[0.0, 1.0, 2.0, 4.0] * 16)
+    batch = draw(pipeline, *seeds, w=[0.0, 1.0, 2.0, 4.0] * 16)
     one_by_one = torch.cat([draw(pipeline, seed, w=[0.0, 1.0, 2.0, 4.0][seed % 4]) for seed in seeds])
-    assert_near(many, one_by_one, pipeline, 4.0)
+    assert_close(batch, one_by_one, pipeline, 4.0)
 
 
 @pytest.mark.parametrize("name", SOLVERS)
-def test_bf16_draws_finite_images(name):
-    """They are near those of fp32 by `rounding_tolerance` with the ε of bf16, where there is no guidance."""
-    pipeline = solved_by(name)
+def test_bf16_images_are_finite(name):
+    """Without guidance, they are within the `rounding_tolerance` of bf16 of the fp32 images."""
+    pipeline = pipeline_with(name)
     images = draw(pipeline, 0, 1, 2, 3, w=0.0)
     pipeline.to(DEVICE).to(torch.bfloat16)
     rounded = draw(pipeline, 0, 1, 2, 3, w=0.0)
@@ -361,31 +356,31 @@ def test_bf16_draws_finite_images(name):
     assert (rounded.float() - images).abs().mean() < 0.02
 
 
-def test_channels_last_draws_the_same():
-    pipeline = solved_by("DPMSolverMultistepScheduler").to(DEVICE)
+def test_channels_last_does_not_change_images():
+    pipeline = pipeline_with("DPMSolverMultistepScheduler").to(DEVICE)
     images = draw(pipeline, 0, 1)
     pipeline.unet.to(memory_format=torch.channels_last)
-    assert_near(draw(pipeline, 0, 1), images, pipeline, 1.0)
+    assert_close(draw(pipeline, 0, 1), images, pipeline, 1.0)
 
 
 @pytest.mark.parametrize(
     ("name", "first"),
     [
         ("DPMSolverMultistepScheduler", 0),
-        ("LogSNRScheduler", 1),  # it looks its timestep up in the first step
+        ("LogSNRScheduler", 1),  # The first step looks up the timestep.
     ],
 )
-def test_the_loop_does_not_wait_for_the_device(name, first):
-    pipeline, steps, seen = solved_by(name).to(DEVICE), 6, []
+def test_sampling_loop_does_not_synchronize_with_the_device(name, first):
+    pipeline, steps, done = pipeline_with(name).to(DEVICE), 6, []
     scale = pipeline.scheduler.scale_model_input
 
     def begin(*args):
-        if len(seen) == first:
+        if len(done) == first:
             torch.cuda.set_sync_debug_mode("error")
         return scale(*args)
 
     def end(_pipeline, step, _timestep, _tensors):
-        seen.append(step)
+        done.append(step)
         if step == steps - 1:
             torch.cuda.set_sync_debug_mode("default")
         return {}
@@ -396,24 +391,21 @@ def test_the_loop_does_not_wait_for_the_device(name, first):
         pipeline([0, 1], [1.0, 2.0], steps, generator=generator, guidance_interval=(0.1, 20), callback_on_step_end=end)
     finally:
         torch.cuda.set_sync_debug_mode("default")
-    assert seen == list(range(steps))
+    assert done == list(range(steps))
 
 
 @pytest.mark.slow
-def test_a_compiled_network_draws_the_same():
+def test_compiled_network_does_not_change_images():
     torch.compiler.reset()
-    pipeline = solved_by("DPMSolverMultistepScheduler").to(DEVICE)
+    pipeline = pipeline_with("DPMSolverMultistepScheduler").to(DEVICE)
     images = draw(pipeline, 0, 1)
     pipeline.unet = torch.compile(pipeline.unet)
-    assert_near(draw(pipeline, 0, 1), images, pipeline, 1.0)
+    assert_close(draw(pipeline, 0, 1), images, pipeline, 1.0)
     with torch._dynamo.config.patch(error_on_recompile=True):
         draw(pipeline, 1, 2, w=[2.0, 0.5], steps=9)
 
 
-# ----- evaluation -----
-
-
-def test_an_evaluation_is_that_of_a_cpu(tmp_path, monkeypatch):
+def test_evaluation_matches_the_cpu(tmp_path, monkeypatch):
     monkeypatch.setattr(features.train_classifier, "__defaults__", (30, 64))
     digits = stack_images(Digits(), DataConfig(resolution=8), 1, show_progress=False)
     pipeline = make_pipeline(make_unet(num_class_embeds=11), id2label=Digits().id2label)
@@ -426,7 +418,7 @@ def test_an_evaluation_is_that_of_a_cpu(tmp_path, monkeypatch):
         accelerator = Accelerator(cpu=kind == "cpu")
         assert accelerator.device.type == kind
         (tmp_path / kind).mkdir()
-        for classifier in (tmp_path / "cpu").glob("classifier-*"):  # trained once
+        for classifier in (tmp_path / "cpu").glob("classifier-*"):  # train it only once
             if not (tmp_path / kind / classifier.name).exists():
                 shutil.copy(classifier, tmp_path / kind)
         real = RealStatistics(accelerator, digits, Digits().id2label, "small", 100, tmp_path / kind)
@@ -437,7 +429,7 @@ def test_an_evaluation_is_that_of_a_cpu(tmp_path, monkeypatch):
     reset_accelerate()
     for name, value in rows[0].items():
         if isinstance(value, float):
-            # Features differ by rounding. Of precision, recall, density and coverage a neighbour at the very edge of a
-            # ball may be counted otherwise, one in a hundred.
+            # Features differ by rounding. For precision, recall, density and coverage, one of 100 samples at the edge
+            # of a ball may be counted differently.
             absolute = 0.011 if name in ("precision", "recall", "density", "coverage") else 1e-5
             assert rows[1][name] == pytest.approx(value, rel=1e-3, abs=absolute), name
