@@ -27,7 +27,7 @@ class CommandError(Exception):
 
 
 class UserError(CommandError, ValueError):
-    """An error in what the user passed. The message names the value and says what to do."""
+    """An error in the input of the user. The message names the value and says what to do."""
 
 
 def flag(default: Any = MISSING, help: str = "", **metadata: Any) -> Any:
@@ -124,7 +124,7 @@ def convert(name: str, value: Any, annotation: Any, metadata: Mapping[str, Any])
     Convert a value to the type of its annotation: "3e-4" (a string in YAML 1.1) to a float, 10.0 to an int.
 
     Raises:
-        UserError: if the value has another type or is not one of the choices.
+        UserError: if the value has a different type or is not one of the choices.
     """
     origin, arguments = get_origin(annotation), get_args(annotation)
     if origin in (Union, types.UnionType):

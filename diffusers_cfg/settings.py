@@ -207,6 +207,7 @@ class TrainConfig(HubConfig, RunConfig, OptimizationConfig, ModelConfig, DataCon
     group = "training"
 
     def check(self) -> None:
+        """Check combinations of settings. Raises UserError."""
         if not re.fullmatch(r"\w[\w.-]*", self.logging_dir):
             raise UserError(f"logging_dir must be the name of a folder in --output_dir, but is {self.logging_dir!r}.")
         if len(set(self.ema_max_decay)) < len(self.ema_max_decay):
@@ -254,11 +255,13 @@ class TrainConfig(HubConfig, RunConfig, OptimizationConfig, ModelConfig, DataCon
 
     @classmethod
     def underlying(cls, values: Mapping[str, Any]) -> dict[str, Any]:
+        """Return the settings for the built-in digits if no dataset is given."""
         names_data = values["dataset_name"] is not None or values["train_data_dir"] is not None
         return {} if names_data else DIGITS
 
     @classmethod
     def check_given(cls, values: Mapping[str, Any], flags: set[str], in_file: set[str]) -> None:
+        """Refuse settings of the network if a pretrained network or a network config replaces them."""
         for source in ("model_config_name_or_path", "pretrained_model_name_or_path"):
             given = flags if source in flags else flags | in_file
             if values[source] is not None and (useless := sorted(NETWORK_SETTINGS & given)):
@@ -296,6 +299,7 @@ class CFGConfig(TrainConfig):
     )
 
     def check(self) -> None:
+        """Check combinations of settings. Raises UserError."""
         super().check()
         if not self.log_snr_min < self.log_snr_max:
             raise UserError(f"log_snr_min={self.log_snr_min} must be below log_snr_max={self.log_snr_max}.")
@@ -320,6 +324,7 @@ class DistillationConfig(CFGConfig):
     teacher_steps: int = fixed(32, "Number of DDIM steps of the teacher, a multiple of --student_steps.")
 
     def check(self) -> None:
+        """Check combinations of settings. Raises UserError."""
         super().check()
         steps = self.student_steps
         if steps is not None and (steps < 1 or self.teacher_steps < 1 or 1000 % steps or self.teacher_steps % steps):
@@ -340,6 +345,7 @@ class DistillationConfig(CFGConfig):
 
     @classmethod
     def check_given(cls, values: Mapping[str, Any], flags: set[str], in_file: set[str]) -> None:
+        """Refuse settings that the student inherits from its teacher."""
         super().check_given(values, flags, in_file)
         of_teacher = {"prediction_type", "log_snr_min", "log_snr_max", "pretrained_model_name_or_path"}
         if useless := sorted(of_teacher & flags):

@@ -54,11 +54,11 @@ def find_checkpoint(config: RunConfig) -> Path | None:
     Raises:
         UserError: if the checkpoint does not exist or is damaged.
     """
-    wanted, output_dir = config.resume_from_checkpoint, Path(config.output_dir)
-    if wanted is None:
+    requested, output_dir = config.resume_from_checkpoint, Path(config.output_dir)
+    if requested is None:
         return None
     existing = checkpoints(output_dir)
-    if wanted == "latest":
+    if requested == "latest":
         for path in reversed(existing):
             if (damage := verify_checkpoint(path)) is None:
                 return path
@@ -70,14 +70,14 @@ def find_checkpoint(config: RunConfig) -> Path | None:
             )
         logger.warning("%s contains no checkpoint. Starting a new run.", output_dir)
         return None
-    found = [path for path in (output_dir / wanted, Path(wanted)) if (path / STATE_FILE).is_file()]
+    found = [path for path in (output_dir / requested, Path(requested)) if (path / STATE_FILE).is_file()]
     if not found:
         raise UserError(
-            f"--resume_from_checkpoint {wanted} does not exist. {output_dir} contains "
+            f"--resume_from_checkpoint {requested} does not exist. {output_dir} contains "
             f"{', '.join(path.name for path in existing) or 'no checkpoints'}."
         )
     if (damage := verify_checkpoint(found[0])) is not None:
-        raise UserError(f"--resume_from_checkpoint {wanted} is damaged ({damage}). Pass another checkpoint or latest.")
+        raise UserError(f"--resume_from_checkpoint {requested} is damaged ({damage}). Pass an earlier one or latest.")
     return found[0]
 
 
