@@ -100,7 +100,7 @@ def refuse_sharding() -> None:
 def configure_logging(is_main_process: bool) -> None:
     """Log at level INFO on the main process and at level ERROR on the other processes."""
     logging.basicConfig(format="%(levelname)s %(message)s", level=logging.INFO if is_main_process else logging.ERROR)
-    for noisy in ("httpx", "datasets", "fsspec"):
+    for noisy in ("httpx", "httpx2", "datasets", "fsspec"):  # httpx2 is the client of huggingface_hub 2
         logging.getLogger(noisy).setLevel(logging.WARNING)
 
 

@@ -36,6 +36,7 @@ def test_train_publish_and_fine_tune(hub, script, tmp_path):
     )  # fmt: skip
     assert result.returncode == 0, result.stderr
     assert "The published model generates the same image" in result.stdout
+    assert "HTTP Request" not in result.stderr
     repository = hub.repositories["me/digits"]
     assert repository.private
     assert [commit.message for commit in repository.commits[1:]] == ["Step 2", "Upload CFGPipeline"]
@@ -68,7 +69,7 @@ def test_publishing_fails_at_the_end_of_the_run(hub, script, tmp_path):
     hub.faults.append(Fault("POST .*/commit/", 0))
     result = script("train_cfg.py", *TINY, "--output_dir", "out", "--push_to_hub", token="hf_writer")
     assert result.returncode == 75
-    assert "its model is saved in out" in result.stderr
+    assert "the model is saved in out" in result.stderr
     command = "python training/publish.py out --repo_id me/out"
     assert command in result.stderr
     assert set(hub.files("me/out")) == {".gitattributes"}
