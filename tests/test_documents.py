@@ -1,0 +1,116 @@
+"""The documents: length, links, commands, code and the tests that they name."""
+
+import re
+import runpy
+import shutil
+from pathlib import Path
+
+import pytest
+
+from tests.support.runs import ROOT, TRAINING, distill
+
+DOCUMENTS = sorted(
+    [*ROOT.glob("*.md"), *ROOT.glob(".github/*.md"), *ROOT.glob("diffusers_cfg/*.md"), *ROOT.glob("training/*.md")]
+)
+# Flags of other programs that the documents mention.
+FOREIGN_FLAGS = {
+    "--cfg-scale",
+    "--config_file",
+    "--gnet",
+    "--guidance",
+    "--local-dir",
+    "--max_restarts",
+    "--nproc_per_node",
+}
+
+
+def blocks(document: Path, language: str) -> list[str]:
+    """Return the code blocks of a language."""
+    return re.findall(rf"^```{language}\n(.*?)^```", document.read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE)
+
+
+def prose(document: Path) -> str:
+    """Return the text outside code blocks."""
+    return re.sub(r"^```.*?^```", "", document.read_text(encoding="utf-8"), flags=re.DOTALL | re.MULTILINE)
+
+
+def commands(document: Path) -> list[tuple[str, list[str]]]:
+    """Return the package's commands in a document's bash blocks, as (name of the script, arguments)."""
+    lines = "\n".join(blocks(document, "bash")).replace("\\\n", " ").splitlines()
+    found = [re.search(r"training/((?:studies/)?\w+)\.py(.*)", line.split("  #")[0]) for line in lines]
+    return [(match[1], match[2].split()) for match in found if match]
+
+
+def anchors(document: Path) -> set[str]:
+    """Return the anchors that GitHub gives the headings."""
+    headings = re.findall(r"^#+ (.*)$", prose(document), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+def help_of(name: str, capsys) -> str:
+    with pytest.raises(SystemExit, match="0"):
+        runpy.run_path(str(TRAINING / f"{name}.py"))["main"](["--help"])
+    return capsys.readouterr().out
+
+
+def test_the_readme_is_short():
+    assert len((ROOT / "README.md").read_text(encoding="utf-8").split()) <= 1500
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
+def test_links_are_alive(document):
+    links = re.findall(r"\]\(([^)\s]+)\)", prose(document))
+    assert links or document.name == "CHANGELOG.md"
+    for link in links:
+        if link.startswith("http"):
+            continue
+        path, _, anchor = link.partition("#")
+        target = (document.parent / path).resolve() if path else document
+        assert target.exists(), link
+        assert not anchor or anchor in anchors(target), link
+
+
+def test_shown_commands_have_the_shown_flags(capsys):
+    shown = [(document, *command) for document in DOCUMENTS for command in commands(document)]
+    assert len(shown) > 20
+    helps = {name: help_of(name, capsys) for name in {name for _, name, _ in shown}}
+    for document, name, arguments in shown:
+        text = helps[name]
+        if name == "studies/ablate_dropout":
+            text += help_of("train_cfg", capsys)
+        if name.startswith("studies/ablate"):
+            text += help_of("evaluate_cfg", capsys)
+        for flag in [argument for argument in arguments if argument.startswith("--")]:
+            assert re.search(rf"{flag}\b", text), f"{document.name}: {name} {flag}"
+        for path in [argument for argument in arguments if argument.startswith("training/")]:
+            assert (ROOT / path).exists(), f"{document.name}: {name} {path}"
+
+
+def test_flags_in_the_prose_exist(capsys):
+    scripts = [str(path.relative_to(TRAINING).with_suffix("")) for path in TRAINING.rglob("*.py")]
+    known = set(re.findall(r"--[a-z][a-z0-9_]*", "".join(help_of(name, capsys) for name in scripts))) | FOREIGN_FLAGS
+    for document in DOCUMENTS:
+        if document.name == "CHANGELOG.md":  # which names flags that were removed
+            continue
+        inline = " ".join(re.findall(r"`([^`\n]+)`", prose(document)))
+        assert set(re.findall(r"(?<![\w-])--[a-z][a-z0-9_-]*", inline)) <= known, document.name
+
+
+def test_named_tests_exist():
+    named = re.findall(r"\[`(test_\w+)`\]\(\.\./(tests/[\w/]+\.py)\)", (TRAINING / "RUNNING.md").read_text("utf-8"))
+    assert len(named) > 10
+    for name, path in named:
+        assert f"def {name}(" in (ROOT / path).read_text(encoding="utf-8"), f"{path}::{name}"
+
+
+def test_the_python_blocks_run(trained_model, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for folder in ("cfg-model", "weak-model", "cfg-digits"):
+        shutil.copytree(trained_model, folder)
+    distill(tmp_path / "cfg-model", tmp_path / "one-pass")
+    distill(tmp_path / "one-pass", tmp_path / "eight-steps", "--student_steps", "8")
+    for document in (ROOT / "README.md", ROOT / "diffusers_cfg" / "README.md", TRAINING / "README.md"):
+        namespace: dict = {}
+        for block in blocks(document, "python"):
+            # Loading from the Hub is tested in test_hub.py; here a folder takes the repository's place.
+            exec(block.replace("me/cfg-digits", "cfg-digits"), namespace)
