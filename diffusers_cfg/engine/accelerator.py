@@ -53,6 +53,7 @@ def make_accelerator(config: TrainConfig | None = None) -> Accelerator:
     except ValueError as error:
         trackers = ", ".join(LoggerType.list())
         raise UserError(f"--report_to {config.report_to} is not a tracker. Use {trackers} or none.") from error
+    allow_tf32 = torch.backends.cuda.matmul.allow_tf32
     accelerator = Accelerator(
         cpu=cpu,
         mixed_precision=mixed_precision,
@@ -64,6 +65,7 @@ def make_accelerator(config: TrainConfig | None = None) -> Accelerator:
             project_dir=config.output_dir, logging_dir=str(Path(config.output_dir) / config.logging_dir)
         ),
     )
+    torch.backends.cuda.matmul.allow_tf32 = allow_tf32  # Accelerate allows TF32 in all compiled runs.
     if dynamo_plugin(accelerator).backend != DynamoBackend.NO:
         # With layout optimization, torch 2.13 silently drops the gradient of all layers before an upsampling, at least
         # on a CPU, so most of the network would not learn. Reading this attribute makes torch import its compiler.

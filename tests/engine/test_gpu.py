@@ -286,17 +286,18 @@ def test_dry_run_prints_the_free_memory(tmp_path, capsys):
 
 @pytest.mark.slow
 def test_compiled_run_is_close_to_an_eager_run(tmp_path):
-    """Accelerate allows TF32 matrix products in compiled runs, so the tolerance is that of a 10-bit mantissa."""
+    """Compiled kernels sum in a different order. `--compile` does not allow TF32, which would lose three digits."""
     torch.compiler.reset()
     graphs = torch._dynamo.utils.counters["stats"]
     before = graphs["unique_graphs"]
     for run, flags in (("eager", []), ("compiled", ["--compile"])):
         train(tmp_path / run, "--report_to", "tensorboard", "--layers_per_block", "1", *flags)
     assert graphs["unique_graphs"] > before
+    assert not torch.backends.cuda.matmul.allow_tf32
     losses = [dict(scalars(tmp_path / run)["loss"]) for run in ("eager", "compiled")]
-    assert losses[1] == pytest.approx(losses[0], rel=0.01)
+    assert losses[1] == pytest.approx(losses[0], rel=1e-3)
     norms = [dict(scalars(tmp_path / run)["grad_norm"]) for run in ("eager", "compiled")]
-    assert norms[1] == pytest.approx(norms[0], rel=0.05)  # A missing gradient would lower the norm.
+    assert norms[1] == pytest.approx(norms[0], rel=1e-2)  # A missing gradient would lower the norm.
 
 
 @pytest.mark.skipif(find_spec("xformers") is None, reason="xformers is not installed")
