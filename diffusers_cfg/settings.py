@@ -9,6 +9,8 @@ from typing import Any, ClassVar, Literal
 from diffusers_cfg.config import Config, UserError, fixed, free, read_yaml, recorded
 
 CONFIG_FILE = "train_config.yaml"
+# The standard errors of metrics need two images in each of ten blocks (`BLOCKS` in evaluation/statistics.py).
+MIN_SAMPLES = 20
 # Settings that a pretrained network or a network config replaces.
 NETWORK_SETTINGS = {"block_out_channels", "layers_per_block", "attention_resolutions", "dropout"}
 # Defaults for the built-in dataset, scikit-learn's 1,797 handwritten digits at 8×8: a few minutes on two CPU cores.
@@ -169,7 +171,7 @@ class RunConfig(Config):
     eval_steps: int = free(
         0, "Number of steps between evaluations at each w of --validation_guidance_scales; 0 disables them.", at_least=0
     )
-    num_eval_samples: int = free(500, "Number of samples in an evaluation, for each w.", at_least=1)
+    num_eval_samples: int = free(500, "Number of samples in an evaluation, for each w.", at_least=MIN_SAMPLES)
     feature_extractor: str = free("small", "Feature extractor of the evaluations, see evaluate_cfg.py --help.")
     logging_steps: int = free(10, "Number of steps between logged values.", at_least=1)
     report_to: str = free("tensorboard", "Tracker of Accelerate: tensorboard, wandb, …, all or none.")

@@ -42,6 +42,7 @@ def test_network_config_path_is_relative_to_the_settings_file(tmp_path, monkeypa
     (tmp_path / "recipe" / "network.json").write_text("{}")
     (tmp_path / "recipe" / "run.yaml").write_text("dataset_name: a\nmodel_config_name_or_path: network.json\n")
     monkeypatch.chdir(tmp_path)
+        ({"num_eval_samples": 19}, "num_eval_samples must be at least 20"),
     config = parse_config(CFGConfig, ["--config", "recipe/run.yaml"])
     assert config.model_config_name_or_path == str(tmp_path / "recipe" / "network.json")
     config.save(tmp_path / "train_config.yaml")

@@ -5,9 +5,8 @@ from pathlib import Path
 from typing import ClassVar, Literal
 
 from diffusers_cfg.config import CACHE_DIR, Config, UserError, flag
+from diffusers_cfg.settings import MIN_SAMPLES
 
-# The standard errors need two images in each of the ten blocks of `statistics.BLOCKS`.
-MIN_SAMPLES = 20
 PAPER_SCALES = [0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 1.0, 2.0, 3.0, 4.0]
 
 

@@ -18,9 +18,9 @@ from diffusers_cfg.config import UserError
 from diffusers_cfg.data.datasets import fingerprint
 from diffusers_cfg.evaluation.features import SMALL, FeatureExtractor, pretrained_extractor, small_classifier
 from diffusers_cfg.evaluation.metrics import matrix_sqrt, mean_and_covariance
-from diffusers_cfg.evaluation.settings import MIN_SAMPLES
 from diffusers_cfg.files import write_safetensors
 from diffusers_cfg.randomness import seed_of, seeded_generator
+from diffusers_cfg.settings import MIN_SAMPLES
 
 logger = logging.getLogger(__name__)
 
