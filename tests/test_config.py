@@ -42,7 +42,6 @@ def test_network_config_path_is_relative_to_the_settings_file(tmp_path, monkeypa
     (tmp_path / "recipe" / "network.json").write_text("{}")
     (tmp_path / "recipe" / "run.yaml").write_text("dataset_name: a\nmodel_config_name_or_path: network.json\n")
     monkeypatch.chdir(tmp_path)
-        ({"num_eval_samples": 19}, "num_eval_samples must be at least 20"),
     config = parse_config(CFGConfig, ["--config", "recipe/run.yaml"])
     assert config.model_config_name_or_path == str(tmp_path / "recipe" / "network.json")
     config.save(tmp_path / "train_config.yaml")
@@ -100,6 +99,7 @@ def test_shipped_settings_are_valid(path):
         ({"streaming": True}, "--streaming needs a dataset.*--train_data_dir"),
         ({"streaming": True, "dataset_name": "a", "eval_steps": 5}, r"--eval_steps.*evaluate_cfg\.py"),
         ({"shuffle_buffer_size": 0}, "shuffle_buffer_size must be at least 1"),
+        ({"num_eval_samples": 19}, "num_eval_samples must be at least 20"),
         ({"logging_dir": ".."}, r"logging_dir must be the name of a folder in --output_dir, but is '\.\.'"),
         ({"logging_dir": "*"}, "logging_dir must be the name of a folder"),
         ({"logging_dir": "/tmp/logs"}, "logging_dir must be the name of a folder"),
