@@ -1,4 +1,4 @@
-"""The documents: length, links, commands, code and the tests that they name."""
+"""Test the documents: length, links, commands, code and the tests that they name."""
 
 import re
 import runpy
@@ -57,6 +57,11 @@ def test_the_readme_is_short():
     assert len((ROOT / "README.md").read_text(encoding="utf-8").split()) <= 1500
 
 
+def test_ci_runs_the_test_command_of_the_readme():
+    (command,) = [block for block in blocks(ROOT / "README.md", "bash") if "pytest" in block]
+    assert command in (ROOT / ".ci" / "run").read_text(encoding="utf-8")
+
+
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
 def test_links_are_alive(document):
     links = re.findall(r"\]\(([^)\s]+)\)", prose(document))
@@ -70,7 +75,7 @@ def test_links_are_alive(document):
         assert not anchor or anchor in anchors(target), link
 
 
-def test_shown_commands_have_the_shown_flags(capsys):
+def test_documented_commands_and_flags_exist(capsys):
     shown = [(document, *command) for document in DOCUMENTS for command in commands(document)]
     assert len(shown) > 20
     helps = {name: help_of(name, capsys) for name in {name for _, name, _ in shown}}
