@@ -101,20 +101,20 @@ def stack_images(images: LabelledImages, config: DataConfig, channels: int, show
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         decoded = pool.map(decode, range(len(images)))
-        disable = None if show_progress else True  # with None, tqdm shows a bar only in a terminal
+        disable = None if show_progress else True  # None hides the bar unless in a terminal
         arrays = list(tqdm(decoded, "Decoding", len(images), unit="image", leave=False, disable=disable))
     unreadable = [images.name_image(index) for index, array in enumerate(arrays) if array is None]
     check_unreadable(unreadable, len(images), config.max_unreadable_fraction)
     readable = [index for index, array in enumerate(arrays) if array is not None]
     if not readable:
-        raise UserError(none_readable(len(images), unreadable[0]))
+        raise UserError(none_readable_message(len(images), unreadable[0]))
     return CachedImages(
         torch.from_numpy(np.stack([array for array in arrays if array is not None])),
         torch.from_numpy(images.class_labels[readable]),
     )
 
 
-def none_readable(num_images: int, name: str) -> str:
+def none_readable_message(num_images: int, name: str) -> str:
     """Return the error message for a dataset without a readable image."""
     return f"None of the {num_images} images can be read, starting with {name}. Check that PIL can open them."
 
@@ -145,7 +145,7 @@ class CachedImages(Dataset):
         class_labels (`torch.Tensor` of shape `(images,)`): int64; -1 means unlabelled.
     """
 
-    def __init__(self, images: torch.Tensor, class_labels: torch.Tensor):
+    def __init__(self, images: torch.Tensor, class_labels: torch.Tensor) -> None:
         self.images, self.class_labels = images, class_labels
 
     def __len__(self) -> int:
@@ -165,7 +165,9 @@ class LazyImages(Dataset):
         num_workers (`int`): number of `DataLoader` workers.
     """
 
-    def __init__(self, images: LabelledImages, resolution: int, channels: int, center_crop: bool, num_workers: int = 0):
+    def __init__(
+        self, images: LabelledImages, resolution: int, channels: int, center_crop: bool, num_workers: int = 0
+    ) -> None:
         self.images, self.to_array_args = images, (resolution, channels, center_crop)
         self.in_flight = InFlightItems(num_workers)
         self.class_labels = torch.from_numpy(images.class_labels)
@@ -188,7 +190,7 @@ class LazyImages(Dataset):
                 return array, int(self.class_labels[candidate])
             except Exception:  # decoders raise exceptions of many types
                 unreadable.append(self.images.name_image(candidate))
-        raise UserError(none_readable(len(self), unreadable[0]))
+        raise UserError(none_readable_message(len(self), unreadable[0]))
 
     def name_item(self, item: str) -> str:
         """Return a human-readable name for an item that a worker was processing."""
@@ -200,7 +202,7 @@ class StreamedImages(IterableDataset):
     An endless stream of batches that are read and decoded lazily. Unreadable images are skipped.
 
     Each worker of each process reads its own stream. The n streams alternate: batch i of the run, counted over all
-    processes, comes from stream i mod n. Call `divide` before anything else.
+    processes, comes from stream i mod n. Call `divide` before reading.
 
     Args:
         images (`ImageStream`): the images.
@@ -212,7 +214,7 @@ class StreamedImages(IterableDataset):
         reached (`dict[int, Position]`): position of each stream of this process after its last used batch.
     """
 
-    def __init__(self, images: ImageStream, config: TrainConfig, channels: int):
+    def __init__(self, images: ImageStream, config: TrainConfig, channels: int) -> None:
         self.images, self.config, self.num_shards = images, config, images.num_shards
         self.to_array_args = (config.resolution, channels, config.center_crop)
         self.probe = stack_images(images, config, channels, show_progress=False)
@@ -276,7 +278,7 @@ class StreamedImages(IterableDataset):
 
     def state_dict(self, reached: list[dict[int, Position]]) -> dict[str, Any]:
         """
-        Return the positions of all streams, in a form that JSON can store.
+        Return the positions of all streams, JSON-serializable.
 
         Args:
             reached (`list[dict[int, Position]]`): the `reached` attribute of every process.
@@ -336,7 +338,7 @@ def fingerprint(dataset: Dataset) -> str:
     """
     Return a hash that identifies a dataset by its labels and decoded images.
 
-    Of images in memory all are hashed, of lazily decoded images `FINGERPRINT_SIZE` evenly spaced ones.
+    The hash covers all images in memory, or `FINGERPRINT_SIZE` evenly spaced ones if they are decoded lazily.
 
     Args:
         dataset (`Dataset`): `CachedImages` or `LazyImages`.
@@ -378,5 +380,5 @@ def describe_data(images: LabelledImages, dataset: Dataset) -> dict[str, Any]:
 
 
 def identity_collate(batch: BatchT) -> BatchT:
-    """Return a batch unchanged, since `__getitems__` collates it. A lambda could not be sent to spawned workers."""
+    """Return a batch unchanged, since `__getitems__` collates it. Spawned workers could not unpickle a lambda."""
     return batch

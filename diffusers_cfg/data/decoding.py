@@ -17,7 +17,7 @@ def normalise(image: Image.Image) -> Image.Image:
     white, take the first frame.
 
     Raises:
-        ValueError: if the pixels are 32-bit values, for which black and white are not defined.
+        ValueError: if the pixels are 32-bit values, whose black and white are undefined.
     """
     is_16_bit = image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PPM")
     if image.mode in ("I", "F") and not is_16_bit:
@@ -27,7 +27,7 @@ def normalise(image: Image.Image) -> Image.Image:
     image = ImageOps.exif_transpose(image)
     if is_16_bit:
         pixels = np.asarray(image)
-        gray = (pixels >> 8).astype(np.uint8)  # the high byte, which PIL keeps of 16-bit colors too
+        gray = (pixels >> 8).astype(np.uint8)  # the high byte, as PIL converts 16-bit colors
         gray[pixels == image.info.get("transparency")] = 255
         return Image.fromarray(gray)
     palette = image.getpalette() or []

@@ -66,7 +66,7 @@ class CachedLatents(Dataset):
         files (`Sequence[dict[str, torch.Tensor]]`): "moments" and "class_labels" of each file, memory-mapped.
     """
 
-    def __init__(self, files: Sequence[dict[str, torch.Tensor]]):
+    def __init__(self, files: Sequence[dict[str, torch.Tensor]]) -> None:
         self.moments = [file["moments"] for file in files]
         self.class_labels = torch.cat([file["class_labels"] for file in files])
 
@@ -187,7 +187,7 @@ def encode(
         num_workers=0 if isinstance(dataset, CachedImages) else config.dataloader_num_workers,
     )
     loaded, vae = iter(loader), vae.to(accelerator.device)
-    disable = None if accelerator.is_main_process else True  # with None, tqdm shows a bar only in a terminal
+    disable = None if accelerator.is_main_process else True  # None hides the bar unless in a terminal
     with tqdm(desc="Encoding", total=sum(map(len, files)), unit="image", leave=False, disable=disable) as progress:
         for file_batches in batches:
             moments, class_labels, unreadable = [], [], []

@@ -1,4 +1,4 @@
-"""Order the data: determine the images of each step, in memory and streamed, and where a stream resumes."""
+"""Determine the order of the data: the images of each step, in memory or streamed, and where a stream resumes."""
 
 from collections.abc import Iterable, Iterator
 from itertools import islice
@@ -10,7 +10,7 @@ from torch.utils.data import Sampler
 from diffusers_cfg.config import UserError
 from diffusers_cfg.randomness import seeded_generator
 
-# Shards can be empty, so a stream may have no rows in an epoch. After this many empty epochs in a row, it is an error.
+# Shards can be empty, so a stream may have no rows in an epoch. After this many in a row, an error is raised.
 EMPTY_EPOCHS = 10
 
 
@@ -40,7 +40,7 @@ class GlobalBatchSampler(Sampler[list[int]]):
         rank: int = 0,
         world_size: int = 1,
         accumulation: int = 1,
-    ):
+    ) -> None:
         self.num_examples, self.batch_size, self.seed, self.steps = num_examples, batch_size, seed, steps
         self.rank, self.world_size, self.accumulation = rank, world_size, accumulation
         self._epoch, self._permutation = -1, torch.empty(0, dtype=torch.int64)

@@ -41,7 +41,7 @@ class LabelledImages:
         UserError: if there are no images.
     """
 
-    def __init__(self, class_labels: np.ndarray, id2label: dict[int, str]):
+    def __init__(self, class_labels: np.ndarray, id2label: dict[int, str]) -> None:
         if not len(class_labels):
             raise UserError("The dataset has no images. Check --dataset_split.")
         self.class_labels, self.id2label = class_labels, id2label
@@ -87,7 +87,7 @@ def require_classes(images: LabelledImages) -> None:
 class Digits(LabelledImages):
     """scikit-learn's 1,797 handwritten digits, 8×8, grayscale. They ship with scikit-learn."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         # Imported here because the import takes a second, a third of a command's startup, and only the digits need it.
         from sklearn.datasets import load_digits
 
@@ -116,7 +116,7 @@ class DatasetImages(LabelledImages):
         UserError: if a column is missing or has the wrong type.
     """
 
-    def __init__(self, dataset: datasets.Dataset, image_column: str, label_column: str | None):
+    def __init__(self, dataset: datasets.Dataset, image_column: str, label_column: str | None) -> None:
         features = check_columns(dataset, image_column, label_column)
         if label_column is None:
             super().__init__(np.full(len(dataset), UNLABELLED, np.int64), {})
@@ -160,7 +160,7 @@ class ImageStream(LabelledImages):
         UserError: if a column is missing or has the wrong type, or the names of the classes are not known in advance.
     """
 
-    def __init__(self, dataset: datasets.IterableDataset, config: DataConfig, label_column: str | None):
+    def __init__(self, dataset: datasets.IterableDataset, config: DataConfig, label_column: str | None) -> None:
         features = check_columns(dataset, config.image_column, label_column)
         names = [] if label_column is None else getattr(features[label_column], "names", None)
         if names is None:
@@ -225,7 +225,7 @@ def off_by_one_hint(num_classes: int) -> str:
 
 
 def unnamed_label_hint(num_classes: int) -> str:
-    """Return the end of the error message for a label that is no class id."""
+    """Return the end of the error message for a label that is not a class id."""
     return f"but the dataset names {num_classes} classes. Correct the label, or add class names to the dataset."
 
 
@@ -247,7 +247,7 @@ def check_columns(
 
 
 def open_encoded(content: dict[str, Any]) -> Image.Image:
-    """Open an image from what `datasets` stores: its bytes, or the path of its file, which may be on the Hub."""
+    """Open an image that `datasets` stores as bytes, or as a path that may be on the Hub."""
     path, data = content["path"], content["bytes"]
     if data is None and "://" in path:
         return datasets.Image().decode_example(content)
@@ -261,7 +261,7 @@ def load_labelled_images(config: DataConfig, needs_labels: bool = True) -> Label
     Args:
         config (`DataConfig`): the settings.
         needs_labels (`bool`): whether to refuse a dataset without `--label_column`, or a folder without class folders.
-            By default it is refused; with `False`, all its images get the label -1, and there are no class names.
+            With `False`, all images of such a dataset get the label -1, and there are no class names.
 
     Raises:
         UserError: if the dataset cannot be found or loaded, or lacks a column.
@@ -312,7 +312,7 @@ def load_split(
 ) -> datasets.Dataset | datasets.IterableDataset:
     """Load the split that the settings name with `datasets.load_dataset`, streamed with `--streaming`."""
     split, cache_dir = config.dataset_split, config.cache_dir
-    if config.streaming:  # a literal in each call, from which type checkers tell which class is returned
+    if config.streaming:  # a literal in each call, from which type checkers infer the returned class
         return datasets.load_dataset(path, name, data_dir, split=split, cache_dir=cache_dir, streaming=True)
     return datasets.load_dataset(path, name, data_dir, split=split, cache_dir=cache_dir, streaming=False)
 

@@ -19,7 +19,7 @@ class InFlightItems:
         num_workers (`int`): number of workers of the DataLoader.
     """
 
-    def __init__(self, num_workers: int):
+    def __init__(self, num_workers: int) -> None:
         self._records = torch.zeros(max(1, num_workers), RECORD_SIZE, dtype=torch.uint8).share_memory_()
 
     def record(self, item: str) -> None:

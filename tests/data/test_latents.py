@@ -36,7 +36,7 @@ def folder(monkeypatch, tmp_path) -> Path:
 
 @pytest.fixture
 def encoded(monkeypatch) -> list[int]:
-    """Return a list of the number of images in each encoded batch."""
+    """Return a list that receives the number of images in each encoded batch."""
     return count_encoded(monkeypatch)
 
 

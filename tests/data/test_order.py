@@ -21,7 +21,7 @@ def test_each_epoch_has_its_own_permutation():
 
 
 def test_order_is_determined_by_the_seed():
-    """A change of these indices would change the batches of every resumed run."""
+    """Changing these indices would change the batches of every resumed run."""
     assert indices(steps=range(2)) == [[5, 1, 0, 6], [3, 9, 7, 2]]
     assert indices(seed=1) != indices()
 

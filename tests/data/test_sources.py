@@ -289,7 +289,7 @@ def test_invalid_labels_are_refused(labels, names, message):
 
 @pytest.mark.parametrize("streaming", [False, True])
 def test_labels_without_a_name_are_refused(tmp_path, streaming):
-    """Such labels come from writers that do not check them."""
+    """Some writers do not check labels."""
     settings = {"streaming": streaming, "shuffle_buffer_size": 6}
     of_row = "label of row 3 of shard 0 .3.png. is" if streaming else "largest label is"
     with pytest.raises(UserError, match=rf"{of_row} 2, but .* from 0 to 1\. .*counted from 1\?.*-1 marks"):

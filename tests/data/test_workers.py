@@ -22,7 +22,7 @@ from diffusers_cfg.data.datasets import (
 from diffusers_cfg.data.sources import load_labelled_images
 from diffusers_cfg.data.workers import RECORD_SIZE, InFlightItems
 from tests.support.images import save_class_folders, stream_config
-from tests.support.workers import deadly, error_in_process
+from tests.support.workers import error_in_process, killing_decoder
 
 
 def test_only_items_of_dead_workers_are_returned(monkeypatch):
@@ -46,7 +46,7 @@ def test_nothing_is_recorded_in_the_main_process():
 
 def read_until_death(settings: dict[str, Any], signal_number: int) -> None:
     """Read data until image 7 of the first batch kills its worker."""
-    data.MAX_CACHED_BYTES, data.to_array = 0, deadly(7, signal_number)
+    data.MAX_CACHED_BYTES, data.to_array = 0, killing_decoder(7, signal_number)
     config = stream_config(None, train_batch_size=12, dataloader_num_workers=2, **settings)
     dataset = training_dataset(load_labelled_images(config), config, 1, show_progress=False)
     assert isinstance(dataset, StreamedImages if config.streaming else LazyImages)

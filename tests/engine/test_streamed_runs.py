@@ -22,7 +22,7 @@ from diffusers_cfg.methods import cfg
 from tests.support import runs
 from tests.support.images import SPLITS_CARD, save_class_folders, save_shards
 from tests.support.runs import TINY, WEIGHTS, assert_same_tensors, launch, start, train
-from tests.support.workers import deadly, error_in_process
+from tests.support.workers import error_in_process, killing_decoder
 
 ROOT = Path(__file__).parents[2]
 # Neither a batch nor an epoch is a multiple of a shuffled block.
@@ -144,9 +144,9 @@ def test_resume_of_a_stream_on_two_processes_is_bit_exact(tmp_path):
     assert_same_end(tmp_path / "whole", tmp_path / "resumed", num_batches=14, num_streams=4)
 
 
-def train_on_deadly_image(output_dir: Path, how: int, *flags: str) -> None:
+def train_on_fatal_image(output_dir: Path, how: int, *flags: str) -> None:
     """Train with workers that get the signal `how` when they decode the image 7."""
-    datasets.MAX_CACHED_BYTES, datasets.to_array = 0, deadly(7, how)
+    datasets.MAX_CACHED_BYTES, datasets.to_array = 0, killing_decoder(7, how)
     train(output_dir, *flags)
 
 
@@ -158,7 +158,7 @@ def test_dead_worker_is_reported_with_its_image(tmp_path, monkeypatch, streaming
     source = save_class_folders(tmp_path / "data")
     flags = [*(STREAM if streaming else STREAM[1:]), "--train_data_dir", source, "--train_batch_size", "12"]
     flags += ["--cache_dir", str(tmp_path / "cache"), "--dataloader_num_workers", "2", "--max_train_steps", "100"]
-    error = error_in_process(train_on_deadly_image, tmp_path / "out", how, *flags, start_method="forkserver")
+    error = error_in_process(train_on_fatal_image, tmp_path / "out", how, *flags, start_method="forkserver")
     message = rf"worker \(pid.*{source}/bee/7\.png.*--dataloader_num_workers.*--resume_from_checkpoint latest"
     assert re.search(message, error), error
 
@@ -169,8 +169,8 @@ def test_dead_worker_ends_all_processes(tmp_path):
     script = tmp_path / "script.py"
     script.write_text(
         "import runpy, signal, sys\n"
-        "from diffusers_cfg.data import datasets\nfrom tests.support.workers import deadly\n"
-        "datasets.to_array = deadly(13, signal.SIGSEGV)\n"
+        "from diffusers_cfg.data import datasets\nfrom tests.support.workers import killing_decoder\n"
+        "datasets.to_array = killing_decoder(13, signal.SIGSEGV)\n"
         f"sys.argv[0] = {str(command)!r}\n"
         "runpy.run_path(sys.argv[0], run_name='__main__')\n"
     )

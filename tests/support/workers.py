@@ -13,7 +13,7 @@ from diffusers_cfg.config import UserError
 from diffusers_cfg.data.decoding import to_array
 
 
-def deadly(number: int, how: int) -> Callable[..., np.ndarray]:
+def killing_decoder(number: int, how: int) -> Callable[..., np.ndarray]:
     """Return a replacement for `to_array` that sends signal `how` to its worker if the first pixel is `number`."""
 
     def decode(image: Image.Image, *args) -> np.ndarray:
