@@ -27,7 +27,7 @@ class CommandError(Exception):
 
 
 class UserError(CommandError, ValueError):
-    """An error in the input of the user. The message names the value and says what to do."""
+    """An error in the user's input. The message names the value and says what to do."""
 
 
 def flag(default: Any = MISSING, help: str = "", **metadata: Any) -> Any:
@@ -42,7 +42,7 @@ def flag(default: Any = MISSING, help: str = "", **metadata: Any) -> Any:
         scalar (`bool`): whether a single value is accepted instead of a list.
         secret (`bool`): whether the value is left out of saved settings and of `repr`.
         relative (`bool`): whether the value may be a path relative to the YAML file that contains it.
-        on_resume (`str`): whether a resumed run may change the setting, see `fixed`, `recorded` and `free`.
+        on_resume (`str`): how a resumed run treats a changed value, set by `fixed`, `recorded` and `free`.
     """
     metadata = {"help": help, **metadata}
     if isinstance(default, list):
@@ -90,7 +90,7 @@ class Config:
         self.check()
 
     def check(self) -> None:
-        """Check combinations of settings. Raises UserError."""
+        """Check combinations of settings. Raise UserError."""
 
     @classmethod
     def underlying(cls, values: Mapping[str, Any]) -> dict[str, Any]:
@@ -99,7 +99,7 @@ class Config:
 
     @classmethod
     def check_given(cls, values: Mapping[str, Any], flags: set[str], in_file: set[str]) -> None:
-        """Check combinations of the settings that were passed as flags or in the YAML file. Raises UserError."""
+        """Check combinations of the settings that were passed as flags or in the YAML file. Raise UserError."""
 
     def public(self) -> dict[str, Any]:
         """Return the settings by name, without secrets."""
@@ -112,7 +112,7 @@ class Config:
 
     @classmethod
     def load(cls, path: Path) -> Self:
-        """Read settings that `save` has written."""
+        """Read settings written by `save`."""
         return cls(**read_yaml(path, cls))
 
 
@@ -197,11 +197,11 @@ def read_yaml(path: Path, cls: type[Config]) -> dict[str, Any]:
         UserError: if the file is missing, is not a YAML mapping, or names an unknown setting.
     """
     if not path.is_file():
-        raise UserError(f"--config {path} does not exist.")
+        raise UserError(f"--config {path} does not exist. Pass an existing YAML file.")
     try:
         settings = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
     except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
-        raise UserError(f"{path} is not a YAML file: {error}") from error
+        raise UserError(f"{path} is not valid YAML: {error}") from error
     if not isinstance(settings, dict):
         raise UserError(f"{path} must contain settings as `name: value`, but contains a {type(settings).__name__}.")
     known = {setting.name: setting for setting in fields(cls)}
@@ -261,7 +261,7 @@ def parse_config(cls: type[C], argv: list[str] | None = None) -> C:
 
     Args:
         cls (`type`): the dataclass of the command's settings.
-        argv (`list[str]`, *optional*): the arguments; by default those of the process.
+        argv (`list[str]`, *optional*): the arguments; defaults to `sys.argv[1:]`.
 
     Raises:
         UserError: if a value is wrong. For an unknown flag, argparse prints the usage and exits.

@@ -1,4 +1,4 @@
-"""Draw every random number as a function of the seed and of its use in the run, without storing generator states.
+"""Derive every random number from the seed and from its purpose, without storing generator states.
 
 A resumed run therefore continues exactly. The global batch and its noise are the same for every number of processes and
 of accumulated batches.
@@ -32,7 +32,7 @@ class Draws:
         device (`torch.device` or `str`): the device to draw on. A CPU and a GPU give different numbers.
     """
 
-    def __init__(self, seed: int, step: int, rows: range, batch_size: int, device: torch.device | str = "cpu"):
+    def __init__(self, seed: int, step: int, rows: range, batch_size: int, device: torch.device | str = "cpu") -> None:
         self.seed, self.step, self.rows, self.batch_size = seed, step, rows, batch_size
         self.device = torch.device(device)
 

@@ -45,7 +45,7 @@ class DataConfig(Config):
     shuffle_buffer_size: int = fixed(1000, "Number of images in the shuffle buffer of --streaming.", at_least=1)
     image_column: str = recorded("image", "Column of the dataset with the images.")
     label_column: str = recorded("label", "Column of the dataset with the class labels; -1 or null means no label.")
-    cache_dir: str | None = free(None, "Folder of the downloads and caches of `datasets`.")
+    cache_dir: str | None = free(None, "Folder for the downloads and caches of `datasets`.")
     resolution: int = fixed(
         64, "Height and width in pixels to which images are resized (antialiased) and cropped.", at_least=1
     )
@@ -82,7 +82,7 @@ class ModelConfig(Config):
         None, "Pipeline on the Hub or in a folder whose network, noise process and autoencoder the run starts from."
     )
     pretrained_vae_model_name_or_path: str | None = recorded(
-        None, "AutoencoderKL on the Hub or in a folder, on whose latents to train."
+        None, "AutoencoderKL on the Hub or in a folder; the network is trained on its latents."
     )
     cache_latents: bool = recorded(
         False, "Encode every image once before the first step and cache the latents on disk."
@@ -209,7 +209,7 @@ class TrainConfig(HubConfig, RunConfig, OptimizationConfig, ModelConfig, DataCon
     group = "training"
 
     def check(self) -> None:
-        """Check combinations of settings. Raises UserError."""
+        """Check combinations of settings. Raise UserError."""
         if not re.fullmatch(r"\w[\w.-]*", self.logging_dir):
             raise UserError(f"logging_dir must be the name of a folder in --output_dir, but is {self.logging_dir!r}.")
         if len(set(self.ema_max_decay)) < len(self.ema_max_decay):
@@ -240,7 +240,7 @@ class TrainConfig(HubConfig, RunConfig, OptimizationConfig, ModelConfig, DataCon
         self._check_resolution()
 
     def _check_resolution(self) -> None:
-        """Check that every level but the last can halve the image. Latents and other networks: see `networks`."""
+        """Check that every level but the last can halve the image. `networks` checks latents and other networks."""
         if (
             self.model_config_name_or_path
             or self.pretrained_vae_model_name_or_path
@@ -274,8 +274,8 @@ class TrainConfig(HubConfig, RunConfig, OptimizationConfig, ModelConfig, DataCon
 
     def public(self) -> dict[str, Any]:
         """Return the settings by name, without secrets and without those that a pretrained network replaces."""
-        elsewhere = self.model_config_name_or_path or self.pretrained_model_name_or_path
-        return {name: value for name, value in super().public().items() if not (elsewhere and name in NETWORK_SETTINGS)}
+        replaced = self.model_config_name_or_path or self.pretrained_model_name_or_path
+        return {name: value for name, value in super().public().items() if not (replaced and name in NETWORK_SETTINGS)}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -301,7 +301,7 @@ class CFGConfig(TrainConfig):
     )
 
     def check(self) -> None:
-        """Check combinations of settings. Raises UserError."""
+        """Check combinations of settings. Raise UserError."""
         super().check()
         if not self.log_snr_min < self.log_snr_max:
             raise UserError(f"log_snr_min={self.log_snr_min} must be below log_snr_max={self.log_snr_max}.")
@@ -326,7 +326,7 @@ class DistillationConfig(CFGConfig):
     teacher_steps: int = fixed(32, "Number of DDIM steps of the teacher, a multiple of --student_steps.")
 
     def check(self) -> None:
-        """Check combinations of settings. Raises UserError."""
+        """Check combinations of settings. Raise UserError."""
         super().check()
         steps = self.student_steps
         if steps is not None and (steps < 1 or self.teacher_steps < 1 or 1000 % steps or self.teacher_steps % steps):

@@ -240,11 +240,11 @@ def test_secrets_are_not_saved(tmp_path):
 )
 def test_file_that_is_not_yaml_raises(tmp_path, text):
     (tmp_path / "toy.yaml").write_text(text)
-    with pytest.raises(UserError, match=r"toy.yaml is not a YAML file: "):
+    with pytest.raises(UserError, match=r"toy.yaml is not valid YAML: "):
         parse_config(Toy, ["--config", str(tmp_path / "toy.yaml")])
 
 
 def test_binary_file_raises(tmp_path):
     (tmp_path / "toy.yaml").write_bytes(b"\xff\xfe\x00n")
-    with pytest.raises(UserError, match=r"toy.yaml is not a YAML file: "):
+    with pytest.raises(UserError, match=r"toy.yaml is not valid YAML: "):
         parse_config(Toy, ["--config", str(tmp_path / "toy.yaml")])

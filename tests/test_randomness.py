@@ -1,4 +1,4 @@
-"""Test that random numbers are functions of the seed and of their use in the run."""
+"""Test that random numbers depend only on the seed and on their purpose."""
 
 import pytest
 import torch
@@ -91,6 +91,6 @@ def test_generators_of_different_keys_differ():
 
 
 def test_seeds_are_the_same_in_every_process():
-    """Unlike `hash`. Changing these seeds would change every resumed run."""
+    """`hash` differs between processes. Changing these seeds would change every resumed run."""
     assert [seed_of(0, "order", 0), seed_of(1, "order", 0)] == [4819849257279361181, 969933350306031620]
     assert all(0 <= seed_of(number) < 2**63 for number in range(1000))

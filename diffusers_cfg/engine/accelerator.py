@@ -22,8 +22,8 @@ def make_accelerator(config: TrainConfig | None = None) -> Accelerator:
     Return an `Accelerator` for the processes and the device of the launcher, and configure logging.
 
     Args:
-        config (`TrainConfig`, *optional*): the settings of a training run. By default there are no trackers, which is
-            for sampling.
+        config (`TrainConfig`, *optional*): the settings of a training run. By default there are no trackers, as for
+            sampling.
 
     Raises:
         UserError: if a tracker is unknown or not installed, or the launcher would shard the network.

@@ -53,14 +53,14 @@ class StepBatches:
         method: Method,
         steps: range,
         accumulation: int,
-    ):
+    ) -> None:
         self.config, self.accelerator, self.dataset, self.method = config, accelerator, dataset, method
         self.steps, self.accumulation, self.wait = steps, accumulation, 0.0
         self.stream = dataset if isinstance(dataset, StreamedImages) else None
         self.unreadable, self.seen, self._ending = set(), 0, multiprocessing.Event()
 
     def __iter__(self) -> Iterator[list[Batch]]:
-        """Yield the list of batches of each step. Raises UserError if too many images cannot be read."""
+        """Yield the list of batches of each step. Raise UserError if too many images cannot be read."""
         self._loaded = iter(self._loader())
         for step in self.steps:
             yield [self._batch(self._next(), step, micro_step) for micro_step in range(self.accumulation)]
@@ -69,8 +69,8 @@ class StepBatches:
 
     def close(self) -> None:
         """
-        Stop the workers. Until then they ignore SIGTERM, so that without this call the process would wait for them
-        forever at its exit.
+        Stop the workers. They ignore SIGTERM until then, so the process would otherwise wait for them forever when it
+        exits.
         """
         self._ending.set()
         self._loaded = None
@@ -143,7 +143,7 @@ def make_batch(
 
 
 def probe_batches(config: TrainConfig, method: Method, dataset: Dataset, device: torch.device) -> Iterator[Batch]:
-    """Yield up to 256 images for `Method.probe`, the same ones in every call. They have labels if any image has."""
+    """Yield up to 256 images for `Method.probe`, the same in every call: labelled ones if there are any."""
     assert isinstance(dataset, Sized)
     candidates = (dataset.class_labels != UNLABELLED).nonzero().flatten()
     if not len(candidates):

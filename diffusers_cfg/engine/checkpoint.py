@@ -31,7 +31,7 @@ from diffusers_cfg.settings import CONFIG_FILE, RunConfig, TrainConfig
 logger = logging.getLogger(__name__)
 
 STATE_FILE, CHECKSUMS = "state.json", "checksums.json"
-# Version of the layout above. Checkpoints without a format come from versions that had one method only.
+# Version of the layout above. Checkpoints without a format were written by versions with a single method.
 FORMAT = 2
 # Everything that a run writes to its folder and that --overwrite_output_dir deletes.
 RUN_FILES = [
@@ -86,8 +86,8 @@ def check_output_dir(config: RunConfig) -> None:
     output_dir = Path(config.output_dir)
     if output_dir.exists() and not output_dir.is_dir():
         raise UserError(f"--output_dir {output_dir} is a file. Pass a folder.")
-    taken = output_dir.is_dir() and any(output_dir.iterdir())
-    if taken and config.resume_from_checkpoint is None and not config.overwrite_output_dir:
+    not_empty = output_dir.is_dir() and any(output_dir.iterdir())
+    if not_empty and config.resume_from_checkpoint is None and not config.overwrite_output_dir:
         raise UserError(
             f"--output_dir {output_dir} is not empty. Resume with --resume_from_checkpoint latest, restart with "
             "--overwrite_output_dir, or pass a different folder."
@@ -138,7 +138,7 @@ def save_checkpoint(config: RunConfig, state: TrainState, facts: dict[str, Any])
         write_checkpoint(unfinished, state, facts)
         write_checksums(unfinished)
         if (damage := verify_checkpoint(unfinished)) is not None:
-            raise OSError(f"the files read back differ: {damage}")
+            raise OSError(f"verification failed: {damage}")
         shutil.rmtree(path, ignore_errors=True)
         unfinished.rename(path)
         fsync(output_dir)
@@ -211,14 +211,14 @@ def verify_checkpoint(folder: Path) -> str | None:
 
 
 def read_record(path: Path) -> dict[str, Any]:
-    """Read the `state.json` of a checkpoint. Raises UserError if a version with a different layout wrote it."""
+    """Read the `state.json` of a checkpoint. Raise UserError if a version with a different layout wrote it."""
     record = json.loads((path / STATE_FILE).read_text(encoding="utf-8"))
     if record.get("format") != FORMAT:
         age = "an older" if "format" not in record else "a newer"
         raise UserError(
             f"{path} was written by {age} version of diffusers-cfg with a different layout (format "
             f"{record.get('format', 1)}, this version reads {FORMAT}). Finish the run with the version that started "
-            "it, or restart with --overwrite_output_dir. A new run can start from a model that the run has saved, with "
+            "it, or restart with --overwrite_output_dir. To train its saved model further, start a new run with "
             "--pretrained_model_name_or_path."
         )
     return record
@@ -262,7 +262,7 @@ def match_batch_size(path: Path, record: dict[str, Any], config: TrainConfig, nu
 
 
 def load_checkpoint(path: Path, record: dict[str, Any], state: TrainState) -> None:
-    """Restore the state that `save_checkpoint` wrote. Raises UserError if the weights do not match the modules."""
+    """Restore the state that `save_checkpoint` wrote. Raise UserError if the weights do not match the modules."""
     try:
         for name, module in state.modules.items():
             module.load_state_dict(load_weights(path / name))
@@ -274,7 +274,10 @@ def load_checkpoint(path: Path, record: dict[str, Any], state: TrainState) -> No
             number = record["optimizers"][name]
             load_moments(path / f"optimizer-{name}.safetensors", number, state.modules, optimizer)
     except (OSError, RuntimeError, KeyError) as error:
-        raise UserError(f"{path} does not match the model of this run: {error}") from error
+        raise UserError(
+            f"{path} does not match the model of this run: {error}. Resume a checkpoint of the same model, "
+            "or restart with --overwrite_output_dir."
+        ) from error
     if state.scaler is not None and record["scaler"] is not None:  # the precision may have changed
         state.scaler.load_state_dict(record["scaler"])
     state.step, state.seconds, state.stream = record["step"], record["seconds"], record["stream"]

@@ -57,14 +57,14 @@ class Log:
         first_step: int,
         total_steps: int,
         batch_size: int,
-    ):
+    ) -> None:
         self.config, self.accelerator, self.batch_size = config, accelerator, batch_size
         self.total_steps, self.last_line_time = total_steps, -math.inf
         self.last_step, self.last_time, self.last_waited = first_step, time.perf_counter(), 0.0
         several = len({objective.name for objective in objectives}) > 1
         self.turns = Counter(objective.name for objective in objectives)
         self.prefixes = {objective.name: f"{objective.name}/" if several else "" for objective in objectives}
-        # Sums and counts: of the terms by their names, and of the gradient norms by name.
+        # Sums and counts of the terms and of the gradient norms, by name.
         self.terms: dict[tuple[str, ...], torch.Tensor] = {}
         self.norms: dict[str, torch.Tensor] = defaultdict(lambda: torch.zeros(2, device=accelerator.device))
         self.skipped_in_a_row: dict[str, torch.Tensor] = {}
@@ -76,7 +76,7 @@ class Log:
             initial=first_step,
             desc="Training",
             unit="step",
-            disable=None if accelerator.is_main_process else True,  # None: if the output is not a terminal
+            disable=None if accelerator.is_main_process else True,  # None hides the bar unless the output is a terminal
         )
 
     @torch.no_grad()

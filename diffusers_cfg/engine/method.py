@@ -97,7 +97,7 @@ def check_terms(objective: Objective, terms: Terms, batch: Batch) -> Terms:
 
 class Method(ABC):
     """
-    A training method. Each method is a subclass in a file of its own, written to read like its paper.
+    A training method. Each method is a subclass in a separate file, which follows the notation of its paper.
 
     Attributes:
         config (`TrainConfig`): the settings of the run.
@@ -120,11 +120,11 @@ class Method(ABC):
     @classmethod
     @abstractmethod
     def build(cls, config: TrainConfig, images: LabelledImages) -> Self:
-        """Build the method for a dataset. Raises UserError if the settings do not match the data."""
+        """Build the method for a dataset. Raise UserError if the settings do not match the data."""
 
     @property
     def compiled(self) -> tuple[str, ...]:
-        """Names of the modules that `--compile` compiles. torch.compile does not support second derivatives."""
+        """Names of the modules to compile with `--compile`. torch.compile does not support second derivatives."""
         return tuple(self.modules)
 
     @property
@@ -166,7 +166,7 @@ class Method(ABC):
         return None
 
     def probe(self, batches: Iterable[Batch]) -> dict[str, float]:
-        """Return metrics to log, by default none, on a fixed set of images. Called with the EMA weights in place."""
+        """Return metrics of a fixed set of images to log, by default none. Called with the EMA weights in place."""
         return {}
 
     def example(self) -> str:

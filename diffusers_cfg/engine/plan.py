@@ -1,4 +1,4 @@
-"""Compute the length of a run and its needs for disk space and memory."""
+"""Compute the length of a run, and the disk space and memory that it needs."""
 
 import logging
 import shutil
@@ -45,7 +45,7 @@ def make_plan(config: TrainConfig, num_processes: int, accumulation: int, datase
     Return the length of a run.
 
     Raises:
-        UserError: if a step has more images than the dataset, or the run needs the unknown number of images.
+        UserError: if a step has more images than the dataset, or the length depends on an unknown number of images.
     """
     available = num_images(dataset)
     batch_size = config.train_batch_size * num_processes * accumulation

@@ -14,7 +14,7 @@ from typing import Self
 
 from diffusers_cfg.config import CommandError
 
-# The exit code by which HTCondor knows that a job wants to be resumed.
+# The exit code that makes HTCondor resume a job.
 EXIT_RESUME = 85
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 
@@ -43,7 +43,7 @@ class Preemption:
         requested (`bool`): whether a signal has requested the run to stop.
     """
 
-    def __init__(self):
+    def __init__(self) -> None:
         self.requested = self.running = self._interruptible = False
 
     def install(self) -> Self:

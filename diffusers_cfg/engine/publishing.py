@@ -33,7 +33,7 @@ class BackgroundPublisher:
         token (`str`, *optional*): the Hub token; by default that of `hf auth login`.
     """
 
-    def __init__(self, repo_id: str, token: str | None):
+    def __init__(self, repo_id: str, token: str | None) -> None:
         self.repo_id, self.token = repo_id, token
         self.executor, self.upload = ThreadPoolExecutor(1), None
 
@@ -54,7 +54,7 @@ class BackgroundPublisher:
     def _publish(self, folder: str, step: int) -> None:
         try:
             publish(folder, self.repo_id, commit_message=f"Step {step}", token=self.token, verify=False)
-        except Exception as error:  # The executor would hide it, and it must not end the run.
+        except Exception as error:  # The executor would hide the error, and a failed upload must not end the run.
             logger.warning("Failed to publish step %d: %s", step, error)
         finally:
             shutil.rmtree(folder, ignore_errors=True)
@@ -81,7 +81,7 @@ def check_hub(config: TrainConfig) -> str:
 
 
 def publish_run(config: TrainConfig, repo_id: str) -> None:
-    """Publish the output folder of a run and print the URL. Raises NotPublished if it fails."""
+    """Publish the output folder of a run and print the URL. Raise NotPublished if it fails."""
     try:
         url = publish(config.output_dir, repo_id, token=config.hub_token, overwrite=True)
     except PublishError as error:

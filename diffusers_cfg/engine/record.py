@@ -20,7 +20,7 @@ DATA_SETTINGS = ("dataset_name", "dataset_config_name", "dataset_split", "image_
 def write_run_record(
     config: TrainConfig, accelerator: Accelerator, method: Method, state: TrainState, num_images: int | None
 ) -> None:
-    """Write `run.json` without secrets and without paths of this machine, since it is published."""
+    """Write `run.json` without secrets or local paths, since it is published."""
     device = accelerator.device
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type.upper()
     dataset = public_name(config.dataset_name)
@@ -42,14 +42,14 @@ def write_run_record(
         "seconds": round(state.seconds),
         "seed": config.seed,
         "method": method.facts(),
-        "history": [publish_change(change) for change in state.history] or None,
+        "history": [without_paths(change) for change in state.history] or None,
     }
     path = Path(config.output_dir) / "run.json"
     path.write_text(json.dumps({k: v for k, v in record.items() if v is not None}, indent=2) + "\n", encoding="utf-8")
 
 
-def publish_change(change: dict[str, Any]) -> dict[str, Any]:
-    """Return a change of settings with each path replaced by its last part."""
+def without_paths(change: dict[str, Any]) -> dict[str, Any]:
+    """Return a change of settings with each local path replaced by its last component."""
     return {
         name: value if name == "from_step" else [without_path(old_or_new) for old_or_new in value]
         for name, value in change.items()
@@ -57,5 +57,5 @@ def publish_change(change: dict[str, Any]) -> dict[str, Any]:
 
 
 def without_path(value: Any) -> Any:
-    """Return a value, or its last part if it is a path of this machine."""
+    """Return a value, or its last component if it is a local path."""
     return value if not isinstance(value, str) or public_name(value) else Path(value).name

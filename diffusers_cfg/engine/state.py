@@ -148,12 +148,12 @@ def save_module(module: torch.nn.Module, folder: Path, variant: str | None = Non
 
 
 def load_weights(folder: Path, variant: str | None = None) -> dict[str, torch.Tensor]:
-    """Load the weights that `save_module` has written."""
+    """Load weights written by `save_module`."""
     return load_file(folder / weights_file(variant))
 
 
 def weights_file(variant: str | None = None) -> str:
-    """Return the file name of weights."""
+    """Return the file name of the weights of a variant."""
     return f"{WEIGHTS}.{variant}.safetensors" if variant else f"{WEIGHTS}.safetensors"
 
 

@@ -64,7 +64,7 @@ class Trainer:
         method_class: type[Method],
         preemption: Preemption | None = None,
         evaluation: Evaluation | None = None,
-    ):
+    ) -> None:
         self.config, self.method_class, self.evaluation = config, method_class, evaluation
         self.preemption = preemption or Preemption()
 
@@ -103,7 +103,7 @@ class Trainer:
             if self.state.step > self.saved_step and not self._save_checkpoint():
                 raise NotSaved(
                     f"Stopped at step {self.state.step}, whose checkpoint could not be written (see above). The steps "
-                    "since the last valid checkpoint are lost."
+                    "since the last valid checkpoint are lost. Resume with --resume_from_checkpoint latest."
                 ) from None
             raise
         except RuntimeError as error:  # torch raises the error of a dead worker anywhere in the main process
@@ -166,13 +166,13 @@ class Trainer:
         state, method, accelerator = self.state, self.method, self.accelerator
         self._sync_stream_state()
         with ema_weights(state), self.preemption.interruptible(), torch.no_grad():
-            disable = None if accelerator.is_local_main_process else True  # None: if the output is not a terminal
+            disable = None if accelerator.is_local_main_process else True  # None hides the bar unless in a terminal
             method.sampling_pipeline().set_progress_bar_config(desc="Sampling", leave=False, disable=disable)
             if draw:
                 self._draw_samples()
                 images = self.stream.probe if self.stream is not None else self.dataset
-                figures = method.probe(probe_batches(self.config, method, images, accelerator.device))
-                accelerator.log(figures, step=state.step)
+                metrics = method.probe(probe_batches(self.config, method, images, accelerator.device))
+                accelerator.log(metrics, step=state.step)
             if measure and self.evaluate is not None:
                 accelerator.log(self.evaluate(method.sampling_pipeline()), step=state.step)
 
@@ -200,7 +200,7 @@ class Trainer:
         return images
 
     def _check_resumed(self, path: Path, record: dict[str, Any]) -> list[dict[str, Any]]:
-        """Compare the run with its checkpoint, and return its history. Raises UserError if it cannot be resumed."""
+        """Compare the run with its checkpoint, and return its history. Raise UserError if it cannot be resumed."""
         history = check_resumed(path, record, self.config, self.identity, self.data)
         step, total_steps = record["step"], self.plan.total_steps
         if step > total_steps:
@@ -323,7 +323,7 @@ class Trainer:
     def _skip_unless(self, finite: torch.Tensor, optimizer: torch.optim.Optimizer) -> None:
         """
         Make an optimizer skip its step unless the gradient is finite. A fused optimizer does this without synchronizing
-        the device. All processes decide alike, because their gradients are averaged.
+        the device. All processes take the same decision, because their gradients are averaged.
         """
         if self.state.scaler is not None:  # In fp16, the scaler skips the step.
             return
@@ -372,7 +372,7 @@ class Trainer:
                 f"pipe = DiffusionPipeline.from_pretrained({folder}, trust_remote_code=True)\n"
                 f"{method.example()}"
             )
-        accelerator.wait_for_everyone()  # for the model, but not for its upload
+        accelerator.wait_for_everyone()  # until the model is saved, but not until it is uploaded
         for tracker in accelerator.trackers:
             tracker.finish()
         if self.publisher is not None:

@@ -121,12 +121,12 @@ def test_checkpoint_that_fails_verification_is_discarded(tmp_path, monkeypatch, 
 
     monkeypatch.setattr(checkpoint, "write_checksums", write_and_damage)
     train(tmp_path / "out", *EVERY_STEP, "--checkpoints_total_limit", "1")
-    assert "the files read back differ: unet/" in caplog.text
+    assert "verification failed: unet/" in caplog.text
     assert names(tmp_path / "out") == ["checkpoint-3"]
 
 
 def test_file_size_limit_does_not_end_the_run(tmp_path, caplog, monkeypatch):
-    """Unlike the test above, with a real limit of the operating system."""
+    """Set a real limit of the operating system, unlike the test above."""
     original = trainer.Trainer.validate
 
     def unlimited(*args, **kwargs):
@@ -320,7 +320,7 @@ LONG = ["--max_train_steps", "60", "--checkpointing_steps", "10", "--resume_from
 
 @pytest.fixture(scope="module")
 def uninterrupted(tmp_path_factory) -> Path:
-    """An uninterrupted run on two processes."""
+    """Return the output folder of an uninterrupted run on two processes."""
     folder = tmp_path_factory.mktemp("uninterrupted")
     code, stderr = run_and_signal(folder, *LONG, at="images/s", launcher=TWO, times=0)
     assert code == 0, stderr

@@ -33,7 +33,7 @@ from diffusers_cfg.settings import DataConfig
 from tests.support.latents import few_digits, vae_flags
 from tests.support.models import generators, make_pipeline, make_unet
 from tests.support.runs import WEIGHTS, assert_same_tensors, reset_accelerate, scalars, train
-from tests.support.trajectories import METHODS, expected, follow, trajectory_of
+from tests.support.trajectories import METHODS, expected, train_trajectory, trajectory_of
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")]
 
@@ -80,7 +80,7 @@ def cpu_draws(monkeypatch) -> None:
 
 @pytest.fixture
 def conv_dtypes() -> Iterator[set[torch.dtype]]:
-    """The dtypes of the outputs of convolutions."""
+    """Yield a set that receives the dtypes of all convolution outputs."""
     dtypes: set[torch.dtype] = set()
 
     def record(module, _inputs, output):
@@ -138,8 +138,8 @@ def test_resume_is_bit_exact(tmp_path, deterministic, argv):
 
 @pytest.mark.parametrize("method", METHODS)
 def test_training_matches_the_cpu(tmp_path, cpu_draws, method):
-    """With the same random numbers, the trajectory is the recorded one."""
-    follow(method, tmp_path)
+    """The same random numbers give the recorded trajectory."""
+    train_trajectory(method, tmp_path)
     logged = trajectory_of(tmp_path)
     for tag, values in expected(method).items():
         # The relative error of twenty steps of Adam is below 1e-4 on a CPU. Winograd convolutions on a GPU may lose one

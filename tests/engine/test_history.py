@@ -245,7 +245,7 @@ def test_missing_moments_raise(copy):
 
 
 def test_resuming_an_older_checkpoint_renames_newer_ones(copy, caplog):
-    """Renamed, they are neither found as the latest nor deleted."""
+    """Renamed checkpoints are neither resumed by `latest` nor deleted."""
     flags = ["--learning_rate", "5e-4", "--max_train_steps", "3", "--checkpoints_total_limit", "1"]
     train(copy, *RESUME, *flags)
     assert "checkpoint-4 is newer than the resumed checkpoint and was renamed to old-checkpoint-4" in caplog.text

@@ -28,7 +28,7 @@ def folder(monkeypatch, tmp_path) -> Path:
 
 @pytest.fixture
 def encoded(monkeypatch) -> list[int]:
-    """The list of the sizes of all encoded batches."""
+    """Return a list that receives the number of images in each encoded batch."""
     return count_encoded(monkeypatch)
 
 

@@ -62,7 +62,7 @@ def run_in_terminal(command: list[str], cwd: Path, env: dict[str, str]) -> str:
 
 @pytest.mark.parametrize("terminal", [False, True])
 def test_training_prints_no_messages_of_other_libraries(tmp_path, terminal):
-    """With a new home folder, as for a user who runs the first command of the README."""
+    """Use a new home folder, like a user who runs the first command in the README."""
     command = [sys.executable, str(TRAINING / "train_cfg.py"), "--max_train_steps", "60", "--validation_steps", "30"]
     env = {"HOME": str(tmp_path), "PATH": os.environ["PATH"], "LANG": "C.UTF-8"}
     if terminal:
@@ -96,7 +96,7 @@ def photos(tmp_path_factory) -> Path:
 
 
 def test_resume_on_two_processes_is_bit_exact(tmp_path, photos, monkeypatch, caplog):
-    """The run has workers and resumes within an epoch. On one process, it is the same up to rounding."""
+    """The run has workers and resumes within an epoch. A run on one process is the same up to rounding."""
     (tmp_path / "lazily.py").write_text(  # Otherwise small datasets are decoded into memory, without workers.
         "import runpy\nfrom diffusers_cfg.data import datasets\ndatasets.MAX_CACHED_BYTES = 0\n"
         f"runpy.run_path({str(TRAINING / 'train_cfg.py')!r}, run_name='__main__')\n"

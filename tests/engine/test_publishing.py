@@ -15,7 +15,7 @@ from tests.support.runs import SETTINGS, TINY, TRAINING, WEIGHTS
 
 @pytest.fixture
 def script(hub, tmp_path):
-    """A function that runs a training script in an environment with the local server in place of the Hub."""
+    """Return a function that runs a training script with the local server in place of the Hub."""
 
     def run_script(name: str, *argv: str, token: str | None = None) -> subprocess.CompletedProcess:
         environment = hub.environment(str(tmp_path / "hf"), token)

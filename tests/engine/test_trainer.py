@@ -279,10 +279,10 @@ def test_unfused_optimizer_skips_nonfinite_steps(tmp_path):
 
 
 def test_objectives_of_the_same_name_share_an_optimizer(tmp_path):
-    """For several critic steps, each with its own turn and dropout."""
+    """Several critic steps share the optimizer. Each has its own turn and dropout."""
     calls = []
 
-    class Thrice(Adversarial):
+    class ThreeCriticSteps(Adversarial):
         def __init__(self, *args):
             super().__init__(*args)
             self.objectives = [self.objectives[0]] * 3 + self.objectives[1:]
@@ -291,7 +291,7 @@ def test_objectives_of_the_same_name_share_an_optimizer(tmp_path):
             calls.append((batch.step, batch.turn, batch.x[0, 0, 4, 4].item(), torch.rand(1).item()))
             return super().critic_loss(networks, batch)
 
-    train(tmp_path, "--max_train_steps", "2", method=Thrice)
+    train(tmp_path, "--max_train_steps", "2", method=ThreeCriticSteps)
     assert [call[:2] for call in calls] == [(step, turn) for step in (0, 1) for turn in (0, 1, 2)]
     assert len({x for step, _, x, _ in calls if step == 0}) == 1
     assert len({random for *_, random in calls}) == 6

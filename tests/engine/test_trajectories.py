@@ -7,13 +7,13 @@ import pytest
 import torch
 
 from tests.support.runs import ROOT, WEIGHTS, assert_same_tensors, launch
-from tests.support.trajectories import METHODS, expected, follow, trajectory_of
+from tests.support.trajectories import METHODS, expected, train_trajectory, trajectory_of
 
-WAYS = ["plain", "resume", "accumulation", pytest.param("two processes", marks=pytest.mark.slow)]
-EACH_WAY = [
-    pytest.param(method, *way.values, marks=way.marks) if hasattr(way, "values") else (method, way)
+VARIANTS = ["plain", "resume", "accumulation", pytest.param("two processes", marks=pytest.mark.slow)]
+CASES = [
+    pytest.param(method, *variant.values, marks=variant.marks) if hasattr(variant, "values") else (method, variant)
     for method in METHODS
-    for way in WAYS
+    for variant in VARIANTS
 ]
 # Each compiles for half a minute.
 COMPILED = [
@@ -35,27 +35,27 @@ def two_processes(tmp_path_factory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize(("method", "how"), [*EACH_WAY, *COMPILED])
+@pytest.mark.parametrize(("method", "how"), [*CASES, *COMPILED])
 def test_equivalent_settings_reproduce_the_trajectory(request, runs, tmp_path, method, how):
     whole, out, first = runs / method, tmp_path / "out", 1
     if not whole.exists():
-        follow(method, whole)
+        train_trajectory(method, whole)
     if how == "plain":
         out = whole
     elif how == "resume":
         shutil.copytree(whole / "checkpoint-10", out / "checkpoint-10")
-        follow(method, out, "--resume_from_checkpoint", "latest")
+        train_trajectory(method, out, "--resume_from_checkpoint", "latest")
         first = 11
         # The last checkpoint is the same bit for bit.
         for file in (whole / "checkpoint-20").rglob("*.safetensors"):
             assert_same_tensors(file, out / "checkpoint-20" / file.relative_to(whole / "checkpoint-20"))
     elif how == "accumulation":
-        follow(method, out, "--train_batch_size", "4", "--gradient_accumulation_steps", "2")
+        train_trajectory(method, out, "--train_batch_size", "4", "--gradient_accumulation_steps", "2")
     elif how == "compile":
         torch.compiler.reset()
         graphs = torch._dynamo.utils.counters["stats"]
         before = graphs["unique_graphs"]
-        follow(method, out, "--compile")
+        train_trajectory(method, out, "--compile")
         assert graphs["unique_graphs"] > before
     else:
         out = request.getfixturevalue("two_processes") / method

@@ -24,7 +24,7 @@ METHODS: dict[str, type[Method]] = {
 }
 
 
-def follow(name: str, output_dir: Path, *argv: str) -> None:
+def train_trajectory(name: str, output_dir: Path, *argv: str) -> None:
     """Train a method for the steps of its trajectory, and log every step."""
     flags = ["--max_train_steps", str(STEPS), "--checkpointing_steps", "10", "--report_to", "tensorboard", *argv]
     if name == "distillation":
@@ -54,7 +54,7 @@ def main() -> None:
     FOLDER.mkdir(exist_ok=True)
     for name in METHODS:
         with tempfile.TemporaryDirectory() as folder:
-            follow(name, Path(folder) / "out")
+            train_trajectory(name, Path(folder) / "out")
             trajectory = trajectory_of(Path(folder) / "out")
         values = {tag: [float(f"{value:.7g}") for value in points.values()] for tag, points in trajectory.items()}
         (FOLDER / f"{name}.json").write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")

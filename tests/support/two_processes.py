@@ -3,7 +3,7 @@
 import sys
 from pathlib import Path
 
-from tests.support.trajectories import METHODS, follow
+from tests.support.trajectories import METHODS, train_trajectory
 
 for method in METHODS:
-    follow(method, Path(sys.argv[1]) / method, "--train_batch_size", "4")
+    train_trajectory(method, Path(sys.argv[1]) / method, "--train_batch_size", "4")
