@@ -20,7 +20,7 @@ from diffusers_cfg.settings import DistillationConfig
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Run the command with the given arguments, by default those of the process."""
+    """Run the command with `argv`, by default `sys.argv[1:]`."""
     preemption = Preemption().install()
     config = parse_config(DistillationConfig, argv)
     # Imported here so that --help and flag errors do not wait for torch.

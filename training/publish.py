@@ -16,7 +16,7 @@ from diffusers_cfg.config import run_command
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Run the command with the given arguments, by default those of the process."""
+    """Run the command with `argv`, by default `sys.argv[1:]`."""
     parser = ArgumentParser(description="Publish the output folder of a training run to the Hub, with a model card.")
     parser.add_argument("folder", help="The output folder of a training run, or any saved pipeline.")
     parser.add_argument(
@@ -26,7 +26,11 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--token", help="A token with write access; defaults to the token of `hf auth login`.")
     parser.add_argument("--commit_message", help="The commit message; defaults to 'Upload CFGPipeline'.")
     parser.add_argument("--create_pr", action="store_true", help="Open a pull request instead of committing.")
-    parser.add_argument("--overwrite", action="store_true", help="Overwrite a repository that holds a different model.")
+    parser.add_argument(
+        "--overwrite",
+        action="store_true",
+        help="Publish even if the repository contains something other than a pipeline.",
+    )
     args = parser.parse_args(argv)
     # Imported here so that --help and flag errors do not wait for torch.
     from diffusers_cfg.engine.publishing import NotPublished

@@ -16,7 +16,7 @@ from diffusers_cfg.evaluation.settings import SampleConfig
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Run the command with the given arguments, by default those of the process."""
+    """Run the command with `argv`, by default `sys.argv[1:]`."""
     config = parse_config(SampleConfig, argv)
     # Imported here so that --help and flag errors do not wait for torch.
     from diffusers_cfg.engine.accelerator import make_accelerator

@@ -18,7 +18,7 @@ from diffusers_cfg.settings import CFGConfig
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Run the command with the given arguments, by default those of the process."""
+    """Run the command with `argv`, by default `sys.argv[1:]`."""
     preemption = Preemption().install()
     config = parse_config(CFGConfig, argv)
     # Imported here so that --help and flag errors do not wait for torch.

@@ -67,7 +67,7 @@ def combine(configs: list[EvaluationConfig], records: list[dict[str, Any]]) -> d
     Fréchet distance.
 
     Raises:
-        UserError: the models were measured against different data or with different features.
+        UserError: if the models were measured against different data or with different features.
     """
     first, rows = records[0], []
     for config, record in zip(configs, records, strict=True):
@@ -119,13 +119,13 @@ def samplers_table(record: dict[str, Any]) -> str:
         cost = [f"{row['network_evaluations']:g}", f"{row['guidance_scale']:g}"]
         return [*settings, *cost, *(cell(row, metric, best) for metric in metrics)]
 
-    goals = {f"best distance, {smallest:.3f}": smallest}
+    targets = {f"best distance, {smallest:.3f}": smallest}
     if (paper := paper_row(rows)) is not None:
         distance, evaluations = paper["frechet_distance"], paper["network_evaluations"]
-        goals[f"paper's sampler, {distance:.3f} with {evaluations:g} evaluations"] = distance
+        targets[f"paper's sampler, {distance:.3f} with {evaluations:g} evaluations"] = distance
     header = ["sampler", "steps", "interval", "evaluations", "w", *(names[metric] for metric in metrics)]
     real = ["real", "", "", "", "", *(cell(record["floor"], metric) for metric in metrics)]
-    chosen = [[goal, *cells(cheapest(rows, distance))] for goal, distance in goals.items()]
+    chosen = [[target, *cells(cheapest(rows, distance))] for target, distance in targets.items()]
     scales = ", ".join(f"{w:g}" for w in record["guidance_scales"])
     return (
         f"{table(header, [*map(cells, rows), real])}\n\n"

@@ -1,4 +1,4 @@
-"""Compare the cost of sampling, training and starting with hand-written code, in interleaved timings."""
+"""Compare the cost of sampling, training and startup with hand-written code, in interleaved timings."""
 
 import statistics
 from collections.abc import Callable
@@ -63,17 +63,22 @@ def compare_sampling(pipeline: CFGPipeline, batch_sizes: list[int], steps: int, 
         labels = torch.arange(batch_size) % pipeline.unet.num_classes
         for w, drawn_by in ((0.0, pipeline), (1.0, pipeline), (1.0, one_pass)):
 
-            def ours(w=w, labels=labels, noise=noise, drawn_by=drawn_by) -> torch.Tensor:
+            def ours(
+                w: float = w,
+                labels: torch.Tensor = labels,
+                noise: torch.Tensor = noise,
+                drawn_by: CFGPipeline = drawn_by,
+            ) -> torch.Tensor:
                 images = drawn_by(labels, w, steps, latents=noise, output_type="pt").images
                 assert isinstance(images, torch.Tensor)
                 return images
 
-            def peer(w=w, labels=labels, noise=noise) -> torch.Tensor:
+            def peer(w: float = w, labels: torch.Tensor = labels, noise: torch.Tensor = noise) -> torch.Tensor:
                 return hand_written_loop(stock, scheduler, labels, w, steps, noise)
 
             difference = (ours() - peer()).abs().max().item()
             assert drawn_by is one_pass or difference < 1e-3, (
-                f"The two sides generate different images: {difference} apart."
+                f"The two sides generate different images: they differ by up to {difference}."
             )
             row = {"batch_size": batch_size, "w": w, "distilled": drawn_by is one_pass}
             row["seconds"] = time_interleaved(timed(ours), timed(peer), repeats).summary()
@@ -151,11 +156,11 @@ def unconditional_training(
     model, optimizer, loader, lr_scheduler = accelerator.prepare(model, optimizer, loader, lr_scheduler)
 
     def run(steps: int) -> float:
-        then, progress = now(), tqdm(total=steps, disable=None)
+        start, progress = now(), tqdm(total=steps, disable=None)
         for x, class_labels in islice(chain.from_iterable(repeat(loader)), steps):
             noise = torch.randn_like(x)
             t = torch.randint(0, 1000, (len(x),), device=x.device)
-            z = noise_scheduler.add_noise(x, noise, t)  # pyright: ignore[reportArgumentType]  (int64 is allowed)
+            z = noise_scheduler.add_noise(x, noise, t)  # pyright: ignore[reportArgumentType]  (int64 is supported)
             with accelerator.accumulate(model):
                 loss = F.mse_loss(model(z, t, class_labels=class_labels).sample.float(), noise)
                 accelerator.backward(loss)
@@ -168,7 +173,7 @@ def unconditional_training(
             progress.update()
             progress.set_postfix(loss=loss.detach().item(), lr=lr_scheduler.get_last_lr()[0])
         progress.close()
-        return now() - then
+        return now() - start
 
     return run
 

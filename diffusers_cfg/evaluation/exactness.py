@@ -1,4 +1,4 @@
-"""Compare guidance and its samplers with a known exact solution, and rules of guidance on a trained model."""
+"""Compare guidance and its samplers with a known exact solution, and guidance rules on a trained model."""
 
 import math
 from pathlib import Path
@@ -195,7 +195,7 @@ def rules(
     seed: int = 0,
 ) -> str:
     """
-    Compare rules of guidance at the same w on a trained model.
+    Compare guidance rules at the same w on a trained model.
 
     Args:
         output_dir (`Path`): the folder for `rules.png`.
@@ -241,7 +241,7 @@ def rules(
 
 
 def calls_of(w: float, guide_model: str | None) -> dict[str, dict[str, Any]]:
-    """Return the call arguments of each rule of guidance. A `guide_unet` among them must be set on the pipeline."""
+    """Return the call arguments of each guidance rule. Set `guide_unet`, if present, on the pipeline instead."""
     guiders, original = diffusers.guiders, {"guidance_scale": w, "use_original_formulation": True}
     calls = {
         "w = 0": {"guidance_scale": 0.0},

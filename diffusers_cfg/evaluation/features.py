@@ -74,7 +74,7 @@ class SmallClassifier(FeatureExtractor):
     num_features = 64
     resize = "none"
 
-    def __init__(self, resolution: int, id2label: dict[int, str]):
+    def __init__(self, resolution: int, id2label: dict[int, str]) -> None:
         super().__init__()
         self.id2label, self.num_classes = id2label, len(id2label)
         layers, channels = [*convolution(3, 16)], 16
@@ -160,7 +160,7 @@ class Inception(FeatureExtractor):
     torch-fidelity. The features are the 2048 of pool3; the logits have no bias.
 
     Raises:
-        UserError: torch-fidelity is not installed, or the weights cannot be downloaded.
+        UserError: if torch-fidelity is not installed, or the weights cannot be downloaded.
     """
 
     name = INCEPTION
@@ -168,7 +168,7 @@ class Inception(FeatureExtractor):
     num_features = 2048
     num_classes = 1008
 
-    def __init__(self):
+    def __init__(self) -> None:
         super().__init__()
         try:  # an optional dependency
             from torch_fidelity.feature_extractor_inceptionv3 import (  # pyright: ignore[reportMissingImports]
@@ -200,10 +200,10 @@ class HubNetwork(FeatureExtractor):
         name_or_path (`str`): a Hub repository or a folder.
 
     Raises:
-        UserError: the model cannot be loaded.
+        UserError: if the model cannot be loaded.
     """
 
-    def __init__(self, auto_class: type, name_or_path: str):
+    def __init__(self, auto_class: type, name_or_path: str) -> None:
         super().__init__()
         try:
             self.processor = AutoImageProcessor.from_pretrained(name_or_path)
@@ -230,7 +230,7 @@ class Dinov2(HubNetwork):
     resize = "bicubic to 224×224"
     num_classes = 0
 
-    def __init__(self):
+    def __init__(self) -> None:
         super().__init__(AutoModel, DINOV2_MODEL)
         self.num_features = self.network.config.hidden_size
 
@@ -244,10 +244,10 @@ class HubClassifier(HubNetwork):
     A transformers image classifier. The features are the input of its last linear layer.
 
     Raises:
-        UserError: the model cannot be loaded, or has no linear layer with an output for each class.
+        UserError: if the model cannot be loaded, or has no linear layer with an output for each class.
     """
 
-    def __init__(self, name_or_path: str):
+    def __init__(self, name_or_path: str) -> None:
         super().__init__(AutoModelForImageClassification, name_or_path)
         self.name = name_or_path
         self.resize = f"by its {type(self.processor).__name__}"
@@ -275,6 +275,6 @@ class HubClassifier(HubNetwork):
 
 
 def pretrained_extractor(name: str) -> FeatureExtractor:
-    """Load "inception", "dinov2" or a transformers image classifier by name. Raises `UserError` if this fails."""
+    """Load "inception", "dinov2" or a transformers image classifier by name. Raise `UserError` if this fails."""
     extractor = {INCEPTION: Inception, DINOV2: Dinov2}.get(name, lambda: HubClassifier(name))()
     return extractor.eval().requires_grad_(False)

@@ -33,7 +33,7 @@ def measure(summary: Summary, reference: Reference, id2label: dict[int, str] | N
     """
     kept = min(summary.num_images, MAX_NEIGHBOURS)
     assert (summary.sums["count"].sum(), len(summary.features)) == (summary.num_images, kept), (
-        "Some images were not added, or were added twice."
+        f"The summary has {summary.sums['count'].sum():.0f} of {summary.num_images} images. Add each image once."
     )
 
     def distance(blocks: torch.Tensor | slice = slice(None)) -> float:

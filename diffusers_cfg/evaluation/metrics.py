@@ -23,7 +23,7 @@ def mean_and_covariance(
         The mean `(features,)` and the covariance `(features, features)`.
 
     Raises:
-        ValueError: `count` is less than 2.
+        ValueError: if `count` is less than 2.
     """
     if count < 2:
         raise ValueError(f"A covariance needs at least two images, but there are {int(count)}.")
@@ -102,7 +102,7 @@ def precision_recall(real: torch.Tensor, fake: torch.Tensor, k: int = 3) -> tupl
         Precision and recall, in [0, 1].
 
     Raises:
-        ValueError: `real` or `fake` has k points or fewer.
+        ValueError: if `real` or `fake` has k points or fewer.
     """
     _, covered_fake = knn_balls(real, fake, k)
     _, covered_real = knn_balls(fake, real, k)
@@ -124,7 +124,7 @@ def density_coverage(real: torch.Tensor, fake: torch.Tensor, k: int = 5) -> tupl
         Density and coverage.
 
     Raises:
-        ValueError: `real` or `fake` has k points or fewer.
+        ValueError: if `real` or `fake` has k points or fewer.
     """
     inside_counts, covered = knn_balls(real, fake, k)
     return covered.double().mean().item() / k, inside_counts.gt(0).double().mean().item()

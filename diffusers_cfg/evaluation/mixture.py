@@ -47,7 +47,7 @@ class GaussianMixtureModel(torch.nn.Module):
         stds: torch.Tensor,
         component_classes: torch.Tensor,
         probs: torch.Tensor | None = None,
-    ):
+    ) -> None:
         super().__init__()
         self.scheduler = scheduler
         self.num_classes = self.null_class_label = int(component_classes.max()) + 1
@@ -173,7 +173,7 @@ def guided_eps(
     class_labels: torch.Tensor,
     w: float,
 ) -> torch.Tensor:
-    """Return ε̃, extrapolated from ε(z) through ε(z, c) by 1 + w. Independent of the pipeline's code, to verify it."""
+    """Return ε̃, extrapolated from ε(z) through ε(z, c) by 1 + w. Does not use the pipeline, which it verifies."""
     return torch.lerp(model.eps(z, alpha, sigma), model.eps(z, alpha, sigma, class_labels), 1 + w)
 
 
@@ -268,7 +268,7 @@ class ToyProblem:
         pipeline (`CFGPipeline`): the mixture in float32, with the scheduler chosen by `use_scheduler`.
     """
 
-    def __init__(self, num_samples: int = 256, **settings: Any):
+    def __init__(self, num_samples: int = 256, **settings: Any) -> None:
         self.scheduler = LogSNRScheduler(**{"clip_sample": False, **settings})
         self.model = three_gaussians(self.scheduler).double()
         model = three_gaussians(self.scheduler)

@@ -37,7 +37,7 @@ class SampleSet:
         num_samples (`int`): the number of images in the set. A smaller set can reuse the shards of a larger one.
     """
 
-    def __init__(self, folder: Path, num_samples: int):
+    def __init__(self, folder: Path, num_samples: int) -> None:
         self.folder, self.num_samples = folder, num_samples
         self.shards = [
             range(first, min(first + SHARD_SIZE, num_samples)) for first in range(0, num_samples, SHARD_SIZE)
@@ -61,7 +61,7 @@ class SampleSet:
             np.savez_compressed(file, arr_0=images, arr_1=class_labels, network_evaluations=evaluations)
 
     def load(self, shard: range) -> Shard:
-        """Read a shard. Raises `OSError`, `ValueError`, `KeyError` or `BadZipFile` if it is missing or damaged."""
+        """Read a shard. Raise `OSError`, `ValueError`, `KeyError` or `BadZipFile` if it is missing or damaged."""
         with np.load(self.path(shard)) as file:
             images, class_labels = (file[name][: len(shard)] for name in ("arr_0", "arr_1"))
             return Shard(images, class_labels, float(file["network_evaluations"]))
@@ -74,7 +74,7 @@ class SampleSet:
 
 
 def claim_folder(folder: Path, settings: dict[str, Any]) -> None:
-    """Record the sampling settings of a folder. Raises `UserError` if it holds samples with different settings."""
+    """Record the sampling settings of a folder. Raise `UserError` if it holds samples with different settings."""
     path, settings = folder / SETTINGS_FILE, json.loads(json.dumps(settings))
     if path.is_file():
         known = json.loads(path.read_text(encoding="utf-8"))

@@ -32,7 +32,7 @@ def load_pipeline(config: SamplingConfig, device: torch.device | str) -> CFGPipe
     Load the model, with the scheduler and the guide model of the settings.
 
     Raises:
-        UserError: a model cannot be loaded, or the scheduler is not supported.
+        UserError: if a model cannot be loaded, or the scheduler is not supported.
     """
     try:
         pipeline = CFGPipeline.from_pretrained(config.model, variant=config.variant)
@@ -51,7 +51,7 @@ def load_pipeline(config: SamplingConfig, device: torch.device | str) -> CFGPipe
 
 
 def choose_scheduler(name: str, pipeline: CFGPipeline) -> SchedulerMixin:
-    """Create a scheduler for the noise process of a pipeline. Raises `UserError` if the scheduler is not supported."""
+    """Create a scheduler for the noise process of a pipeline. Raise `UserError` if the scheduler is not supported."""
     if name not in pipeline.schedulers:
         raise UserError(f"--scheduler {name} is not supported. Supported schedulers: {', '.join(pipeline.schedulers)}.")
     return make_scheduler(name, pipeline.scheduler)
@@ -78,7 +78,7 @@ def parse_class_labels(names: list[str] | None, pipeline: CFGPipeline) -> list[i
         pipeline (`CFGPipeline`): the pipeline with the classes.
 
     Raises:
-        UserError: a class is unknown.
+        UserError: if a class is unknown.
     """
     num_classes = pipeline.unet.num_classes
     if names is None:
@@ -96,13 +96,13 @@ def parse_class_labels(names: list[str] | None, pipeline: CFGPipeline) -> list[i
 
 
 def guidance_arguments(config: SamplingConfig, w: float) -> dict[str, Any]:
-    """Return the call arguments for guidance at scale w. Raises `UserError` if the guider cannot be created."""
+    """Return the call arguments for guidance at scale w. Raise `UserError` if the guider cannot be created."""
     if config.guider is None:
         interval = tuple(config.guidance_interval) if config.guidance_interval else None
         return {"guidance_scale": w, "guidance_interval": interval, "guidance_rescale": config.guidance_rescale}
     guider = getattr(diffusers.guiders, config.guider, None)
     if not (isinstance(guider, type) and issubclass(guider, BaseGuidance)):
-        raise UserError(f"--guider {config.guider} is not a guider of diffusers.")
+        raise UserError(f"--guider {config.guider} is not a guider of diffusers. Pass a class of diffusers.guiders.")
     settings: dict[str, Any] = {"guidance_scale": w, "use_original_formulation": True}
     try:
         return {"guider": guider(**settings)}
@@ -142,7 +142,7 @@ def check_call(pipeline: CFGPipeline, **call: Any) -> None:
         call: the arguments, without the class labels.
 
     Raises:
-        UserError: the pipeline rejects the arguments.
+        UserError: if the pipeline rejects the arguments.
     """
 
     def stop(*_: Any) -> None:
@@ -193,7 +193,7 @@ def draw_images(
         The images, uint8 `(images, 3, height, width)`, and the number of network evaluations per image.
 
     Raises:
-        UserError: the pipeline rejects the arguments, or some images are not finite.
+        UserError: if the pipeline rejects the arguments, or some images are not finite.
     """
     last: dict[str, torch.Tensor] = {}
 
@@ -273,7 +273,7 @@ def draw_to_folder(config: SampleConfig, accelerator: Accelerator) -> None:
         accelerator (`Accelerator`): the processes that share the work.
 
     Raises:
-        UserError: the settings do not fit the model, or the folder is not empty.
+        UserError: if the settings do not fit the model, or the folder is not empty.
     """
     pipeline = load_pipeline(config, accelerator.device)
     config = with_model_defaults(config, pipeline)

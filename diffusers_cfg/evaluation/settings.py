@@ -60,7 +60,7 @@ class SampleConfig(SamplingConfig):
     )
     group = "images"
 
-    class_labels: list[str] | None = flag(None, "Class names or ids, used in alternation; defaults to all classes.")
+    class_labels: list[str] | None = flag(None, "Class names or ids to cycle through; defaults to all classes.")
     guidance_scale: float = flag(1.0, "Guidance scale w, as defined in the paper.")
     num_samples: int = flag(20, "Number of images.", at_least=1)
     output_dir: str = flag("images", "Output folder.")

@@ -43,7 +43,7 @@ class Summary:
         moment_blocks (`int`): the number of consecutive blocks of images with separate sums of features.
     """
 
-    def __init__(self, num_images: int, num_features: int, num_classes: int, moment_blocks: int = BLOCKS):
+    def __init__(self, num_images: int, num_features: int, num_classes: int, moment_blocks: int = BLOCKS) -> None:
         self.num_images, self.num_classes, self.moment_blocks = num_images, num_classes, moment_blocks
         self.sums = {
             "count": torch.zeros(moment_blocks),
@@ -72,7 +72,7 @@ class Summary:
             class_labels (`torch.Tensor` of shape `(images,)`): the requested classes as ids of the extractor, or -1.
 
         Raises:
-            UserError: some features are not finite.
+            UserError: if some features are not finite.
         """
         if not torch.isfinite(features).all():
             count = int((~torch.isfinite(features)).any(1).sum())
@@ -133,7 +133,7 @@ class Summarizer:
         device (`torch.device`): the device for feature extraction.
     """
 
-    def __init__(self, extractor: FeatureExtractor, id2label: dict[int, str], device: torch.device):
+    def __init__(self, extractor: FeatureExtractor, id2label: dict[int, str], device: torch.device) -> None:
         self.extractor, self.device = extractor.to(device), device
         label2id = {label: class_id for class_id, label in (extractor.id2label or {}).items()}
         # The extractor's id of each class of the dataset, -1 for a class that it lacks. The last element maps -1 to -1.
@@ -174,7 +174,8 @@ class RealStatistics:
     A stratified random split divides the images into a held-out set and the other images. The held-out set replaces the
     samples of a perfect model: its metrics against the other images are the floor. Its size is `num_samples`, but at
     most half of the dataset. Samples are compared with all real images, except in precision, recall, density, coverage
-    and the kernel distance, which compare as many samples and other images as the held-out set has.
+    and the kernel distance, which compare at most `num_held_out` samples with
+    the same number of other images.
 
     Args:
         accelerator (`Accelerator`): the processes that share the work.
@@ -190,7 +191,7 @@ class RealStatistics:
         num_real (`int`), num_held_out (`int`): the numbers of all images and of held-out images.
 
     Raises:
-        UserError: there are too few images, the extractor cannot be loaded, or the cached file is for different data.
+        UserError: if there are too few images, the extractor cannot be loaded, or the cache is for different data.
     """
 
     def __init__(
@@ -201,7 +202,7 @@ class RealStatistics:
         feature_extractor: str,
         num_samples: int,
         statistics_dir: Path,
-    ):
+    ) -> None:
         labelled = (dataset.class_labels >= 0).nonzero().flatten()
         for number, low, kind in (
             (num_samples, MIN_SAMPLES, "samples"),
@@ -311,7 +312,7 @@ def write_summaries(path: Path, identity: dict[str, str], summaries: dict[str, S
 
 
 def read_summaries(path: Path, identity: dict[str, str], summaries: dict[str, Summary]) -> None:
-    """Read a file of `write_summaries` into summaries. Raises `UserError` if its identity differs."""
+    """Read a file written by `write_summaries` into summaries. Raise `UserError` if its identity differs."""
     with safe_open(path, "pt") as file:
         found = file.metadata()
         if found != identity:

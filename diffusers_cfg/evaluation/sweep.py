@@ -53,7 +53,7 @@ def run_sweep(config: EvaluationConfig, accelerator: Accelerator) -> dict[str, A
         processes an empty dictionary.
 
     Raises:
-        UserError: the settings do not fit the model, the data or the existing samples.
+        UserError: if the settings do not fit the model, the data or the existing samples.
     """
     pipeline = load_pipeline(config, accelerator.device)
     config = with_model_defaults(config, pipeline)
@@ -157,7 +157,8 @@ def load_data(
         The images, the names of their classes, and the name of the dataset.
 
     Raises:
-        UserError: the training data is unknown, or the data does not match the model's classes, channels or resolution.
+        UserError: if the training data is unknown, or the data does not match the classes, channels or resolution of
+            the model.
     """
     is_other_data = "dataset_name" in given or "train_data_dir" in given
     settings = {} if is_other_data else recorded_data(model, pipeline)
@@ -168,8 +169,8 @@ def load_data(
     names = pipeline.id2label or images.id2label
     if len(images.id2label) != pipeline.unet.num_classes or names != images.id2label:
         raise UserError(
-            f"The data has {len(images.id2label)} classes ({shorten(images.id2label)}), but {model} has "
-            f"{pipeline.unet.num_classes} ({shorten(names)}). Pass the data that the model was trained on."
+            f"The data has {len(images.id2label)} classes ({first_names(images.id2label)}), but {model} has "
+            f"{pipeline.unet.num_classes} ({first_names(names)}). Pass the data that the model was trained on."
         )
     if is_other_data and images.channels != channels:
         kinds = {1: "grayscale", 3: "RGB"}
@@ -186,7 +187,7 @@ def load_data(
 
 
 def recorded_data(model: str, pipeline: CFGPipeline) -> dict[str, Any]:
-    """Return the data settings of the training run, from its config or its record. Raises `UserError` if unknown."""
+    """Return the data settings of the training run, from its config or its record. Raise `UserError` if unknown."""
     names = {setting.name for setting in fields(DataConfig)}
     settings = Path(model) / CONFIG_FILE
     if settings.is_file():
@@ -205,7 +206,7 @@ def recorded_data(model: str, pipeline: CFGPipeline) -> dict[str, Any]:
     return {name: value for name, value in known["data"].items() if name in names}
 
 
-def shorten(id2label: dict[int, str]) -> str:
+def first_names(id2label: dict[int, str]) -> str:
     """Return the names of the first five classes, for a message."""
     return ", ".join([name for _, name in sorted(id2label.items())][:5]) + (", …" if len(id2label) > 5 else "")
 

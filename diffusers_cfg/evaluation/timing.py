@@ -58,9 +58,9 @@ def timed(function: Callable[[], Any]) -> Callable[[], float]:
     """Return a function that calls `function` and returns the seconds taken, including work on the GPU."""
 
     def seconds() -> float:
-        then = now()
+        start = now()
         function()
-        return now() - then
+        return now() - start
 
     return seconds
 
@@ -72,12 +72,12 @@ def peak_bytes(function: Callable[[], Any]) -> int:
         before = torch.cuda.memory_allocated()
         function()
         return torch.cuda.max_memory_allocated() - before
-    process, done, grown = psutil.Process(), threading.Event(), [0]
+    process, done, increases = psutil.Process(), threading.Event(), [0]
     before = process.memory_info().rss
 
     def watch() -> None:
         while not done.wait(0.002):
-            grown.append(process.memory_info().rss - before)
+            increases.append(process.memory_info().rss - before)
 
     watcher = threading.Thread(target=watch, daemon=True)
     watcher.start()
@@ -86,7 +86,7 @@ def peak_bytes(function: Callable[[], Any]) -> int:
     finally:
         done.set()
         watcher.join()
-    return max(grown)
+    return max(increases)
 
 
 class FreshProcess(NamedTuple):
@@ -98,10 +98,10 @@ class FreshProcess(NamedTuple):
 
 def run_python(*argv: str) -> FreshProcess:
     """Run Python with the given arguments. Return its wall time and its peak memory."""
-    then = time.perf_counter()
+    start = time.perf_counter()
     process = subprocess.Popen([sys.executable, *argv], stdout=subprocess.DEVNULL)
     _, status, usage = os.wait4(process.pid, 0)
-    seconds = time.perf_counter() - then
+    seconds = time.perf_counter() - start
     process.returncode = os.waitstatus_to_exitcode(status)
     if process.returncode != 0:
         raise RuntimeError(f"python {' '.join(argv)} failed with exit code {process.returncode}.")

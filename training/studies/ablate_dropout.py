@@ -50,7 +50,7 @@ def parse_args(argv: list[str] | None = None) -> tuple[Namespace, list[str]]:
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Run the command with the given arguments, by default those of the process."""
+    """Run the command with `argv`, by default `sys.argv[1:]`."""
     preemption = Preemption().install()
     args, train_argv = parse_args(argv)
     runs = {p: configs_of(p, args, train_argv) for p in args.conditioning_dropout_probs}
@@ -78,7 +78,7 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def configs_of(p: float, args: Namespace, train_argv: list[str]) -> tuple[CFGConfig, EvaluationConfig]:
-    """Return the training and evaluation settings for one p_uncond. Raises `UserError` if a setting is invalid."""
+    """Return the training and evaluation settings for one p_uncond. Raise `UserError` if a setting is invalid."""
     model = Path(args.output_dir) / f"p={p:g}"
     started = model.is_dir() and any(model.iterdir())
     train_config = replace(

@@ -61,7 +61,7 @@ def parse_args(argv: list[str] | None = None) -> tuple[Namespace, list[str]]:
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Run the command with the given arguments, by default those of the process."""
+    """Run the command with `argv`, by default `sys.argv[1:]`."""
     args, evaluation_argv = parse_args(argv)
     configs = configs_of(args, evaluation_argv)
     # Imported here so that --help and flag errors do not wait for torch.
@@ -83,7 +83,7 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def configs_of(args: Namespace, evaluation_argv: list[str]) -> list[EvaluationConfig]:
-    """Return the evaluation settings of each model, sampler and interval. Raises `UserError` for invalid flags."""
+    """Return the evaluation settings of each model, sampler and interval. Raise `UserError` for invalid flags."""
     base = parse_config(EvaluationConfig, [*evaluation_argv, "--model", args.model[0]])
     for name in ("scheduler", "num_inference_steps"):
         if getattr(base, name) is not None:
@@ -118,7 +118,7 @@ def folder_name(scheduler: str, steps: int, interval: list[float] | None) -> str
 
 
 def parse_sampler(text: str) -> tuple[str, list[int]]:
-    """Parse "CLASS:STEPS,STEPS". Return the class and the step counts. Raises `UserError` if the format is invalid."""
+    """Parse "CLASS:STEPS,STEPS". Return the class and the step counts. Raise `UserError` if the format is invalid."""
     scheduler, _, steps = text.partition(":")
     try:
         return scheduler, [int(count) for count in steps.split(",")]

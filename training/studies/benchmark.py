@@ -5,7 +5,7 @@
 # [tool.uv.sources]
 # diffusers-cfg = { path = "../..", editable = true }
 # ///
-"""Measure the cost of sampling, training and starting, compared with hand-written code.
+"""Measure the cost of sampling, training and startup, compared with hand-written code.
 
 python training/studies/benchmark.py
 python training/studies/benchmark.py --config training/configs/mnist.yaml --output benchmark.json
@@ -32,7 +32,7 @@ def parse_args(argv: list[str] | None = None) -> tuple[Namespace, CFGConfig]:
     """Parse the flags of this command. Return them, and the training settings without trackers."""
     parser = ArgumentParser(
         prog="benchmark.py",
-        description="Measure the cost of sampling, training and starting. Other flags are those of train_cfg.py.",
+        description="Measure the cost of sampling, training and startup. Other flags are those of train_cfg.py.",
         formatter_class=ArgumentDefaultsHelpFormatter,
         allow_abbrev=False,
     )
@@ -46,7 +46,7 @@ def parse_args(argv: list[str] | None = None) -> tuple[Namespace, CFGConfig]:
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Run the command with the given arguments, by default those of the process."""
+    """Run the command with `argv`, by default `sys.argv[1:]`."""
     args, config = parse_args(argv)
     steps, repeats = args.training_steps, args.repeats
     short = replace(config, max_train_steps=steps, checkpointing_steps=0, validation_steps=0, eval_steps=0)

@@ -11,7 +11,7 @@ python training/studies/exactness.py --output_dir figures
 python training/studies/exactness.py --output_dir figures --model cfg-model --guide_model weak-model
 
 The exact model is a mixture of three Gaussians, one per class, whose ε(z, c) and ε(z) are closed forms. With --model,
-rules of guidance are compared on a trained model. Tables are printed and written to tables.md, next to the figures.
+guidance rules are compared on a trained model. Tables are printed and written to tables.md, next to the figures.
 """
 
 from argparse import ArgumentDefaultsHelpFormatter, ArgumentParser, Namespace
@@ -30,9 +30,9 @@ def parse_args(argv: list[str] | None = None) -> Namespace:
         formatter_class=ArgumentDefaultsHelpFormatter,
     )
     parser.add_argument("--output_dir", required=True, help="Output folder for the figures and tables.md.")
-    parser.add_argument("--model", help="The output folder of a training run, to compare rules of guidance on.")
+    parser.add_argument("--model", help="The output folder of a training run, to compare guidance rules on.")
     parser.add_argument("--guide_model", help="The output folder of a weaker model of the same data, for autoguidance.")
-    parser.add_argument("--guidance_scale", type=float, default=2.0, help="Guidance scale w of the rules.")
+    parser.add_argument("--guidance_scale", type=float, default=2.0, help="Guidance scale w of all rules.")
     parser.add_argument("--num_samples", type=int, default=1000, help="Number of samples for each rule.")
     parser.add_argument("--num_inference_steps", type=int, default=20, help="Number of sampling steps for each rule.")
     parser.add_argument(
@@ -42,7 +42,7 @@ def parse_args(argv: list[str] | None = None) -> Namespace:
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Run the command with the given arguments, by default those of the process."""
+    """Run the command with `argv`, by default `sys.argv[1:]`."""
     args = parse_args(argv)
     if args.model is not None and args.num_samples < MIN_SAMPLES:
         raise UserError(f"--num_samples must be at least {MIN_SAMPLES}, but is {args.num_samples}.")
