@@ -38,7 +38,7 @@ MAX_TRIES = 5
 
 
 class PublishError(RuntimeError):
-    """A repository could not be published. The local files are unchanged and can be published again."""
+    """An error in publishing a repository. The local files are unchanged and can be published again."""
 
 
 class CFGPipeline(pipeline_cfg.CFGPipeline):
@@ -216,7 +216,9 @@ def publish(
     """
     folder = Path(folder)
     if not (folder / "model_index.json").is_file():
-        raise PublishError(f"{folder} is not a saved pipeline: it has no model_index.json.")
+        raise PublishError(
+            f"{folder} is not a saved pipeline: it has no model_index.json. Pass the output folder of a run."
+        )
     try:
         repo_id = prepare_repository(repo_id, private, token, overwrite)
         card = model_card(folder, repo_id, read_card(repo_id, token))
@@ -231,7 +233,7 @@ def publish(
         )
     except PublishError:
         raise
-    except Exception as error:  # a network fails in many ways, and none of them may fail a finished training run
+    except Exception as error:  # network errors have many types, and none may fail a finished training run
         raise PublishError(f"{repo_id} could not be published: {error}") from error
     if verify:
         verify_published(folder, repo_id, commit.pr_revision if create_pr else commit.oid, token, variant)

@@ -96,7 +96,7 @@ class CFGPipeline(DiffusionPipeline):
         guide_unet: UNet2DModel | None = None,
         guider: BaseGuidance | None = None,
         num_inference_steps: int | None = None,
-    ):
+    ) -> None:
         super().__init__()
         self.register_modules(unet=unet, scheduler=scheduler, vae=vae, guide_unet=guide_unet, guider=guider)
         self._noise_process = self._noise_process_of(scheduler)  # the process that the network was trained on
@@ -541,8 +541,8 @@ class CFGPipeline(DiffusionPipeline):
             nearest = min(divisors, key=lambda steps: abs(steps - num_inference_steps))
             raise ValueError(
                 f"{type(self.scheduler).__name__} cannot take {num_inference_steps} steps: it steps by {stride} "
-                f"timesteps, but the {num_inference_steps} timesteps are farther apart. Use num_inference_steps="
-                f"{nearest}, a different divisor of {num_train_timesteps}, or a different scheduler."
+                f"timesteps, which does not match the spacing of its {num_inference_steps} timesteps. Use "
+                f"num_inference_steps={nearest}, another divisor of {num_train_timesteps}, or a different scheduler."
             )
 
     # Labels are checked twice. `_check_class_id` and `_check_weights` check the labels that a user entered: the null
@@ -746,7 +746,7 @@ class CFGPipeline(DiffusionPipeline):
                 f"generator has {len(generator)} generators, but must have one for each of {num_images} images."
             )
         if latents is None:
-            # float32 even for a UNet in half precision: a step at the noisy end needs the digits.
+            # float32 even for a UNet in half precision: a step at the noisy end needs the precision.
             latents = randn_tensor(shape, generator=generator, device=device, dtype=torch.float32)
         elif latents.shape != shape:
             raise ValueError(f"latents have shape {tuple(latents.shape)}, but must have {shape}.")
@@ -787,7 +787,7 @@ class CFGPipeline(DiffusionPipeline):
                 index[name] = [module.rpartition(".")[2], class_name]
         return json.dumps(index, indent=2, sort_keys=True) + "\n"
 
-    def save_config(self, save_directory: str | os.PathLike, push_to_hub: bool = False, **kwargs) -> None:
+    def save_config(self, save_directory: str | os.PathLike, push_to_hub: bool = False, **kwargs: Any) -> None:
         """Write model_index.json and the code that a plain `DiffusionPipeline` needs to load the folder."""
         self._record_optional_components()
         directory = Path(save_directory)

@@ -7,6 +7,7 @@
 import math
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from diffusers import ConfigMixin, SchedulerMixin
@@ -114,7 +115,7 @@ class LogSNRScheduler(SchedulerMixin, ConfigMixin):
         sigma_max: float = 80.0,
         lambda_min_clipped: float = -5.1,
         trained_betas: list[float] | None = None,
-    ):
+    ) -> None:
         if num_train_timesteps < 2:
             raise ValueError(f"num_train_timesteps must be at least 2, but is {num_train_timesteps}.")
         if not -60 <= log_snr_min < log_snr_max <= 60:
@@ -174,7 +175,7 @@ class LogSNRScheduler(SchedulerMixin, ConfigMixin):
         return scheduler_class.from_config(config)
 
     @classmethod
-    def extract_init_dict(cls, config_dict, **kwargs):
+    def extract_init_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> tuple[dict[str, Any], ...]:
         """Accept this class's own settings also under the private names that `solver` gives them."""
         own = {name: config_dict[f"_{name}"] for name in cls._own_settings if f"_{name}" in config_dict}
         config_dict = {name: value for name, value in config_dict.items() if name.removeprefix("_") not in own}

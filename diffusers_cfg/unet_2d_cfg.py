@@ -69,7 +69,7 @@ class UNet2DCFGModel(UNet2DModel):
         num_class_embeds: int | None = None,
         num_train_timesteps: int | None = None,
         max_guidance_scale: float | None = None,
-    ):
+    ) -> None:
         super().__init__(
             sample_size=sample_size,
             in_channels=in_channels,

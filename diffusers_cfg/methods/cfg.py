@@ -23,7 +23,7 @@ class ClassifierFreeGuidance(GuidedMethod):
 
     config: CFGConfig
 
-    def __init__(self, config: CFGConfig, pipeline: CFGPipeline):
+    def __init__(self, config: CFGConfig, pipeline: CFGPipeline) -> None:
         self.config, self.pipeline = config, pipeline
         self.scheduler = noise_process(pipeline)
         self.modules, self.averaged = {"unet": pipeline.unet}, ("unet",)

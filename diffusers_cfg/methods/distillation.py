@@ -28,14 +28,14 @@ class GuidanceDistillation(GuidedMethod):
 
     config: DistillationConfig
 
-    def __init__(self, config: DistillationConfig, teacher: CFGPipeline):
+    def __init__(self, config: DistillationConfig, teacher: CFGPipeline) -> None:
         check_teacher(config, teacher.unet)
         self.config, self.teacher = config, teacher
         self.scheduler, self.student_steps = noise_process(teacher), config.student_steps
         self.max_guidance_scale = teacher.unet.max_guidance_scale or config.max_guidance_scale or 4.0
         teacher.unet.requires_grad_(False)
         torch.manual_seed(config.seed)
-        # diffusers annotates a tuple too, which it returns with `return_unused_kwargs` only.
+        # `from_config` is annotated to return a tuple as well, but does so only with `return_unused_kwargs`.
         student = cast(
             UNet2DCFGModel,
             UNet2DCFGModel.from_config(teacher.unet.config, max_guidance_scale=self.max_guidance_scale),
@@ -94,7 +94,7 @@ class GuidanceDistillation(GuidedMethod):
 
 def check_teacher(config: DistillationConfig, unet: UNet2DCFGModel) -> None:
     """Raise UserError if the settings do not fit the teacher."""
-    # diffusers annotates a tuple, which it returns with `return_unused_kwargs` only.
+    # `load_config` is annotated to return a tuple, but does so only with `return_unused_kwargs`.
     index = cast(dict[str, Any], CFGPipeline.load_config(config.teacher))
     teacher_scale = unet.max_guidance_scale
     if index["scheduler"][1] == "DDIMScheduler" and index["num_inference_steps"] != config.teacher_steps:
@@ -142,8 +142,8 @@ def few_step_target(
     """
     next_z = z
     for step in range(teacher_steps):
-        here, there = (torch.lerp(u, next_u, i / teacher_steps) for i in (step, step + 1))
-        next_z = ddim_step(scheduler, predict(next_z, scheduler.timestep(here)), next_z, here, there)
+        current, following = (torch.lerp(u, next_u, i / teacher_steps) for i in (step, step + 1))
+        next_z = ddim_step(scheduler, predict(next_z, scheduler.timestep(current)), next_z, current, following)
 
     # z' = α'x + σ'(z - αx)/σ, solved for x
     (alpha, sigma), (next_alpha, next_sigma) = (alpha_sigma(scheduler, level, z) for level in (u, next_u))

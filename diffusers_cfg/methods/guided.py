@@ -1,4 +1,4 @@
-"""Share the code of methods that sample with a `CFGPipeline`."""
+"""Define the base class of methods that sample with a `CFGPipeline`."""
 
 import json
 import re

@@ -16,8 +16,8 @@ from diffusers_cfg.settings import CFGConfig, ModelConfig, TrainConfig
 
 logger = logging.getLogger(__name__)
 
-# New models sample with DPM-Solver++. In the measured results no other sampler comes closer to the data, and the
-# paper's sampler is further away even with 256 steps.
+# New models sample with DPM-Solver++. In the measured results no other sampler comes closer to the data, not even
+# the paper's sampler with 256 steps.
 SOLVER, NUM_INFERENCE_STEPS = DPMSolverMultistepScheduler, 12
 
 
@@ -65,7 +65,7 @@ def new_pipeline(
 
 def noise_process(pipeline: CFGPipeline) -> LogSNRScheduler:
     """Return the noise process that a pipeline's scheduler was made from."""
-    # diffusers annotates a tuple too, which it returns with `return_unused_kwargs` only.
+    # `from_config` is annotated to return a tuple as well, but does so only with `return_unused_kwargs`.
     return cast(LogSNRScheduler, LogSNRScheduler.from_config(pipeline.scheduler.config))
 
 

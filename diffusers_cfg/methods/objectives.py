@@ -1,4 +1,4 @@
-"""Provide pure functions of tensors that methods share: label dropout, targets, errors, groups for the log."""
+"""Provide pure tensor functions that methods share: label dropout, targets, errors, losses by group."""
 
 from collections.abc import Sequence
 from itertools import pairwise

@@ -1,3 +1,5 @@
+"""Test the model card: its sections, its metadata, and the text of the author."""
+
 import json
 import re
 
@@ -126,7 +128,7 @@ def test_card_without_class_names_and_label_dropout(tmp_path):
 
 
 def test_code_in_the_card_runs(folder, monkeypatch):
-    """With a local folder instead of a repository."""
+    """Use a local folder instead of a repository."""
     _, text = parse(model_card(folder, str(folder)))
     blocks = re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL)
     assert len(blocks) == 2

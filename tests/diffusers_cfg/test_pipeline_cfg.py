@@ -533,7 +533,7 @@ def test_default_number_of_steps_is_the_pipelines(pipeline):
 
 @pytest.mark.slow
 def test_compiled_network_compiles_once_per_number_of_passes(pipeline, tmp_path):
-    """For all w, labels and steps. aot_eager traces the network as inductor does, but generates no code."""
+    """Vary w, labels and steps. aot_eager traces the network as inductor does, but generates no code."""
     torch._dynamo.reset()
     images = draw(pipeline, [0, 1], seeds=(0, 1))
     pipeline.unet = torch.compile(pipeline.unet, fullgraph=True, backend="aot_eager")
@@ -704,7 +704,7 @@ def test_scheduler_with_a_different_noise_process_is_refused(pipeline):
 
 @pytest.mark.parametrize("name", ["DDIMScheduler", "DDIMParallelScheduler"])
 def test_ddim_is_refused_if_its_steps_fall_short(pipeline, name):
-    """It steps by ⌊1000 / T⌋ timesteps even if its timesteps are farther apart, and never reaches the data."""
+    """DDIM steps by ⌊1000 / T⌋ timesteps even if its timesteps are spaced more widely, and never reaches the data."""
     pipeline.scheduler = getattr(diffusers, name).from_config(pipeline.scheduler.config)
     with pytest.raises(ValueError, match=r"cannot take 256 steps: it steps by 3.*num_inference_steps=250"):
         draw(pipeline, 0, num_inference_steps=256)

@@ -50,7 +50,7 @@ SKIP_BLOCKS = {
     "out_channels": 3,
     "down_block_types": ("SkipDownBlock2D", "AttnSkipDownBlock2D"),
     "up_block_types": ("AttnSkipUpBlock2D", "SkipUpBlock2D"),
-    "block_out_channels": (32, 64),  # these blocks have groups of their own
+    "block_out_channels": (32, 64),  # these blocks ignore `norm_num_groups`
     "norm_num_groups": 32,
     "time_embedding_type": "fourier",
 }
@@ -69,7 +69,7 @@ SKIP_BLOCKS = {
     ],
 )
 def test_matches_unet2dmodel_bit_for_bit(settings):
-    """Outputs and gradients with the same weights in memory, in evaluation and training mode."""
+    """Compare outputs and gradients with the same weights in memory, in evaluation and training mode."""
     unet = make_unet(**settings)
     stock = UNet2DModel.from_config(unet.config)
     assert isinstance(stock, UNet2DModel)

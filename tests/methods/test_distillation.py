@@ -57,10 +57,10 @@ def test_one_step_with_the_target_matches_the_teachers_steps(prediction_type, te
     target = few_step_target(scheduler, predict, z, u, next_u, teacher_steps)
     assert len(seen) == teacher_steps
     torch.testing.assert_close(seen[-1], u + (next_u - u) * (teacher_steps - 1) / teacher_steps)
-    levels, arrived = [*seen, next_u], z
-    for here, there in pairwise(levels):
-        arrived = ddim_step(scheduler, predict(arrived, scheduler.timestep(here)), arrived, here, there)
-    torch.testing.assert_close(ddim_step(scheduler, target, z, u, next_u), arrived)
+    levels, end = [*seen, next_u], z
+    for current, following in pairwise(levels):
+        end = ddim_step(scheduler, predict(end, scheduler.timestep(current)), end, current, following)
+    torch.testing.assert_close(ddim_step(scheduler, target, z, u, next_u), end)
     if teacher_steps == 1:
         torch.testing.assert_close(target, predict(z, scheduler.timestep(u)))
 
