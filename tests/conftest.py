@@ -1,4 +1,4 @@
-"""Provide fixtures for several folders of tests."""
+"""Provide fixtures that several folders of tests share."""
 
 import logging
 import os
@@ -35,26 +35,26 @@ def restore_process_state():
 
 @pytest.fixture
 def hub() -> Iterator[Hub]:
-    """A local server in place of the Hub."""
+    """Yield a local server in place of the Hub."""
     with Hub().serve() as hub:
         yield hub
 
 
 @pytest.fixture
 def unet() -> UNet2DCFGModel:
-    """A tiny network with random weights."""
+    """Return a tiny network with random weights."""
     return make_unet()
 
 
 @pytest.fixture
 def pipeline() -> CFGPipeline:
-    """A tiny pipeline with random weights."""
+    """Return a tiny pipeline with random weights."""
     return make_pipeline()
 
 
 @pytest.fixture(scope="session")
 def trained_model(tmp_path_factory) -> Path:
-    """The output folder of one tiny run of classifier-free guidance for all tests. Copy it to change it."""
+    """Return the output folder of a tiny run of classifier-free guidance. All tests share it: copy it to change it."""
     folder = tmp_path_factory.mktemp("trained") / "out"
     train(folder, "--conditioning_dropout_prob", "0.2")
     return folder

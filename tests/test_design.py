@@ -110,7 +110,7 @@ def test_no_module_imports_a_command():
 
 
 def test_imports_are_at_the_top_of_the_file():
-    """The exceptions are optional or slow, and not always needed."""
+    """Exceptions are imports that are optional, or slow and not always needed."""
     allowed = {"config": {"transformers.hf_argparser"}, "sources": {"sklearn.datasets"}}
     allowed["features"] = {"torch_fidelity.feature_extractor_inceptionv3"}
     for name, path in modules().items():
@@ -146,7 +146,7 @@ def test_libraries_are_imported_only_where_allowed(library, allowed):
 
 
 @pytest.mark.parametrize("name", ["methods/objectives.py", "evaluation/metrics.py"])
-def test_mathematics_are_pure_functions(name):
+def test_math_functions_are_pure(name):
     libraries = top_level(imported(PACKAGE / name)) - set(sys.stdlib_module_names)
     assert libraries <= {"torch", "diffusers", "diffusers_cfg"}
     assert [n for n in ast.parse((PACKAGE / name).read_text()).body if isinstance(n, ast.ClassDef)] == []

@@ -1,4 +1,4 @@
-"""Load the functions of a command from its script, as commands are run and never imported."""
+"""Load the functions of a command from its script, because commands are run and never imported."""
 
 import runpy
 from types import SimpleNamespace
