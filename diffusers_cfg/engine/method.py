@@ -124,17 +124,17 @@ class Method(ABC):
 
     @property
     def compiled(self) -> tuple[str, ...]:
-        """Names of the modules to compile with `--compile`. torch.compile does not support second derivatives."""
+        """The names of the modules to compile with `--compile`. torch.compile does not support second derivatives."""
         return tuple(self.modules)
 
     @property
     def sample_shape(self) -> tuple[int, int, int]:
-        """Shape of a sample, `(channels, height, width)`: of an image, or of its latents."""
+        """The shape of a sample, `(channels, height, width)`: of an image, or of its latents."""
         return self.pipeline.sample_shape
 
     @property
     def image_channels(self) -> int:
-        """Number of channels of the images, before an autoencoder encodes them."""
+        """The number of channels of the images, before an autoencoder encodes them."""
         return self.pipeline.image_shape[0]
 
     def optimizer(self, objective: Objective) -> torch.optim.Optimizer:

@@ -14,7 +14,7 @@ from typing import Self
 
 from diffusers_cfg.config import CommandError
 
-# The exit code that makes HTCondor resume a job.
+# The exit code with which a job asks HTCondor to resume it.
 EXIT_RESUME = 85
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 

@@ -53,7 +53,7 @@ class TrainState:
 
     @property
     def num_parameters(self) -> int:
-        """Number of parameters of all modules."""
+        """The number of parameters of all modules."""
         return sum(parameter.numel() for module in self.modules.values() for parameter in module.parameters())
 
 
