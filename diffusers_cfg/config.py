@@ -93,7 +93,7 @@ class Config:
         """Check combinations of settings. Raise UserError."""
 
     @classmethod
-    def underlying(cls, values: Mapping[str, Any]) -> dict[str, Any]:
+    def derived_defaults(cls, values: Mapping[str, Any]) -> dict[str, Any]:
         """Return defaults that depend on other settings. The YAML file and the flags override them."""
         return {}
 
@@ -277,8 +277,8 @@ def parse_config(cls: type[C], argv: list[str] | None = None) -> C:
     required = [setting.name for setting in fields(cls) if is_required(setting)]
     if missing := [f"--{name}" for name in required if values[name] is None]:
         parser.error(f"the following arguments are required: {', '.join(missing)}")
-    if underlying := cls.underlying(values):
-        parser.set_defaults(**{**underlying, **in_file})
+    if derived := cls.derived_defaults(values):
+        parser.set_defaults(**{**derived, **in_file})
         values = vars(parser.parse_args(argv))
     values.pop("config", None)
     flags = {arg.removeprefix("--").split("=")[0].replace("-", "_") for arg in argv if arg.startswith("--")}

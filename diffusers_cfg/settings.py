@@ -256,7 +256,7 @@ class TrainConfig(HubConfig, RunConfig, OptimizationConfig, ModelConfig, DataCon
             )
 
     @classmethod
-    def underlying(cls, values: Mapping[str, Any]) -> dict[str, Any]:
+    def derived_defaults(cls, values: Mapping[str, Any]) -> dict[str, Any]:
         """Return the settings for the built-in digits if no dataset is given."""
         names_data = values["dataset_name"] is not None or values["train_data_dir"] is not None
         return {} if names_data else DIGITS
@@ -335,7 +335,7 @@ class DistillationConfig(CFGConfig):
             )
 
     @classmethod
-    def underlying(cls, values: Mapping[str, Any]) -> dict[str, Any]:
+    def derived_defaults(cls, values: Mapping[str, Any]) -> dict[str, Any]:
         """Return the teacher's data and optimization settings if its folder contains a train_config.yaml."""
         path, settings = Path(values["teacher"]) / CONFIG_FILE, {}
         if path.is_file():
@@ -343,7 +343,7 @@ class DistillationConfig(CFGConfig):
             shared = {f.name for part in (DataConfig, OptimizationConfig) for f in fields(part)}
             settings = {n: v for n, v in of_teacher.items() if n in shared | {"conditioning_dropout_prob"}}
         values = {**values, **{n: v for n, v in settings.items() if values.get(n) is None}}
-        return {**super().underlying(values), **settings, "pretrained_model_name_or_path": values["teacher"]}
+        return {**super().derived_defaults(values), **settings, "pretrained_model_name_or_path": values["teacher"]}
 
     @classmethod
     def check_given(cls, values: Mapping[str, Any], flags: set[str], in_file: set[str]) -> None:

@@ -156,21 +156,3 @@ def test_guidance_rule_is_written_once():
     rule = re.compile(r"\(1 \+ \w+\) \* ")
     files = [*modules().values(), *commands().values()]
     assert [path.name for path in files if rule.search(path.read_text(encoding="utf-8"))] == ["pipeline_cfg.py"]
-
-
-def test_documents_name_existing_tests_and_files():
-    documents = {name: (ROOT / name).read_text(encoding="utf-8") for name in ("README.md", "training/EXACTNESS.md")}
-    sources = {path: path.read_text(encoding="utf-8") for path in (ROOT / "tests").rglob("*.py")}
-    for name, text in documents.items():
-        for file, test in re.findall(r"`(?:tests/)?([\w/]+\.py)::(test_\w+)`", text):
-            assert f"def {test}(" in sources[ROOT / "tests" / file], f"{name}: {file}::{test}"
-        for test in re.findall(r"`(test_\w+)`", text):
-            assert any(f"def {test}(" in source for source in sources.values()), f"{name}: {test}"
-        for path in re.findall(r"(?<![\w/])((?:training|tests|diffusers_cfg|\.github)/[\w./-]+\w)", text):
-            assert (ROOT / path).exists(), f"{name}: {path}"
-
-
-def test_ci_runs_the_command_in_the_readme():
-    commands = re.findall(r"^(python -m venv .*pytest.*)$", (ROOT / "README.md").read_text(), flags=re.MULTILINE)
-    assert len(commands) == 1
-    assert commands[0] in (ROOT / ".ci" / "run").read_text()

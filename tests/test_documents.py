@@ -101,11 +101,14 @@ def test_flags_in_the_prose_exist(capsys):
         assert set(re.findall(r"(?<![\w-])--[a-z][a-z0-9_-]*", inline)) <= known, document.name
 
 
-def test_named_tests_exist():
-    named = re.findall(r"\[`(test_\w+)`\]\(\.\./(tests/[\w/]+\.py)\)", (TRAINING / "RUNNING.md").read_text("utf-8"))
-    assert len(named) > 10
-    for name, path in named:
-        assert f"def {name}(" in (ROOT / path).read_text(encoding="utf-8"), f"{path}::{name}"
+def test_named_tests_and_files_exist():
+    sources = {path: path.read_text(encoding="utf-8") for path in (ROOT / "tests").rglob("*.py")}
+    for document in DOCUMENTS:
+        text = document.read_text(encoding="utf-8")
+        for name, path in re.findall(r"\[`(test_\w+)`\]\(([\w./]+\.py)\)", text):
+            assert f"def {name}(" in sources[(document.parent / path).resolve()], f"{document.name}: {name}"
+        for path in re.findall(r"(?<![\w/.])((?:training|tests|diffusers_cfg|\.github)/[\w./-]+\w)", prose(document)):
+            assert (ROOT / path).exists() or "NAME" in path, f"{document.name}: {path}"
 
 
 def test_the_python_blocks_run(trained_model, tmp_path, monkeypatch):

@@ -130,7 +130,7 @@ def check_unreadable(unreadable: Iterable[str], num_images: int, max_unreadable_
         )
 
 
-def warn_of_unreadable(unreadable: set[str]) -> None:
+def warn_about_unreadable(unreadable: set[str]) -> None:
     """Log the number of unreadable images and the first of their names, if there are any."""
     if unreadable:
         logger.warning("%d images could not be read: %s", len(unreadable), ", ".join(sorted(unreadable)[:20]))
@@ -269,7 +269,7 @@ class StreamedImages(IterableDataset):
         """Return a human-readable name for an item that a worker was processing."""
         return item
 
-    def used(self, batch: ImageBatch) -> None:
+    def mark_used(self, batch: ImageBatch) -> None:
         """Record that this process has used a batch. Every process must call it for each of its batches."""
         assert batch.reached is not None
         stream, position = batch.reached

@@ -23,7 +23,7 @@ from diffusers_cfg.data.datasets import (
     check_unreadable,
     fingerprint,
     identity_collate,
-    warn_of_unreadable,
+    warn_about_unreadable,
 )
 from diffusers_cfg.files import digest, write_safetensors
 from diffusers_cfg.randomness import seed_of
@@ -134,7 +134,7 @@ def cache_latents(
         ) from error
     unreadable = {name for entry in metadata for name in json.loads(entry["unreadable"])}
     check_unreadable(unreadable, len(dataset), config.max_unreadable_fraction)
-    warn_of_unreadable(unreadable)
+    warn_about_unreadable(unreadable)
     return CachedLatents(tensors)
 
 

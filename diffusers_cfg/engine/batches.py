@@ -18,7 +18,7 @@ from diffusers_cfg.data.datasets import (
     StreamedImages,
     check_unreadable,
     identity_collate,
-    warn_of_unreadable,
+    warn_about_unreadable,
 )
 from diffusers_cfg.data.latents import LatentBatch
 from diffusers_cfg.data.order import GlobalBatchSampler
@@ -65,7 +65,7 @@ class StepBatches:
         for step in self.steps:
             yield [self._batch(self._next(), step, micro_step) for micro_step in range(self.accumulation)]
         self.close()
-        warn_of_unreadable(self.unreadable)
+        warn_about_unreadable(self.unreadable)
 
     def close(self) -> None:
         """
@@ -117,7 +117,7 @@ class StepBatches:
             raise UserError(str(error).strip().rpartition("UserError: ")[2]) from None
         self.wait += time.perf_counter() - started
         if self.stream is not None:
-            self.stream.used(images)
+            self.stream.mark_used(images)
         self.seen += len(images.class_labels) + len(images.unreadable)
         if images.unreadable:
             self.unreadable.update(images.unreadable)

@@ -71,6 +71,8 @@ class ClassifierFreeGuidance(GuidedMethod):
             )
             gains.append(wrong_error - error)
         gain = torch.cat(gains)
+        if len(gain) < 2:  # no standard error
+            return {}
         standard_errors = (gain.mean() / (gain.std() / len(gain) ** 0.5)).item()
         if standard_errors < 3:
             logger.warning(

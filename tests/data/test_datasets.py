@@ -20,7 +20,7 @@ from diffusers_cfg.data.datasets import (
     num_images,
     stack_images,
     training_dataset,
-    warn_of_unreadable,
+    warn_about_unreadable,
 )
 from diffusers_cfg.data.decoding import to_array
 from diffusers_cfg.data.sources import Digits, LabelledImages, load_labelled_images
@@ -158,9 +158,9 @@ def test_unreadable_images_are_allowed_up_to_a_fraction():
 
 
 def test_unreadable_images_are_logged(caplog):
-    warn_of_unreadable(set())
+    warn_about_unreadable(set())
     assert caplog.messages == []
-    warn_of_unreadable({"b", "a"})
+    warn_about_unreadable({"b", "a"})
     assert caplog.messages == ["2 images could not be read: a, b"]
 
 

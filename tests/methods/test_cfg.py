@@ -10,15 +10,18 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from diffusers_cfg import CFGPipeline, UNet2DCFGModel
-from diffusers_cfg.config import UserError
+from diffusers_cfg.config import UserError, parse_config
 from diffusers_cfg.data import sources
 from diffusers_cfg.data.datasets import stack_images
 from diffusers_cfg.data.order import GlobalBatchSampler
 from diffusers_cfg.data.sources import Digits
+from diffusers_cfg.engine.batches import probe_batches
+from diffusers_cfg.engine.method import Batch
 from diffusers_cfg.methods import cfg
 from diffusers_cfg.methods.networks import build_unet
 from diffusers_cfg.randomness import Draws
-from tests.support.runs import WEIGHTS, scalars, train
+from diffusers_cfg.settings import CFGConfig
+from tests.support.runs import TINY, WEIGHTS, scalars, train
 
 
 @pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction", "sample"])
@@ -126,3 +129,14 @@ def test_network_that_ignores_its_labels_is_reported(tmp_path, caplog):
         assert ("does not predict better with correct labels" in caplog.text) == (kind == "shuffled")
     assert gains["right"] > 5
     assert gains["shuffled"] < 3
+
+
+def test_probe_of_a_single_image_returns_nothing():
+    """A single image has no standard error."""
+    config = parse_config(CFGConfig, TINY)
+    method = cfg.ClassifierFreeGuidance.build(config, Digits())
+    images = stack_images(Digits(), config, 1, show_progress=False)
+    batches = list(probe_batches(config, method, images, torch.device("cpu")))
+    one = Batch(batches[0].x[:1], batches[0].class_labels[:1], Draws(0, 0, range(1), 1), 0)
+    assert method.probe([one]) == {}
+    assert math.isfinite(method.probe(batches)["label_gain"])

@@ -183,5 +183,5 @@ def numbers_of(images: StreamedImages, num_batches: int) -> list[int]:
     for batch in islice(loader, num_batches):
         assert (batch.images[:, 0, 0, 0] % 2 == batch.class_labels).all()
         numbers += batch.images[:, 0, 0, 0].tolist()
-        images.used(batch)
+        images.mark_used(batch)
     return numbers
