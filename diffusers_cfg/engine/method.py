@@ -1,9 +1,15 @@
 """Define the interface of a training method: its modules, its losses, and what it samples and saves.
 
 The engine provides the rest for all methods: batches, random numbers, accumulation, gradient clipping, skipping of
-non-finite steps, EMA weights, checkpoints, exact resume, logging, samples and publishing. A method is a file such as
+non-finite steps, EMA weights, checkpoints, exact resume, logging, samples and publishing. A complete method:
+
+    @dataclass(frozen=True, kw_only=True)
+    class DenoiserConfig(TrainConfig):
+        antithetic: bool = recorded(False, "Draw the times of a batch in antithetic pairs.")
 
     class Denoiser(Method):
+        needs_labels = False
+
         def __init__(self, config, pipeline):
             self.config, self.pipeline = config, pipeline
             self.modules, self.averaged = {"unet": pipeline.unet}, ("unet",)  # not copies of the pipeline's modules
@@ -11,17 +17,21 @@ non-finite steps, EMA weights, checkpoints, exact resume, logging, samples and p
 
         @classmethod
         def build(cls, config, images):
-            return cls(config, build_pipeline(config, images))
+            unet = build_unet(config, None, images.channels, num_classes=1)
+            return cls(config, CFGPipeline(unet, LogSNRScheduler(prediction_type="epsilon")))
 
         def loss(self, networks, batch):
-            noise = batch.draws.normal("noise", *batch.x.shape[1:])  # draws with different names are independent
-            t = self.pipeline.scheduler.timestep(batch.draws.uniform("time"))
-            z = self.pipeline.scheduler.add_noise(batch.x, noise, t)
-            return Terms(squared_error(networks["unet"](z, t, batch.class_labels).sample, noise))
+            draws, scheduler = batch.draws, self.pipeline.scheduler
+            u = draws.antithetic("time") if self.config.antithetic else draws.uniform("time")
+            noise = draws.normal("noise", *batch.x.shape[1:])  # draws with different names are independent
+            z = scheduler.add_noise(batch.x, noise, scheduler.timestep(u))
+            return Terms(squared_error(networks["unet"](z, scheduler.timestep(u)).sample, noise))
 
-with a subclass of `TrainConfig` for its settings, each declared with `fixed`, `recorded` or `free`, and a command that
-calls `Trainer(parse_config(DenoiserConfig), Denoiser).run()`. A method must move networks that are not in its `modules`
-to the device of the batch.
+        def example(self):
+            return 'pipe(class_labels=-1, guidance_scale=-1.0).images[0].save("sample.png")'  # without a class
+
+A command trains it with `Trainer(parse_config(DenoiserConfig), Denoiser).run()`. A method must move networks that are
+not in its `modules` to the device of the batch.
 """
 
 import re

@@ -42,7 +42,7 @@ class Plan:
 
 def make_plan(config: TrainConfig, num_processes: int, accumulation: int, dataset: Dataset) -> Plan:
     """
-    Return the length of a run.
+    Return the length of a run. Warn if the warmup is longer.
 
     Raises:
         UserError: if a step has more images than the dataset, or the length depends on an unknown number of images.
@@ -59,6 +59,13 @@ def make_plan(config: TrainConfig, num_processes: int, accumulation: int, datase
         if available is None:
             raise UserError("The dataset does not report its number of images. Pass --max_train_steps.")
         total_steps = config.num_train_epochs * available // batch_size
+    if config.lr_scheduler != "constant" and config.lr_warmup_steps >= total_steps:
+        logger.warning(
+            "--lr_warmup_steps is %d, but the run has only %d steps, so it ends before the learning rate reaches "
+            "--learning_rate. Lower --lr_warmup_steps.",
+            config.lr_warmup_steps,
+            total_steps,
+        )
     return Plan(available, batch_size, accumulation, total_steps)
 
 

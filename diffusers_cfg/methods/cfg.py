@@ -77,7 +77,7 @@ class ClassifierFreeGuidance(GuidedMethod):
         if standard_errors < 3:
             logger.warning(
                 "The network does not predict better with correct labels than with wrong labels (difference: %.1f "
-                "standard errors). Early in a run this is normal. Later, check that --label_column matches the images.",
+                "standard errors). Early in a run this is normal. Later, check that the labels match the images.",
                 standard_errors,
             )
         return {"label_gain": standard_errors}

@@ -63,3 +63,9 @@ def test_too_little_disk_space_raises_before_the_first_step(tmp_path, monkeypatc
 def test_dry_run_raises_the_errors_of_the_run(tmp_path):
     with pytest.raises(UserError, match="1797 images, but a step needs 2000"):
         train(tmp_path / "out", "--dry_run", "--train_batch_size", "2000")
+
+
+@pytest.mark.parametrize(("flags", "warns"), [(["--lr_warmup_steps", "4"], True), (["--lr_warmup_steps", "3"], False)])
+def test_warmup_longer_than_the_run_is_reported(tmp_path, caplog, flags, warns):
+    train(tmp_path / "out", "--dry_run", *flags)
+    assert ("--lr_warmup_steps is 4, but the run has only 4 steps" in caplog.text) == warns

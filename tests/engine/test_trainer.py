@@ -5,6 +5,8 @@ import logging
 import re
 import shutil
 from pathlib import Path
+from textwrap import dedent
+from typing import Any
 
 import pytest
 import torch
@@ -16,6 +18,7 @@ from diffusers_cfg.config import UserError
 from diffusers_cfg.data import sources
 from diffusers_cfg.data.sources import Digits
 from diffusers_cfg.engine import log
+from diffusers_cfg.engine import method as method_module
 from diffusers_cfg.engine.checkpoint import checkpoints
 from diffusers_cfg.engine.method import Objective, Terms
 from diffusers_cfg.methods.cfg import ClassifierFreeGuidance
@@ -73,6 +76,27 @@ def test_printed_code_runs_for_any_class_name_and_student(tmp_path, monkeypatch,
     assert "guidance_scale=0.25)" in printed
     run_printed_code(printed)
     assert Image.open("a-zero-.png").size == (8, 8)
+
+
+def test_documented_method_trains(tmp_path, monkeypatch, capsys):
+    """The method in the docstring of `engine.method` runs as it stands, on data without labels."""
+    monkeypatch.chdir(tmp_path)
+    imports = """
+        from dataclasses import dataclass
+        from diffusers_cfg import CFGPipeline, LogSNRScheduler
+        from diffusers_cfg.config import recorded
+        from diffusers_cfg.engine.method import Method, Objective, Terms
+        from diffusers_cfg.methods.networks import build_unet
+        from diffusers_cfg.methods.objectives import squared_error
+        from diffusers_cfg.settings import TrainConfig
+    """
+    source = method_module.__doc__ or ""
+    source = source[source.index("    @dataclass") : source.index("A command trains it")]
+    namespace: dict[str, Any] = {"__name__": "documented"}
+    exec(dedent(imports) + dedent(source), namespace)
+    train(Path("out"), "--antithetic", method=namespace["Denoiser"], config_class=namespace["DenoiserConfig"])
+    run_printed_code(capsys.readouterr().out)
+    assert Image.open("sample.png").size == (8, 8)
 
 
 @pytest.mark.parametrize(

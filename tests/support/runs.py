@@ -17,18 +17,18 @@ from diffusers_cfg.engine.trainer import Trainer
 from diffusers_cfg.evaluation.in_training import training_evaluation
 from diffusers_cfg.methods.cfg import ClassifierFreeGuidance
 from diffusers_cfg.methods.distillation import GuidanceDistillation
-from diffusers_cfg.settings import CFGConfig, DistillationConfig
+from diffusers_cfg.settings import CFGConfig, DistillationConfig, TrainConfig
 
 ROOT = Path(__file__).parents[2]
 TRAINING = ROOT / "training"
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 NETWORK = ["--block_out_channels", "8", "16"]
-SETTINGS = [
+SHARED = [
     "--train_batch_size", "8", "--max_train_steps", "4", "--lr_warmup_steps", "1",
     "--learning_rate", "1e-3", "--checkpointing_steps", "2", "--validation_steps", "0", "--num_inference_steps", "2",
-    "--validation_guidance_scales", "0", "1", "--logging_steps", "1", "--report_to", "none",
-    "--checkpoints_total_limit", "9",
+    "--logging_steps", "1", "--report_to", "none", "--checkpoints_total_limit", "9",
 ]  # fmt: skip
+SETTINGS = [*SHARED, "--validation_guidance_scales", "0", "1"]
 TINY = [*NETWORK, *SETTINGS]
 # Logged values that depend on time and differ between equal runs
 TIMES = {"images_per_second", "data_wait"}
@@ -44,12 +44,15 @@ def train(
     output_dir: Path,
     *argv: str,
     method: type[Method] = ClassifierFreeGuidance,
+    config_class: type[TrainConfig] = CFGConfig,
     preemption: Preemption | None = None,
-) -> CFGConfig:
+) -> TrainConfig:
     """Train a method, by default classifier-free guidance, with the flags of `TINY` followed by `argv`."""
     reset_accelerate()
     tiny = SETTINGS if "--pretrained_model_name_or_path" in argv else TINY
-    config = parse_config(CFGConfig, [*tiny, "--output_dir", str(output_dir), *argv])
+    if not issubclass(config_class, CFGConfig):
+        tiny = [*NETWORK, *SHARED]
+    config = parse_config(config_class, [*tiny, "--output_dir", str(output_dir), *argv])
     Trainer(config, method, preemption, training_evaluation).run()
     return config
 

@@ -1,36 +1,34 @@
 """Record and load the losses and gradient norms of each method's first steps, to detect unintended changes.
 
-python -m tests.support.trajectories    # records them again, after an intended change
+python -m tests.support.trajectories [NAME …]    # records all, or the named ones, after an intended change
 """
 
 import json
+import sys
 import tempfile
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
-from diffusers_cfg.engine.method import Method
-from diffusers_cfg.methods.cfg import ClassifierFreeGuidance
-from diffusers_cfg.methods.distillation import GuidanceDistillation
 from tests.support.runs import distill, scalars, train
 from tests.support.toys import Adversarial, Unlabelled
 
 FOLDER = Path(__file__).parent / "trajectories"
 TEACHER = Path(__file__).parent / "models-573b54d" / "plain"
 STEPS = 20
-METHODS: dict[str, type[Method]] = {
-    "cfg": ClassifierFreeGuidance,
-    "distillation": GuidanceDistillation,
-    "adversarial": Adversarial,
-    "unlabelled": Unlabelled,
+# A function `(output_dir, *argv)` that trains each method. `config_class` gives settings other than CFGConfig.
+METHODS: dict[str, Callable] = {
+    "cfg": train,
+    "distillation": partial(distill, TEACHER),
+    "adversarial": partial(train, method=Adversarial),
+    "unlabelled": partial(train, method=Unlabelled),
 }
 
 
 def train_trajectory(name: str, output_dir: Path, *argv: str) -> None:
     """Train a method for the steps of its trajectory, and log every step."""
     flags = ["--max_train_steps", str(STEPS), "--checkpointing_steps", "10", "--report_to", "tensorboard", *argv]
-    if name == "distillation":
-        distill(TEACHER, output_dir, *flags)
-    else:
-        train(output_dir, *flags, method=METHODS[name])
+    METHODS[name](output_dir, *flags)
 
 
 def trajectory_of(output_dir: Path) -> dict[str, dict[int, float]]:
@@ -50,9 +48,9 @@ def expected(name: str) -> dict[str, dict[int, float]]:
 
 
 def main() -> None:
-    """Record the trajectories of all methods."""
+    """Record the trajectories of all methods, or of those that the arguments name."""
     FOLDER.mkdir(exist_ok=True)
-    for name in METHODS:
+    for name in sys.argv[1:] or METHODS:
         with tempfile.TemporaryDirectory() as folder:
             train_trajectory(name, Path(folder) / "out")
             trajectory = trajectory_of(Path(folder) / "out")
