@@ -34,7 +34,7 @@ def dropout_table(records: dict[float, dict[str, Any]]) -> str:
     return f"{table(['w', *names], rows)}\n\n{caption(first)}\n"
 
 
-def draw_tradeoff(records: dict[float, dict[str, Any]], path: Path) -> None:
+def plot_tradeoff(records: dict[float, dict[str, Any]], path: Path) -> None:
     """Plot Fréchet distance against inception score, a curve for each p_uncond, as in figure 1 of the paper."""
     figure = new_figure()
     (axis,) = figure.axes
@@ -134,7 +134,7 @@ def samplers_table(record: dict[str, Any]) -> str:
     )
 
 
-def draw_quality(record: dict[str, Any], path: Path) -> None:
+def plot_quality(record: dict[str, Any], path: Path) -> None:
     """Plot Fréchet distance against network evaluations, a line for each sampler, dashed with a guidance interval."""
     lines: dict[tuple[str, str], list[dict[str, Any]]] = {}
     for row in sorted(record["rows"], key=lambda row: row["network_evaluations"]):

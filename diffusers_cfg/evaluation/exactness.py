@@ -11,7 +11,7 @@ from accelerate import Accelerator
 from diffusers import DDIMScheduler, UniPCMultistepScheduler
 
 from diffusers_cfg import CFGPipeline, UNet2DCFGModel
-from diffusers_cfg.evaluation.grids import draw_grid
+from diffusers_cfg.evaluation.grids import make_grid
 from diffusers_cfg.evaluation.measure import measure
 from diffusers_cfg.evaluation.mixture import (
     GaussianMixtureModel,
@@ -231,7 +231,7 @@ def rules(
         cells = [*(f"{row[metric]:.3f}" for metric in metrics), f"{saturated(fake):.3f}", f"{drawn[0][1]:.0f}"]
         rows.append([name, *cells])
         tiles.append(fake[: len(id2label)] / 255)
-    draw_grid(torch.stack(tiles), list(calls), list(id2label.values())).save(output_dir / "rules.png")
+    make_grid(torch.stack(tiles), list(calls), list(id2label.values())).save(output_dir / "rules.png")
     header = ["rule", "Fréchet distance", *metrics[1:], "saturated", "evaluations per image"]
     return (
         f"## Rules at w = {guidance_scale:g} on {Path(model).name}\n\n{num_samples} samples, {num_inference_steps} "

@@ -37,14 +37,14 @@ def sample_grid(
             output_type="pt",
         ).images
     images = accelerator.gather(images.to(accelerator.device).contiguous())[: len(jobs)].cpu()
-    return draw_grid(
+    return make_grid(
         images.unflatten(0, (len(classes), len(guidance_scales))),
         rows=[pipeline.id2label.get(class_id, str(class_id)) for class_id in classes],
         columns=[f"w = {w:g}" for w in guidance_scales],
     )
 
 
-def draw_grid(images: torch.Tensor, rows: list[str], columns: list[str], min_size: int = 64) -> Image.Image:
+def make_grid(images: torch.Tensor, rows: list[str], columns: list[str], min_size: int = 64) -> Image.Image:
     """
     Arrange images in a grid with captions.
 

@@ -123,7 +123,7 @@ def caption(record: dict[str, Any], sampling: str | None = None) -> str:
     )
 
 
-def draw_curves(record: dict[str, Any], path: Path) -> None:
+def plot_curves(record: dict[str, Any], path: Path) -> None:
     """Plot Fréchet distance and inception score (or class accuracy) against w, and against each other."""
     results, names, floor = record["results"], record["metric_names"], record["floor"]
     quality = next((metric for metric in ("inception_score", "class_accuracy") if metric in results[0]), "precision")
@@ -161,7 +161,7 @@ def write_report(output_dir: Path, record: dict[str, Any], feature_extractor: st
     record = {**record, "metric_names": names, "best": best_scales(record["results"], names)}
     write_json(record, output_dir / "metrics.json")
     write_text(sweep_table(record), output_dir / "metrics.md")
-    draw_curves(record, output_dir / "curves.png")
+    plot_curves(record, output_dir / "curves.png")
     return record
 
 

@@ -11,7 +11,7 @@ from PIL import Image
 
 from diffusers_cfg import CFGPipeline
 from diffusers_cfg.config import UserError
-from diffusers_cfg.evaluation.grids import draw_grid
+from diffusers_cfg.evaluation.grids import make_grid
 from diffusers_cfg.files import atomic_write
 
 # Images per shard. A killed process loses at most one shard.
@@ -109,7 +109,7 @@ def write_grid(samples: SampleSet, folder: Path, pipeline: CFGPipeline) -> None:
     columns = min(10, len(images))
     padding = torch.ones(-len(images) % columns, *images.shape[1:])
     rows = torch.cat([images, padding]).unflatten(0, (-1, columns))
-    draw_grid(rows, [str(row * columns) for row in range(len(rows))], [""] * columns).save(folder / "grid.png")
+    make_grid(rows, [str(row * columns) for row in range(len(rows))], [""] * columns).save(folder / "grid.png")
 
 
 def write_npz(samples: SampleSet, folder: Path, pipeline: CFGPipeline) -> None:

@@ -16,7 +16,7 @@ from diffusers_cfg.config import UserError
 from diffusers_cfg.data.datasets import training_dataset
 from diffusers_cfg.data.naming import local_name
 from diffusers_cfg.data.sources import LabelledImages, load_labelled_images
-from diffusers_cfg.evaluation.grids import draw_grid
+from diffusers_cfg.evaluation.grids import make_grid
 from diffusers_cfg.evaluation.measure import measure, measure_floor
 from diffusers_cfg.evaluation.reports import write_report
 from diffusers_cfg.evaluation.sample_sets import SampleSet, claim_folder
@@ -83,7 +83,7 @@ def run_sweep(config: EvaluationConfig, accelerator: Accelerator) -> dict[str, A
     record = write_report(output_dir, {**record, "results": results}, config.feature_extractor)
     columns = [id2label[class_id] for class_id in class_labels[: min(pipeline.unet.num_classes, 10)].tolist()]
     rows = [samples.first_images(len(columns)) for samples in sets.values()]
-    draw_grid(torch.stack(rows), [f"w = {w:g}" for w in sets], columns).save(output_dir / "grid.png")
+    make_grid(torch.stack(rows), [f"w = {w:g}" for w in sets], columns).save(output_dir / "grid.png")
     return record
 
 

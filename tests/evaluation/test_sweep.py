@@ -73,7 +73,7 @@ def evaluate(statistics_dir) -> Callable[..., list[dict]]:
 
     def evaluate(model: Path | str, output_dir: Path, *argv: str) -> list[dict]:
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(reports, "draw_curves", lambda *_: None)
+            patch.setattr(reports, "plot_curves", lambda *_: None)
             return run_sweep(config_of(model, output_dir, statistics_dir, *argv), Accelerator(cpu=True))["results"]
 
     return evaluate
@@ -288,7 +288,7 @@ def test_extractor_without_classes_gives_no_class_metrics(abc, tmp_path, evaluat
     flags = ["--train_data_dir", abc[1], "--feature_extractor", "dinov2", "--guidance_scales", "0"]
     (row,) = evaluate(abc[0], tmp_path / "out", *flags)
     assert {"inception_score", "class_accuracy"} & row.keys() == set()
-    reports.draw_curves(json.loads((tmp_path / "out" / "metrics.json").read_text()), tmp_path / "curves.png")
+    reports.plot_curves(json.loads((tmp_path / "out" / "metrics.json").read_text()), tmp_path / "curves.png")
 
 
 def test_only_inception_metrics_are_called_fid_kid_and_is():

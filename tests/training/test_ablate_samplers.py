@@ -74,7 +74,7 @@ def ablate(tmp_path: Path, *argv: str, models: tuple[str, ...] = ("teacher",)) -
 def fake_sweeps(monkeypatch):
     """Replace sweeps by invented records, without figures."""
     monkeypatch.setattr("diffusers_cfg.evaluation.sweep.run_sweep", fake_sweep)
-    monkeypatch.setattr("diffusers_cfg.evaluation.reports.draw_curves", lambda *_: None)
+    monkeypatch.setattr("diffusers_cfg.evaluation.reports.plot_curves", lambda *_: None)
 
 
 SAMPLERS = ["--samplers", "LogSNRScheduler:4,8", "DDIMScheduler:2,4"]
@@ -201,7 +201,7 @@ def test_models_with_the_same_name_raise(tmp_path):
 
 def test_comparison_end_to_end(trained_model, tmp_path, monkeypatch):
     monkeypatch.setattr(features.train_classifier, "__defaults__", (30, 64))
-    monkeypatch.setattr("diffusers_cfg.evaluation.reports.draw_curves", lambda *_: None)
+    monkeypatch.setattr("diffusers_cfg.evaluation.reports.plot_curves", lambda *_: None)
     out, name = tmp_path / "out", trained_model.name
     same = ["--model", str(trained_model), "--num_samples", "20", "--statistics_dir", str(tmp_path / "statistics")]
     samplers = ["--samplers", "LogSNRScheduler:3", "DDIMScheduler:2", "--guidance_interval", "0.001", "5"]

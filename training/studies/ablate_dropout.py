@@ -57,7 +57,7 @@ def main(argv: list[str] | None = None) -> None:
     # Imported here so that --help and flag errors do not wait for torch.
     from diffusers_cfg.engine.accelerator import make_accelerator
     from diffusers_cfg.engine.trainer import Trainer
-    from diffusers_cfg.evaluation.ablations import draw_tradeoff, dropout_table
+    from diffusers_cfg.evaluation.ablations import dropout_table, plot_tradeoff
     from diffusers_cfg.evaluation.in_training import training_evaluation
     from diffusers_cfg.evaluation.reports import write_text
     from diffusers_cfg.evaluation.sweep import run_sweep
@@ -73,7 +73,7 @@ def main(argv: list[str] | None = None) -> None:
     if accelerator.is_main_process:
         output_dir, text = Path(args.output_dir), dropout_table(records)
         write_text(text, output_dir / "table.md")
-        draw_tradeoff(records, output_dir / "curves.png")
+        plot_tradeoff(records, output_dir / "curves.png")
         print(text)
 
 

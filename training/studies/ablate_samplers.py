@@ -66,7 +66,7 @@ def main(argv: list[str] | None = None) -> None:
     configs = configs_of(args, evaluation_argv)
     # Imported here so that --help and flag errors do not wait for torch.
     from diffusers_cfg.engine.accelerator import make_accelerator
-    from diffusers_cfg.evaluation.ablations import check_settings, combine, draw_quality, samplers_table
+    from diffusers_cfg.evaluation.ablations import check_settings, combine, plot_quality, samplers_table
     from diffusers_cfg.evaluation.reports import write_json, write_text
     from diffusers_cfg.evaluation.sweep import run_sweep
 
@@ -78,7 +78,7 @@ def main(argv: list[str] | None = None) -> None:
         write_json(record, output_dir / "samplers.json")
         text = samplers_table(record)
         write_text(text, output_dir / "table.md")
-        draw_quality(record, output_dir / "curves.png")
+        plot_quality(record, output_dir / "curves.png")
         print(text)
 
 
