@@ -64,6 +64,7 @@ def run_in_terminal(command: list[str], cwd: Path, env: dict[str, str]) -> str:
 def test_training_prints_no_messages_of_other_libraries(tmp_path, terminal):
     """Use a new home folder, like a user who runs the first command in the README."""
     command = [sys.executable, str(TRAINING / "train_cfg.py"), "--max_train_steps", "60", "--validation_steps", "30"]
+    command += ["--lr_warmup_steps", "10"]
     env = {"HOME": str(tmp_path), "PATH": os.environ["PATH"], "LANG": "C.UTF-8"}
     if terminal:
         printed = run_in_terminal(command, tmp_path, env)
@@ -79,9 +80,8 @@ def test_training_prints_no_messages_of_other_libraries(tmp_path, terminal):
     assert [line for line in lines if "INFO " in line[1:]] == []  # above the progress bar and not inside it
     assert any(line.startswith("Training: 100%") for line in lines) == terminal
     assert any(line.startswith("INFO step 60 of 60") for line in lines) != terminal
-    assert (
-        list(tmp_path.rglob("matplotlib")) == []
-    )  # Its import would build a font cache, and print a message on slow machines.
+    # Importing matplotlib would build a font cache, and print a message on slow machines.
+    assert list(tmp_path.rglob("matplotlib")) == []
 
 
 @pytest.fixture(scope="module")
