@@ -1,12 +1,13 @@
 """Test the documents: length, links, commands, code and the tests that they name."""
 
 import re
-import runpy
 import shutil
 from pathlib import Path
 
 import pytest
 
+from tests.support import imports
+from tests.support.commands import help_of
 from tests.support.runs import ROOT, TRAINING, distill
 
 DOCUMENTS = sorted(
@@ -36,9 +37,9 @@ def prose(document: Path) -> str:
 
 
 def commands(document: Path) -> list[tuple[str, list[str]]]:
-    """Return the package's commands in a document's bash blocks, as (name of the script, arguments)."""
+    """Return the package's commands in a document's bash blocks, as (relative path of the script, arguments)."""
     lines = "\n".join(blocks(document, "bash")).replace("\\\n", " ").splitlines()
-    found = [re.search(r"training/((?:studies/)?\w+)\.py(.*)", line.split("  #")[0]) for line in lines]
+    found = [re.search(r"(training/[\w/]+\.py)(.*)", line.split("  #")[0]) for line in lines]
     return [(match[1], match[2].split()) for match in found if match]
 
 
@@ -46,12 +47,6 @@ def anchors(document: Path) -> set[str]:
     """Return the anchors that GitHub gives the headings."""
     headings = re.findall(r"^#+ (.*)$", prose(document), re.MULTILINE)
     return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
-
-
-def help_of(name: str, capsys) -> str:
-    with pytest.raises(SystemExit, match="0"):
-        runpy.run_path(str(TRAINING / f"{name}.py"))["main"](["--help"])
-    return capsys.readouterr().out
 
 
 def test_the_readme_is_short():
@@ -79,22 +74,19 @@ def test_links_are_alive(document):
 def test_documented_commands_and_flags_exist(capsys):
     shown = [(document, *command) for document in DOCUMENTS for command in commands(document)]
     assert len(shown) > 20
-    helps = {name: help_of(name, capsys) for name in {name for _, name, _ in shown}}
-    for document, name, arguments in shown:
-        text = helps[name]
-        if name == "studies/ablate_dropout":
-            text += help_of("train_cfg", capsys)
-        if name.startswith("studies/ablate"):
-            text += help_of("evaluate_cfg", capsys)
+    helps = {name: help_of(path, capsys) for name, path in imports.commands().items()}
+    helps["training/studies/ablate_dropout.py"] += helps["training/train_cfg.py"] + helps["training/evaluate_cfg.py"]
+    helps["training/studies/ablate_samplers.py"] += helps["training/evaluate_cfg.py"]
+    for document, script, arguments in shown:
         for flag in [argument for argument in arguments if argument.startswith("--")]:
-            assert re.search(rf"{flag}\b", text), f"{document.name}: {name} {flag}"
+            assert re.search(rf"{flag}\b", helps[script]), f"{document.name}: {script} {flag}"
         for path in [argument for argument in arguments if argument.startswith("training/")]:
-            assert (ROOT / path).exists(), f"{document.name}: {name} {path}"
+            assert (ROOT / path).exists(), f"{document.name}: {script} {path}"
 
 
 def test_flags_in_the_prose_exist(capsys):
-    scripts = [str(path.relative_to(TRAINING).with_suffix("")) for path in TRAINING.rglob("*.py")]
-    known = set(re.findall(r"--[a-z][a-z0-9_]*", "".join(help_of(name, capsys) for name in scripts))) | FOREIGN_FLAGS
+    helps = "".join(help_of(path, capsys) for path in imports.commands().values())
+    known = set(re.findall(r"--[a-z][a-z0-9_]*", helps)) | FOREIGN_FLAGS
     for document in DOCUMENTS:
         if document.name == "CHANGELOG.md":  # which names flags that were removed
             continue

@@ -145,12 +145,8 @@ class Trainer:
         with frozen([module for name, module in modules.items() if name not in objective.trains]):
             for micro_step, batch in enumerate(batches):
                 # Dropout inside the networks draws from the global generator of torch.
-                torch.manual_seed(
-                    seed_of(
-                        *(self.config.seed, "network", batch.step, objective.name, batch.turn),
-                        *(micro_step, accelerator.process_index),
-                    )
-                )
+                key = self.config.seed, "network", batch.step, objective.name, batch.turn, micro_step
+                torch.manual_seed(seed_of(*key, accelerator.process_index))
                 with accelerator.accumulate(*trained.values()):
                     terms = check_terms(objective, objective.loss({**modules, **trained}, batch), batch)
                     accelerator.backward(terms.loss.mean())
@@ -213,8 +209,18 @@ class Trainer:
 
     def _print_plan(self, images: LabelledImages) -> None:
         if self.accelerator.is_main_process:
-            run = (self.config, self.accelerator, self.dataset, self.method, self.plan)
-            print(describe_plan(*run, len(images.id2label), self.checkpoint, self.repo_id))
+            print(
+                describe_plan(
+                    self.config,
+                    self.accelerator,
+                    self.dataset,
+                    self.method,
+                    self.plan,
+                    len(images.id2label),
+                    self.checkpoint,
+                    self.repo_id,
+                )
+            )
 
     def _start(self, images: LabelledImages) -> None:
         """Move everything to the device, and create the state or load it from the checkpoint."""

@@ -11,9 +11,11 @@ from pathlib import Path
 
 import pytest
 
+from tests.support.commands import help_of
+from tests.support.imports import commands
 from tests.support.runs import ROOT, TRAINING
 
-COMMANDS = {path.stem: path for path in sorted([*TRAINING.glob("*.py"), *TRAINING.glob("studies/*.py")])}
+COMMANDS = {path.stem: path for path in commands().values()}
 # The flags of each command at 573b54d, which users' scripts rely on
 FROZEN = json.loads((ROOT / "tests" / "support" / "cli-573b54d.json").read_text(encoding="utf-8"))
 FROZEN["distill_guidance"] += FROZEN["train_cfg"]
@@ -25,17 +27,10 @@ REMOVED = {
 HEAVY = {"torch", "diffusers", "accelerate", "datasets", "torchmetrics", "matplotlib", "sklearn", "scipy"}
 
 
-def help_of(name: str, capsys) -> str:
-    main = runpy.run_path(str(COMMANDS[name]))["main"]
-    with pytest.raises(SystemExit, match="0"):
-        main(["--help"])
-    return capsys.readouterr().out
-
-
 @pytest.mark.parametrize("name", FROZEN)
 def test_flags_are_not_removed(name, capsys):
     """Flags may be added, but renaming or removing one breaks users' scripts."""
-    shown = set(re.findall(r"--([a-z][a-z0-9_]*)", help_of(name, capsys)))
+    shown = set(re.findall(r"--([a-z][a-z0-9_]*)", help_of(COMMANDS[name], capsys)))
     assert set(FROZEN[name]) - shown == REMOVED.get(name, set())
 
 
