@@ -9,13 +9,22 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
-from huggingface_hub import CommitOperationAdd, HfApi, hf_hub_download, snapshot_download
+from huggingface_hub import CommitOperationAdd, HfApi, hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, RepositoryNotFoundError
 
 from . import pipeline_cfg
+from .loading import (
+    HUB_ARGUMENTS,
+    INDEX,
+    CompleteAutoencoderKL,
+    check_components,
+    check_index,
+    check_pipeline_folder,
+    find_folder,
+)
 from .model_card import FACTS, SAMPLES, find_samples, model_card
 
 logger = logging.getLogger(__name__)
@@ -33,7 +42,6 @@ COMPONENT_FILES = (
     "scheduling_log_snr.py",
 )
 ROOT_FILES = ("model_index.json", "pipeline_cfg.py", *FACTS)
-HUB_ARGUMENTS = ("revision", "token", "cache_dir", "local_files_only", "force_download")
 MAX_TRIES = 5
 
 
@@ -59,8 +67,9 @@ class CFGPipeline(pipeline_cfg.CFGPipeline):
             `CFGPipeline`: The pipeline.
 
         Raises:
-            ValueError: If the repository contains a different kind of pipeline or needs its own code, or if weights in
-                a format other than safetensors are requested.
+            OSError: If there is no such folder or repository, or it contains no pipeline.
+            ValueError: If the repository contains a different kind of pipeline or needs its own code, if a file is
+                missing or damaged, or if weights in a format other than safetensors are requested.
 
         Examples:
 
@@ -82,10 +91,16 @@ class CFGPipeline(pipeline_cfg.CFGPipeline):
                 "run code. Leave it out."
             )
         kwargs.pop("trust_remote_code", None)  # remote code is never run
-        folder = str(pretrained_model_name_or_path)
-        if not os.path.isdir(folder):
-            folder = cls.download(folder, **kwargs)
-        return super().from_pretrained(folder, **kwargs)
+        source = str(pretrained_model_name_or_path)
+        folder = Path(cls.download(pretrained_model_name_or_path, **kwargs))
+        check_pipeline_folder(folder, source)
+        # `load_config` is annotated to return a tuple as well, but does so only with `return_unused_kwargs`.
+        index = cast(dict[str, Any], cls.load_config(folder))
+        check_components(folder, index, kwargs.get("variant"), kwargs.keys())
+        try:
+            return super().from_pretrained(str(folder), **kwargs)
+        except Exception as error:  # damaged files and configs raise exceptions of many types
+            raise ValueError(f"{source} cannot be loaded: {error}") from error
 
     @classmethod
     def download(cls, pretrained_model_name: str | os.PathLike, **kwargs: Any) -> str:
@@ -93,33 +108,36 @@ class CFGPipeline(pipeline_cfg.CFGPipeline):
         Download the configs and weights of a repository to the cache, without its code.
 
         Args:
-            pretrained_model_name (`str`): `namespace/name`.
+            pretrained_model_name (`str` or `os.PathLike`): `namespace/name`, or a folder, which is returned.
             **kwargs: Arguments of `from_pretrained`. Those that do not select or download files are ignored.
 
         Returns:
             `str`: Path of the folder in the cache.
+
+        Raises:
+            OSError: If the repository does not exist or cannot be downloaded.
         """
-        repo_id = str(pretrained_model_name)
         hub_arguments = {name: kwargs[name] for name in HUB_ARGUMENTS if name in kwargs}
         variant = f".{kwargs['variant']}" if kwargs.get("variant") else ""
+        folder = Path()
         # Components without weights for the variant are loaded with their default weights.
         for suffix in dict.fromkeys((variant, "")):
-            folder = snapshot_download(
-                repo_id,
-                allow_patterns=[
-                    *("model_index.json", *FACTS, SAMPLES),
-                    *("*/config.json", "*/scheduler_config.json", f"*/*.safetensors.index{suffix}.json"),
-                    *(
-                        f"*/diffusion_pytorch_model{suffix}.safetensors",
-                        f"*/diffusion_pytorch_model{suffix}-*.safetensors",
-                    ),
-                ],
-                **hub_arguments,
-            )
-            models = [config.parent for config in Path(folder).glob("*/config.json")]
+            weights = (f"*/diffusion_pytorch_model{suffix}{shard}.safetensors" for shard in ("", "-*"))
+            configs = ("*/config.json", "*/*er_config.json", f"*/*.safetensors.index{suffix}.json")
+            folder = find_folder(pretrained_model_name, [INDEX, *FACTS, SAMPLES, *configs, *weights], **hub_arguments)
+            models = [config.parent for config in folder.glob("*/config.json")]
             if all(any(model.glob("*.safetensors")) for model in models):
                 break
-        return folder
+        return str(folder)
+
+    @classmethod
+    def _with_installed_classes(cls, index: dict[str, Any], source: str) -> dict[str, Any]:
+        """Check the form of the index, and load the autoencoder with a class that checks its weights."""
+        check_index(index, source)
+        index = super()._with_installed_classes(index, source)
+        if index.get("vae", [None])[0]:
+            index["vae"] = [CompleteAutoencoderKL.__module__, CompleteAutoencoderKL.__name__]
+        return index
 
     def save_pretrained(self, save_directory: str | os.PathLike, push_to_hub: bool = False, **kwargs: Any) -> None:
         """
@@ -215,10 +233,12 @@ def publish(
     errors are those of `CFGPipeline.push_to_hub`. `verify=False` skips the final check.
     """
     folder = Path(folder)
-    if not (folder / "model_index.json").is_file():
-        raise PublishError(
-            f"{folder} is not a saved pipeline: it has no model_index.json. Pass the output folder of a run."
-        )
+    if not folder.is_dir():
+        raise PublishError(f"The folder {folder} does not exist. Pass the output folder of a training run.")
+    try:
+        check_pipeline_folder(folder, str(folder))
+    except FileNotFoundError as error:
+        raise PublishError(str(error)) from error
     try:
         repo_id = prepare_repository(repo_id, private, token, overwrite)
         card = model_card(folder, repo_id, read_card(repo_id, token))

@@ -10,7 +10,7 @@ import torch
 from accelerate import Accelerator
 from diffusers import DDIMScheduler, UniPCMultistepScheduler
 
-from diffusers_cfg import CFGPipeline, UNet2DCFGModel
+from diffusers_cfg import CFGPipeline
 from diffusers_cfg.evaluation.grids import make_grid
 from diffusers_cfg.evaluation.measure import measure
 from diffusers_cfg.evaluation.mixture import (
@@ -25,6 +25,7 @@ from diffusers_cfg.evaluation.reports import new_figure, save_figure, table
 from diffusers_cfg.evaluation.sampling import draw_images
 from diffusers_cfg.evaluation.statistics import BATCH_SIZE, RealStatistics
 from diffusers_cfg.evaluation.sweep import load_data
+from diffusers_cfg.loading import load_guide_unet
 
 # Solvers of the probability flow, and their nominal orders of convergence.
 SOLVERS = {
@@ -257,8 +258,7 @@ def calls_of(w: float, guide_model: str | None) -> dict[str, dict[str, Any]]:
         "TangentialClassifierFreeGuidance": {"guider": guiders.TangentialClassifierFreeGuidance(**original)},
     }
     if guide_model is not None:
-        guide_unet = UNet2DCFGModel.from_pretrained(guide_model, subfolder="unet")
-        calls["autoguidance by --guide_model"] = {"guidance_scale": w, "guide_unet": guide_unet}
+        calls["autoguidance by --guide_model"] = {"guidance_scale": w, "guide_unet": load_guide_unet(guide_model)}
     return calls
 
 

@@ -15,11 +15,12 @@ from diffusers import DiffusionPipeline, SchedulerMixin
 from diffusers.guiders import BaseGuidance
 from tqdm.auto import tqdm
 
-from diffusers_cfg import CFGPipeline, LogSNRScheduler, UNet2DCFGModel
+from diffusers_cfg import CFGPipeline, LogSNRScheduler
 from diffusers_cfg.config import UserError
 from diffusers_cfg.evaluation.sample_sets import WRITERS, SampleSet, Shard, claim_folder
 from diffusers_cfg.evaluation.settings import SampleConfig, SamplingConfig
 from diffusers_cfg.files import digest
+from diffusers_cfg.loading import load_guide_unet
 from diffusers_cfg.randomness import seeded_generator
 
 logger = logging.getLogger(__name__)
@@ -37,7 +38,7 @@ def load_pipeline(config: SamplingConfig, device: torch.device | str) -> CFGPipe
     try:
         pipeline = CFGPipeline.from_pretrained(config.model, variant=config.variant)
         if config.guide_model is not None:
-            pipeline.guide_unet = UNet2DCFGModel.from_pretrained(config.guide_model, subfolder="unet")
+            pipeline.guide_unet = load_guide_unet(config.guide_model)
     except (OSError, ValueError) as error:
         guide = f" or --guide_model {config.guide_model}" if config.guide_model is not None else ""
         raise UserError(f"--model {config.model}{guide} cannot be loaded: {error}") from error

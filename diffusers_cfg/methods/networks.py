@@ -1,8 +1,8 @@
 """Build the network and the pipeline that a run trains, from settings or from a pretrained pipeline."""
 
-import json
 import logging
 import math
+import os
 from pathlib import Path
 from typing import Any, cast
 
@@ -12,6 +12,7 @@ from diffusers import AutoencoderKL, DPMSolverMultistepScheduler, SchedulerMixin
 from diffusers_cfg import CFGPipeline, LogSNRScheduler, UNet2DCFGModel
 from diffusers_cfg.config import UserError
 from diffusers_cfg.data.sources import LabelledImages
+from diffusers_cfg.loading import find_folder, load_autoencoder, read_object
 from diffusers_cfg.settings import CFGConfig, ModelConfig, TrainConfig
 
 logger = logging.getLogger(__name__)
@@ -178,10 +179,10 @@ def build_unet(config: TrainConfig, vae: AutoencoderKL | None, channels: int, nu
 def load_model_config(name_or_path: str) -> dict[str, Any]:
     """Load the config of a UNet2DModel from a JSON file, a folder or the Hub. Raise UserError if that fails."""
     try:
-        if Path(name_or_path).is_file():
-            return dict(json.loads(Path(name_or_path).read_text(encoding="utf-8")))
-        return dict(cast(dict[str, Any], UNet2DCFGModel.load_config(name_or_path)))
-    except (OSError, TypeError, ValueError) as error:
+        if os.path.isfile(name_or_path):
+            return read_object(Path(name_or_path))
+        return read_object(find_folder(name_or_path, ["config.json"]) / "config.json")
+    except (OSError, ValueError) as error:
         raise UserError(f"--model_config_name_or_path {name_or_path} cannot be read: {error}") from error
 
 
@@ -211,8 +212,8 @@ def load_vae(config: ModelConfig) -> AutoencoderKL | None:
     if name_or_path is None:
         return None
     try:
-        vae = AutoencoderKL.from_pretrained(name_or_path)
-    except OSError as error:
+        vae = load_autoencoder(name_or_path)
+    except (OSError, ValueError) as error:
         raise UserError(f"--pretrained_vae_model_name_or_path {name_or_path} cannot be loaded: {error}") from error
     return vae.eval().requires_grad_(False)
 
