@@ -1,19 +1,14 @@
 """Publish pipelines to the Hub and load them without running remote code."""
 
-import json
-import logging
 import math
 import os
 import shutil
 import tempfile
-import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any, cast
 
 import torch
-from huggingface_hub import CommitOperationAdd, HfApi, hf_hub_download
-from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, RepositoryNotFoundError
+from huggingface_hub import CommitOperationAdd, HfApi
 
 from . import pipeline_cfg
 from .loading import (
@@ -26,8 +21,7 @@ from .loading import (
     find_folder,
 )
 from .model_card import FACTS, SAMPLES, find_samples, model_card
-
-logger = logging.getLogger(__name__)
+from .repository import PublishError, prepare_repository, read_card, retry
 
 # The only files that are uploaded. An allowlist, so that optimizer states, logs, and settings with paths and tokens are
 # never published.
@@ -42,11 +36,6 @@ COMPONENT_FILES = (
     "scheduling_log_snr.py",
 )
 ROOT_FILES = ("model_index.json", "pipeline_cfg.py", *FACTS)
-MAX_TRIES = 5
-
-
-class PublishError(RuntimeError):
-    """An error in publishing a repository. The local files are unchanged and can be published again."""
 
 
 class CFGPipeline(pipeline_cfg.CFGPipeline):
@@ -240,7 +229,7 @@ def publish(
     except FileNotFoundError as error:
         raise PublishError(str(error)) from error
     try:
-        repo_id = prepare_repository(repo_id, private, token, overwrite)
+        repo_id = prepare_repository(repo_id, private, token, overwrite, create_pr=create_pr)
         card = model_card(folder, repo_id, read_card(repo_id, token))
         operations = [CommitOperationAdd(str(path.relative_to(folder)), path) for path in allowed_files(folder)]
         operations.append(CommitOperationAdd("README.md", card.encode()))
@@ -258,70 +247,6 @@ def publish(
     if verify:
         verify_published(folder, repo_id, commit.pr_revision if create_pr else commit.oid, token, variant)
     return commit.commit_url
-
-
-def prepare_repository(
-    repo_id: str, private: bool | None, token: str | None, overwrite: bool, create: bool = True
-) -> str:
-    """
-    Check the token and the repository, and create the repository if it does not exist.
-
-    Args:
-        repo_id (`str`), private (`bool`, *optional*), token (`str`, *optional*), overwrite (`bool`): As in
-            `CFGPipeline.push_to_hub`.
-        create (`bool`): Whether to create a missing repository.
-
-    Returns:
-        `str`: Full name of the repository.
-
-    Raises:
-        PublishError: If the token is missing, invalid or read-only, or the repository has other contents.
-    """
-    api = HfApi(token=token)
-    try:
-        user = retry(api.whoami)
-    except Exception as error:
-        raise PublishError(
-            f"The Hub does not accept the token, or no token was found: {error}. Log in with `hf auth login` or pass "
-            "a token."
-        ) from error
-    if user.get("auth", {}).get("accessToken", {}).get("role") == "read":
-        raise PublishError("The token can only read. Create a token with write access in your account settings.")
-    if "/" not in repo_id:
-        repo_id = f"{user['name']}/{repo_id}"
-    try:
-        try:
-            files = set(retry(lambda: api.list_repo_files(repo_id)))
-        except RepositoryNotFoundError:
-            if not create:
-                return repo_id
-            return retry(lambda: api.create_repo(repo_id, private=private, exist_ok=True)).repo_id
-        is_ours = overwrite or not files - {".gitattributes", "README.md"} or holds_pipeline(repo_id, files, token)
-    except Exception as error:
-        raise PublishError(f"{repo_id} cannot be created or read: {error}") from error
-    if not is_ours:
-        raise PublishError(
-            f"{repo_id} exists and does not contain a CFGPipeline ({', '.join(sorted(files)[:5])}, …). Choose a "
-            "different name or pass overwrite."
-        )
-    return repo_id
-
-
-def holds_pipeline(repo_id: str, files: set[str], token: str | None) -> bool:
-    """Return whether a repository contains a pipeline saved by this package."""
-    if "model_index.json" not in files:
-        return False
-    index = json.loads(Path(hf_hub_download(repo_id, "model_index.json", token=token)).read_text(encoding="utf-8"))
-    return index.get("_class_name") == ["pipeline_cfg", "CFGPipeline"]
-
-
-def read_card(repo_id: str, token: str | None) -> str | None:
-    """Download the text of the repository's model card; `None` if there is no card."""
-    try:
-        path = retry(lambda: hf_hub_download(repo_id, "README.md", token=token, force_download=True))
-    except EntryNotFoundError:
-        return None
-    return Path(path).read_text(encoding="utf-8")
 
 
 def allowed_files(folder: Path) -> list[Path]:
@@ -384,18 +309,3 @@ def rounding_tolerance(
     w = max(abs(guidance_scale), abs(getattr(pipeline.guider, "guidance_scale", 0.0)))
     steps = num_inference_steps or pipeline.num_inference_steps
     return torch.finfo(pipeline.unet.dtype).eps * math.sqrt(depth) * steps * (1 + 2 * w)
-
-
-def retry(call: Callable[[], Any]) -> Any:
-    """Call a function, and retry with exponential backoff while the Hub is overloaded (429) or fails (5xx)."""
-    for attempt in range(MAX_TRIES):
-        try:
-            return call()
-        except HfHubHTTPError as error:
-            status = error.response.status_code if error.response is not None else None
-            if attempt == MAX_TRIES - 1 or status is None or not (status == 429 or status >= 500):
-                raise
-            pause = float(error.response.headers.get("Retry-After", 2**attempt))
-            logger.warning("The Hub responded with status %s. Retrying in %.0f s.", status, pause)
-            time.sleep(pause)
-    raise AssertionError("unreachable")

@@ -34,7 +34,8 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
     # Imported here so that --help and flag errors do not wait for torch.
     from diffusers_cfg.engine.publishing import NotPublished
-    from diffusers_cfg.hub import PublishError, publish
+    from diffusers_cfg.hub import publish
+    from diffusers_cfg.repository import PublishError
 
     try:
         url = publish(

@@ -10,7 +10,8 @@ from diffusers import DiffusionPipeline
 from safetensors import SafetensorError
 
 from diffusers_cfg.config import CommandError, UserError
-from diffusers_cfg.hub import PublishError, prepare_repository, publish
+from diffusers_cfg.hub import publish
+from diffusers_cfg.repository import PublishError, prepare_repository
 from diffusers_cfg.settings import TrainConfig
 
 logger = logging.getLogger(__name__)

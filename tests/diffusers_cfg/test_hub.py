@@ -14,9 +14,10 @@ from diffusers import DiffusionPipeline, UNet2DModel
 from huggingface_hub import HfApi
 from PIL import Image
 
-import diffusers_cfg.hub
+import diffusers_cfg.repository
 from diffusers_cfg import CFGPipeline, LogSNRScheduler
-from diffusers_cfg.hub import PublishError, allowed_files, publish, rounding_tolerance, verify_published
+from diffusers_cfg.hub import allowed_files, publish, rounding_tolerance, verify_published
+from diffusers_cfg.repository import PublishError, prepare_repository
 from tests.diffusers_cfg.test_save_and_load import WITHOUT_THE_PACKAGE
 from tests.support.draws import assert_same_draws
 from tests.support.hub_client import HubClient
@@ -200,7 +201,7 @@ def test_revisions_variants_dtypes_and_private_repositories(hub, client, model, 
 
 def test_transient_errors_are_retried_and_lasting_errors_reported(hub, client, model, monkeypatch):
     pauses = []
-    monkeypatch.setattr(diffusers_cfg.hub.time, "sleep", pauses.append)
+    monkeypatch.setattr(diffusers_cfg.repository.time, "sleep", pauses.append)
     hub.faults += [
         Fault("POST .*/commit/", 500),
         Fault("POST .*/commit/", 429, headers={"Retry-After": "7"}),
@@ -249,10 +250,67 @@ def test_token_can_be_passed(hub, client, model):
     assert hub.repositories["me/scribbles"].private
 
 
-def test_namespace_of_another_user_is_refused(hub, client, model):
+@pytest.mark.parametrize("create", [True, False])
+@pytest.mark.parametrize(
+    ("token", "writable", "repo_id", "message"),
+    [
+        ("hf_writer", [], "me/new", None),
+        ("hf_writer", [], "our-lab/new", None),
+        (
+            "hf_writer",
+            [],
+            "readers/new",
+            "may not create readers/new: it can write to me, Our-Lab. Give it write access",
+        ),
+        ("hf_writer", [], "someone-else/new", "may not create someone-else/new"),
+        ("hf_writer", [], "me/scribbles", None),
+        ("hf_fine", [], "me/new", "may not create me/new: it can write to nothing"),
+        ("hf_fine", ["me"], "new", None),
+        ("hf_fine", ["me"], "our-lab/new", "may not create our-lab/new: it can write to me"),
+        ("hf_fine", ["me/scribbles"], "me/new", "may not create me/new: it can write to me/scribbles"),
+        ("hf_fine", ["me/scribbles"], "me/scribbles", None),
+        ("hf_fine", ["me/other"], "me/scribbles", "The token may not write to me/scribbles. Give it write access"),
+    ],
+)
+def test_rights_are_checked_before_training(hub, client, token, writable, repo_id, message, create):
+    client.log_in(token)
+    hub.writable[:] = writable
+    hub.create("me/scribbles")
+    if message is None:
+        assert prepare_repository(repo_id, None, None, False, create).endswith(repo_id)
+        assert repo_id in hub.repositories or not create or repo_id == "new"
+    else:
+        with pytest.raises(PublishError, match=message):
+            prepare_repository(repo_id, None, None, False, create)
+        assert hub.repositories.keys() == {"me/scribbles"}
+
+
+def test_pull_request_needs_no_write_access(hub, client):
+    hub.create("someone-else/scribbles")
+    client.log_in("hf_fine")
+    prepare_repository("someone-else/scribbles", None, None, False, create_pr=True)
+
+
+def test_rights_that_the_token_does_not_show_are_checked_by_creating(hub, client, model):
     hub.faults.append(Fault("POST /api/repos/create", 403))
-    with pytest.raises(PublishError, match="someone-else/scribbles cannot be created or read: .*403"):
-        publish(model, "someone-else/scribbles")
+    with pytest.raises(PublishError, match="The token may not write to me/scribbles"):
+        publish(model, "me/scribbles")
+
+
+@pytest.mark.parametrize("content", [b"[]", b"{", b'"x"', b'{"_class_name": []}'])
+def test_damaged_index_is_not_overwritten(hub, client, content):
+    hub.create("me/other", {"model_index.json": content})
+    with pytest.raises(PublishError, match="me/other exists and does not contain a CFGPipeline"):
+        prepare_repository("me/other", None, None, False)
+
+
+@pytest.mark.parametrize("token", ["hf_sec ret", "hf_secret\n", "hf_secrét", "hf_sec\tret"])
+def test_token_that_cannot_be_sent_is_not_printed(hub, client, model, token, capfd, caplog):
+    with pytest.raises(PublishError, match="has spaces or other characters that no token has. Copy it again") as raised:
+        publish(model, "me/scribbles", token=token)
+    everything = "".join([*capfd.readouterr(), caplog.text, str(raised.value), str(raised.value.__cause__)])
+    assert "hf_sec" not in everything
+    assert hub.requests == []
 
 
 def test_verification_detects_missing_weights(hub, client, model, monkeypatch):

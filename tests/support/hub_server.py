@@ -56,7 +56,9 @@ class Hub:
     """The state of the Hub, which tests set up and inspect."""
 
     def __init__(self):
-        self.tokens = {"hf_writer": "write", "hf_reader": "read"}
+        self.tokens = {"hf_writer": "write", "hf_reader": "read", "hf_fine": "fineGrained"}
+        # The namespaces and repositories that the token hf_fine can write to
+        self.writable: list[str] = []
         self.repositories: dict[str, Repository] = {}
         self.uploads: dict[str, bytes] = {}
         self.faults: list[Fault] = []
@@ -167,11 +169,16 @@ class Handler(BaseHTTPRequestHandler):
         """The role of the request's token; `None` without a valid token."""
         return self.hub.tokens.get(self.headers.get("Authorization", "").removeprefix("Bearer "))
 
+    def can_write(self, repo_id: str) -> bool:
+        """Return whether the request's token can write to a repository."""
+        scoped = {repo_id, repo_id.split("/")[0]} & {*self.hub.writable}
+        return self.role == "write" or (self.role == "fineGrained" and bool(scoped))
+
     def find(self, repo_id: str, revision: str = "main", write: bool = False) -> tuple[Repository, Commit] | None:
         """Return the repository and the commit, or answer with an error if the token does not give access to them."""
         if self.headers.get("Authorization") and self.role is None:
             return self.answer(401, {"error": "Invalid credentials"})
-        if write and self.role != "write":
+        if write and not self.can_write(repo_id):
             return self.answer(403, {"error": "Forbidden"})
         repository = self.hub.repositories.get(repo_id)
         if repository is None or (repository.private and self.role is None):
@@ -184,14 +191,21 @@ class Handler(BaseHTTPRequestHandler):
     def whoami(self) -> None:
         if self.role is None:
             return self.answer(401, {"error": "Invalid user token."})
-        token = {"displayName": "test", "role": self.role}
-        self.answer(200, {"name": "me", "type": "user", "auth": {"accessToken": token}, "orgs": []})
+        token: dict = {"displayName": "test", "role": self.role}
+        if self.role == "fineGrained":
+            scopes = [
+                {"entity": {"type": "model" if "/" in name else "user", "name": name}, "permissions": ["repo.write"]}
+                for name in self.hub.writable
+            ]
+            token["fineGrained"] = {"canReadGatedRepos": False, "global": [], "scoped": scopes}
+        orgs = [{"name": "Our-Lab", "roleInOrg": "write"}, {"name": "readers", "roleInOrg": "read"}]
+        self.answer(200, {"name": "me", "type": "user", "auth": {"accessToken": token}, "orgs": orgs})
 
     def create_repo(self) -> None:
-        if self.role != "write":
-            return self.answer(401 if self.role is None else 403, {"error": "no"})
         request = json.loads(self.body)
         repo_id = f"{request.get('organization') or 'me'}/{request['name']}"
+        if not self.can_write(repo_id):
+            return self.answer(401 if self.role is None else 403, {"error": "no"})
         url = f"http://{self.headers['Host']}/{repo_id}"
         if repo_id in self.hub.repositories:
             return self.answer(409, {"error": "You already created this model repo", "url": url})
@@ -209,6 +223,10 @@ class Handler(BaseHTTPRequestHandler):
             self.answer(
                 200, {"id": repo_id, "sha": commit.oid, "private": repository.private, "siblings": siblings, "tags": []}
             )
+
+    def auth_check(self, repo_id: str) -> None:
+        if self.find(repo_id, write=True):
+            self.answer(200, {})
 
     def tree(self, repo_id: str, revision: str) -> None:
         if found := self.find(repo_id, revision):
@@ -306,6 +324,7 @@ ROUTES = [
     (r"POST /api/validate-yaml", Handler.validate_yaml),
     (rf"GET /api/models/{REPO}", Handler.info),
     (rf"GET /api/models/{REPO}/revision/{REVISION}", Handler.info),
+    (rf"GET /api/models/{REPO}/auth-check/write", Handler.auth_check),
     (rf"GET /api/models/{REPO}/tree/{REVISION}", Handler.tree),
     (rf"POST /api/models/{REPO}/preupload/{REVISION}", Handler.preupload),
     (rf"POST /api/models/{REPO}/commit/{REVISION}", Handler.commit),
