@@ -4,6 +4,8 @@
 # This file is saved with every model, so it must run alone under plain diffusers: it imports the standard library,
 # torch and diffusers only, and keeps its helpers inside the class.
 
+import contextlib
+import copy
 import importlib
 import inspect
 import json
@@ -11,7 +13,7 @@ import math
 import operator
 import os
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,10 +34,15 @@ class CFGPipeline(DiffusionPipeline):
     `guidance_scale` is the **paper's w**: ε̃ = (1 + w) ε(z, c) - w ε(z). 0 is the plain conditional model, -1 the plain
     unconditional one. Most other diffusers pipelines take s = 1 + w.
 
+    One pipeline may be called from several threads, and inside its own callbacks. Only `interrupt`, `num_timesteps`,
+    `guidance_scale` and `log_snr()` are then those of the last call, and the guiders that change the network's layers
+    (AutoGuidance, SkipLayerGuidance, PerturbedAttentionGuidance) need one call at a time.
+
     Args:
         unet (`UNet2DCFGModel`): Network that predicts from z, the timestep and the class labels.
         scheduler (`SchedulerMixin`): A `LogSNRScheduler`, or a diffusers scheduler created by `from_config` from its
-            config.
+            config. It must have the noise process that the network was trained with, `unet.noise_process`; of a
+            network that records none, this scheduler states it.
         vae (`AutoencoderKL`, *optional*): Autoencoder for a model that was trained on latents.
         id2label (`dict`, *optional*): Name of each class id. Keys may be strings, as in JSON.
         conditioning_dropout_prob (`float`, *optional*): The p_uncond that the model was trained with.
@@ -45,7 +52,8 @@ class CFGPipeline(DiffusionPipeline):
         num_inference_steps (`int`, *optional*): Default number of sampling steps.
 
     Raises:
-        ValueError: If `id2label` names a class that the UNet does not have, or gives two classes the same name.
+        ValueError: If an argument is invalid, the components do not fit each other, or the scheduler does not have the
+            noise process of the network.
     """
 
     model_cpu_offload_seq = "guide_unet->unet->vae"
@@ -67,7 +75,6 @@ class CFGPipeline(DiffusionPipeline):
         "HeunDiscreteScheduler",
         "KDPM2AncestralDiscreteScheduler",
         "KDPM2DiscreteScheduler",
-        "SASolverScheduler",
         "UniPCMultistepScheduler",
     )
 
@@ -98,22 +105,35 @@ class CFGPipeline(DiffusionPipeline):
         num_inference_steps: int | None = None,
     ) -> None:
         super().__init__()
-        self.register_modules(unet=unet, scheduler=scheduler, vae=vae, guide_unet=guide_unet, guider=guider)
-        self._noise_process = self._noise_process_of(scheduler)  # the process that the network was trained on
-        if id2label is not None:
-            id2label = {str(class_id): name for class_id, name in id2label.items()}
-            unknown = [class_id for class_id in id2label if not 0 <= int(class_id) < unet.num_classes]
-            if unknown:
-                raise ValueError(f"id2label has the class ids {unknown}, but the UNet has 0 … {unet.num_classes - 1}.")
-            repeated = sorted(name for name, count in Counter(id2label.values()).items() if count > 1)
-            if repeated:
-                raise ValueError(f"id2label uses the names {repeated} for more than one class. Use unique names.")
-        self.register_to_config(
-            id2label=id2label,
-            conditioning_dropout_prob=conditioning_dropout_prob,
-            num_inference_steps=num_inference_steps,
-        )
+        components = {"unet": unet, "scheduler": scheduler, "vae": vae, "guide_unet": guide_unet, "guider": guider}
+        for name, component in components.items():
+            self._check_type(name, component)
+        self.register_modules(**components)
+        self._first_process = self._stated_process(scheduler)
+        self._check_components()
+        settings = self._checked_settings(id2label, conditioning_dropout_prob, num_inference_steps)
+        if unet.noise_process is not None and all(value is None for value in settings.values()):
+            logging.get_logger(__name__).warning(
+                "A trained network without id2label, conditioning_dropout_prob and num_inference_steps: these are "
+                "settings of the pipeline, not of its components. CFGPipeline.from_pipe(pipe) keeps them."
+            )
+        self.register_to_config(**settings)
         self.image_processor = VaeImageProcessor()
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        self._check_type(name, value)
+        super().__setattr__(name, value)
+
+    @classmethod
+    def from_pipe(cls, pipeline: DiffusionPipeline, **kwargs: Any) -> "CFGPipeline":
+        """
+        Create a pipeline with the components and settings of another one. The arguments are those of
+        `DiffusionPipeline.from_pipe`, which converts the components to `dtype`, by default float32.
+        """
+        # diffusers takes over only the networks whose class is exactly the annotated one, so pass them all.
+        expected, _ = cls._get_signature_keys(cls)
+        components = {name: value for name, value in pipeline.components.items() if name in expected}
+        return super().from_pipe(pipeline, **{**components, **kwargs})
 
     @property
     def id2label(self) -> dict[int, str]:
@@ -124,6 +144,23 @@ class CFGPipeline(DiffusionPipeline):
     def num_inference_steps(self) -> int:
         """The default number of sampling steps: the value saved with the pipeline, or 64."""
         return self.config.num_inference_steps or 64
+
+    @property
+    def guidance_scale(self) -> float | Sequence[float] | torch.Tensor | Callable[[float], Any] | None:
+        """The guidance scale of the last call; `None` if a guider set it."""
+        return self._guidance_scale
+
+    @property
+    def num_timesteps(self) -> int:
+        """The number of timesteps of the last call."""
+        return self._num_timesteps
+
+    @property
+    def interrupt(self) -> bool:
+        """Whether a callback asked to stop, by `pipe._interrupt = True`: the call then skips its remaining steps."""
+        return self._interrupt
+
+    _guidance_scale, _num_timesteps, _interrupt, _sampler = None, 0, False, None
 
     @property
     def sample_shape(self) -> tuple[int, int, int]:
@@ -199,7 +236,8 @@ class CFGPipeline(DiffusionPipeline):
             return_dict (`bool`, *optional*, defaults to `True`): Whether to return an `ImagePipelineOutput` instead of
                 a tuple.
             callback_on_step_end (`Callable`, *optional*): Function called after each step as
-                `callback_on_step_end(pipe, step, timestep, tensors)`. It may return a dictionary with new `latents`.
+                `callback_on_step_end(pipe, step, timestep, tensors)`. It may return a dictionary with new `latents`,
+                and end the sampling by `pipe._interrupt = True`.
             callback_on_step_end_tensor_inputs (`list[str]`, *optional*): Names of the tensors to pass to the callback:
                 `"latents"` and `"pred"`.
 
@@ -222,15 +260,28 @@ class CFGPipeline(DiffusionPipeline):
         guider = guider if guider is not None else self.guider
         if num_inference_steps is None:
             num_inference_steps = self.num_inference_steps
-        self._check_arguments(num_inference_steps, num_images_per_label, output_type)
-        self._check_callback_inputs(callback_on_step_end_tensor_inputs)
-        self._check_guidance(guidance_interval, guidance_rescale)
+        if guidance_scale is None and guider is None:
+            guidance_scale = min(1.0, self.unet.max_guidance_scale or 1.0)
+        num_inference_steps = self._positive_integer("num_inference_steps", num_inference_steps)
+        num_images_per_label = self._positive_integer("num_images_per_label", num_images_per_label)
+        self._check_arguments(
+            guidance_scale=guidance_scale,
+            guidance_interval=guidance_interval,
+            guidance_rescale=guidance_rescale,
+            guider=guider,
+            generator=generator,
+            latents=latents,
+            output_type=output_type,
+            return_dict=return_dict,
+            callback_on_step_end=callback_on_step_end,
+            callback_on_step_end_tensor_inputs=callback_on_step_end_tensor_inputs,
+        )
         rescale = guidance_rescale or None
         self._check_guider(
             guider, guidance_scale=guidance_scale, guidance_interval=guidance_interval, guidance_rescale=rescale
         )
+        self._check_components()
         self._check_networks(guider=guider, negative_class_labels=negative_class_labels, guidance_rescale=rescale)
-        self._check_scheduler()
         device = self._execution_device
         class_labels = self._network_labels("class_labels", class_labels)
         class_labels, guide_labels = self._guide_labels(class_labels, negative_class_labels)
@@ -238,39 +289,47 @@ class CFGPipeline(DiffusionPipeline):
         guide_labels = guide_labels.repeat_interleave(num_images_per_label, 0).to(device)
         num_images = len(class_labels)
 
-        # 2. Set λ_min … λ_max and w at each λ, and sample z ~ N(0, I)
-        self._set_timesteps(num_inference_steps, device)
-        scales = self._guidance_scales(guidance_scale, guidance_interval, num_images, num_images_per_label)
+        # 2. Set λ_min … λ_max and w at each λ, and sample z ~ N(0, I). A step changes its scheduler and its guider, so
+        #    each call has its own.
+        scheduler, guider = self._copy(self.scheduler), self._copy(guider)
+        self._set_timesteps(scheduler, num_inference_steps, device)
+        log_snr = self._log_snr_of(scheduler)
+        self._check_noise_levels(scheduler, num_inference_steps, log_snr)
+        scales = self._guidance_scales(guidance_scale, guidance_interval, log_snr, num_images, num_images_per_label)
         needs_cond, needs_uncond = self._needed_passes(scales)
         self._warn_if_never_dropped(guide_labels, any(needs_uncond))
         scales = scales.view(*scales.shape, 1, 1, 1).to(device)  # (steps, images, 1, 1, 1)
-        sample = self._prepare_latents(latents, num_images, generator, device)
-        step_kwargs = self._step_kwargs(generator)
+        sample = self._prepare_latents(latents, num_images, generator, device) * scheduler.init_noise_sigma
+        step_kwargs = self._step_kwargs(scheduler, generator)
         dtype = self.unet.dtype  # read once: diffusers searches all modules for it
+        timesteps = scheduler.timesteps
+        self._sampler, self._num_timesteps, self._guidance_scale = scheduler, len(timesteps), guidance_scale
+        self._interrupt = False
 
         # 3. Algorithm 2
-        timesteps = self.scheduler.timesteps
         for i, t in enumerate(self.progress_bar(timesteps)):  # pyright: ignore[reportCallIssue, reportArgumentType]
-            z = self.scheduler.scale_model_input(sample, t).to(dtype)
+            if self._interrupt:
+                break
+            z = scheduler.scale_model_input(sample, t).to(dtype)
             if guider is None:
                 preds = self.predictions(z, t, class_labels, guide_labels, scales[i], needs_cond[i], needs_uncond[i])
                 pred = self.guide(*preds, scales[i], guidance_rescale)
             else:
-                pred = self.guider_prediction(guider, z, t, i, class_labels, guide_labels)
-            sample = self.scheduler.step(pred, t, sample, **step_kwargs).prev_sample
+                pred = self.guider_prediction(guider, z, t, i, len(timesteps), class_labels, guide_labels)
+            sample = scheduler.step(pred, t, sample, **step_kwargs).prev_sample
 
             if callback_on_step_end is not None:
                 tensors = {"latents": sample, "pred": pred}
                 chosen = {name: tensors[name] for name in callback_on_step_end_tensor_inputs}
-                sample = (callback_on_step_end(self, i, t, chosen) or {}).get("latents", sample)
+                sample = self._callback_latents(callback_on_step_end(self, i, t, chosen), chosen, sample)
 
         # 4. Decode x̃
         images = sample if output_type == "latent" else self.decode(sample)
         if not torch.isfinite(images).all():
+            w = scales.max().item() if guider is None else getattr(guider, "guidance_scale", math.nan)
             raise FloatingPointError(
                 f"The images contain non-finite values: the UNet's predictions overflowed (dtype {self.unet.dtype}, "
-                f"guidance_scale up to {scales.max().item():g}). Use torch.bfloat16 or torch.float32, or a smaller "
-                "guidance_scale."
+                f"guidance_scale up to {w:g}). Use torch.bfloat16 or torch.float32, or a smaller guidance_scale."
             )
         images = self.image_processor.postprocess(images, output_type=output_type)
         self.maybe_free_model_hooks()
@@ -357,6 +416,7 @@ class CFGPipeline(DiffusionPipeline):
         z: torch.Tensor,
         t: torch.Tensor,
         step: int,
+        num_timesteps: int,
         class_labels: torch.Tensor,
         guide_labels: torch.Tensor,
     ) -> torch.Tensor:
@@ -367,12 +427,12 @@ class CFGPipeline(DiffusionPipeline):
             guider (`BaseGuidance`): The guider. `step` is set as its state.
             z, t, class_labels, guide_labels: As in `predictions`.
             step (`int`): Index of the sampling step, from 0.
+            num_timesteps (`int`): Number of sampling steps.
 
         Returns:
             `torch.Tensor` of the shape of z, in float32.
         """
-        num_inference_steps = len(self.scheduler.timesteps)
-        guider.set_state(step, num_inference_steps, timestep=t)  # pyright: ignore[reportArgumentType] says LongTensor
+        guider.set_state(step, num_timesteps, timestep=t)  # pyright: ignore[reportArgumentType] says LongTensor
         labels = {"class_labels": (class_labels, guide_labels)}
         batches = guider.prepare_inputs(labels)  # pyright: ignore[reportArgumentType] says BlockState
         for batch in batches:
@@ -431,32 +491,216 @@ class CFGPipeline(DiffusionPipeline):
     def _vae_shift(self) -> float:
         return getattr(self.vae.config, "shift_factor", None) or 0.0
 
-    def _check_arguments(self, num_inference_steps: int, num_images_per_label: int, output_type: str) -> None:
-        for name, value in {
-            "num_inference_steps": num_inference_steps,
-            "num_images_per_label": num_images_per_label,
-        }.items():
-            if not isinstance(value, int) or value < 1:
-                raise ValueError(f"{name} must be a positive integer, but is {value!r}.")
-        if output_type not in ("pil", "np", "pt", "latent"):
-            raise ValueError(f"output_type must be 'pil', 'np', 'pt' or 'latent', but is {output_type!r}.")
+    @staticmethod
+    def _require(requirements: Mapping[str, tuple[Any, bool, str]]) -> None:
+        """Raise ValueError for the first invalid value in `name: (value, whether it is valid, what it must be)`."""
+        for name, (value, is_valid, required) in requirements.items():
+            if not is_valid:
+                shown = repr(value)
+                shown = f"{shown[:200]} …" if len(shown) > 200 else shown
+                raise ValueError(f"{name} must be {required}, but is {shown}.")
 
-    def _check_callback_inputs(self, names: Sequence[str]) -> None:
-        unknown = [name for name in names if name not in self._callback_tensor_inputs]
-        if unknown:
-            raise ValueError(
-                f"callback_on_step_end_tensor_inputs must be in {self._callback_tensor_inputs}, but contains {unknown}."
+    @classmethod
+    def _numbers(cls, name: str, value: Any, required: str = "a number") -> torch.Tensor:
+        """Convert a number, or a list or an array of numbers, to float64 on the CPU. Raise ValueError for all else."""
+        numbers = None
+        values = value if isinstance(value, (list, tuple)) else [value]
+        if not any(isinstance(number, (bool, str, bytes, bytearray)) for number in values):
+            with contextlib.suppress(TypeError, ValueError, RuntimeError, OverflowError):
+                numbers = torch.as_tensor(value)
+                is_real = not numbers.is_complex() and numbers.dtype != torch.bool
+                # Converted again: without a dtype, Python's floats become float32.
+                numbers = torch.as_tensor(value, dtype=torch.float64, device="cpu") if is_real else None
+        cls._require({name: (value, numbers is not None, required)})
+        assert numbers is not None
+        return numbers
+
+    @classmethod
+    def _is_number(cls, value: Any, low: float = -math.inf, high: float = math.inf) -> bool:
+        """Return whether a value is one number in [low, high]."""
+        try:
+            number = cls._numbers("number", value)
+        except ValueError:
+            return False
+        return number.ndim == 0 and low <= number.item() <= high
+
+    @classmethod
+    def _positive_integer(cls, name: str, value: Any) -> int:
+        """Convert a positive integer of any type to an `int`. Raise ValueError for all else."""
+        integer = 0
+        if cls._is_number(value):
+            with contextlib.suppress(TypeError):
+                integer = operator.index(value)
+        cls._require({name: (value, integer > 0, "a positive integer")})
+        return integer
+
+    def _check_type(self, name: str, component: Any) -> None:
+        """Check the type of a component. Accept any value of other names."""
+        is_network = hasattr(component, "noise_process") and not isinstance(component, type)
+        is_none = component is None
+        types = {
+            "unet": (is_network, "a UNet2DCFGModel"),
+            "guide_unet": (is_network or is_none, "a UNet2DCFGModel or None"),
+            "scheduler": (isinstance(component, SchedulerMixin), "a scheduler object, not a class"),
+            "vae": (isinstance(component, torch.nn.Module) or is_none, "an autoencoder or None"),
+            "guider": (isinstance(component, BaseGuidance) or is_none, "a diffusers guider object or None"),
+        }
+        if name in types:
+            self._require({name: (component, *types[name])})
+
+    def _check_components(self) -> None:
+        """Check that the components fit each other, and that the scheduler has the network's noise process."""
+        unet, guide, vae = self.unet, self.guide_unet, self.vae
+        channels, size = unet.config.in_channels, unet.config.sample_size
+        sides = size if isinstance(size, (list, tuple)) else (size, size)
+        is_size = len(sides) == 2 and all(type(side) is int and side > 0 for side in sides)
+        num_classes, out_channels = unet.num_classes, unet.config.out_channels
+        fit = {
+            "unet.config.sample_size": (size, is_size, "a positive integer, or a height and a width"),
+            "unet.config.out_channels": (out_channels, out_channels == channels, f"in_channels, {channels}"),
+        }
+        if vae is not None:
+            latent_channels = vae.config.latent_channels
+            fit["vae.config.latent_channels"] = (latent_channels, latent_channels == channels, f"the UNet's {channels}")
+        self._require(fit)
+        if guide is not None:
+            for name, ours, theirs in (
+                ("num_classes", num_classes, guide.num_classes),
+                ("in_channels", channels, guide.config.in_channels),
+                ("out_channels", channels, guide.config.out_channels),
+            ):
+                if ours != theirs:
+                    raise ValueError(f"guide_unet has {name} {theirs}, but the UNet has {ours}. They must be the same.")
+            process, theirs, largest = self._trained_process, guide.noise_process, guide.max_guidance_scale
+            self._require(
+                {
+                    "guide_unet.noise_process": (theirs, theirs in (None, process), f"{process}, as of the UNet"),
+                    "guide_unet.max_guidance_scale": (
+                        largest,
+                        largest is None,
+                        "None: a distilled network cannot guide",
+                    ),
+                }
             )
+        self._check_scheduler()
 
-    def _check_guidance(self, guidance_interval: tuple[float, float] | None, guidance_rescale: float) -> None:
-        if guidance_interval is not None:
+    def _checked_settings(
+        self, id2label: Any, conditioning_dropout_prob: Any, num_inference_steps: Any
+    ) -> dict[str, Any]:
+        """Return the settings of the pipeline as they are saved. Raise ValueError if one is invalid."""
+        p, num_classes = conditioning_dropout_prob, self.unet.num_classes
+        is_dict = id2label is None or isinstance(id2label, Mapping)
+        self._require(
+            {
+                "id2label": (id2label, is_dict, "a dictionary such as {0: 'cat', 1: 'dog'}"),
+                "conditioning_dropout_prob": (p, p is None or self._is_number(p, 0, 1), "in [0, 1] or None"),
+            }
+        )
+        if id2label is not None:
+            names, ids = list(id2label.values()), [str(class_id) for class_id in id2label]
+            unknown = sorted({*ids} - {str(class_id) for class_id in range(num_classes)})
+            if unknown:
+                raise ValueError(f"id2label has the class ids {unknown}, but the UNet has 0 … {num_classes - 1}.")
+            wrong = [name for name in names if not isinstance(name, str)]
+            self._require({"A name in id2label": (wrong and wrong[0], not wrong, "a string")})
+            for kind, values in (("names", names), ("ids", ids)):
+                repeated = sorted(value for value, count in Counter(values).items() if count > 1)
+                if repeated:
+                    raise ValueError(f"id2label uses the {kind} {repeated} for more than one class. Use unique {kind}.")
+            id2label = dict(zip(ids, names, strict=True))
+        if num_inference_steps is not None:
+            num_inference_steps = self._positive_integer("num_inference_steps", num_inference_steps)
+        return {
+            "id2label": id2label,
+            "conditioning_dropout_prob": None if p is None else float(p),
+            "num_inference_steps": num_inference_steps,
+        }
+
+    def _check_arguments(
+        self,
+        guidance_scale: Any,
+        guidance_interval: Any,
+        guidance_rescale: Any,
+        guider: Any,
+        generator: Any,
+        latents: Any,
+        output_type: Any,
+        return_dict: Any,
+        callback_on_step_end: Any,
+        callback_on_step_end_tensor_inputs: Any,
+    ) -> None:
+        """Check the types and ranges of the call's arguments, except labels and what depends on their number."""
+        is_interval = guidance_interval is None
+        with contextlib.suppress(TypeError, ValueError):
             low, high = guidance_interval
-            if not 0 <= low < high:
-                raise ValueError(
-                    f"guidance_interval must be (σ_lo, σ_hi) with 0 ≤ σ_lo < σ_hi, but is ({low}, {high})."
-                )
-        if not 0 <= guidance_rescale <= 1:
-            raise ValueError(f"guidance_rescale must be in [0, 1], but is {guidance_rescale}.")
+            is_interval = self._is_number(low, 0) and self._is_number(high) and bool(low < high)
+        is_interval = is_interval and not isinstance(guidance_interval, (dict, set, frozenset))
+        generators = generator if isinstance(generator, list) else [generator]
+        is_generator = all(isinstance(item, torch.Generator) for item in generators)
+        callback, names, known = callback_on_step_end, callback_on_step_end_tensor_inputs, self._callback_tensor_inputs
+        is_known = isinstance(names, (list, tuple)) and all(name in known for name in names)
+        self._require(
+            {
+                "guidance_scale": (
+                    guidance_scale,
+                    not isinstance(guidance_scale, (type, BaseGuidance)),
+                    "a number, a list of numbers or a function of the log-SNR; a guider is passed as guider",
+                ),
+                "guidance_interval": (guidance_interval, is_interval, "(σ_lo, σ_hi) with 0 ≤ σ_lo < σ_hi"),
+                "guidance_rescale": (guidance_rescale, self._is_number(guidance_rescale, 0, 1), "in [0, 1]"),
+                "generator": (
+                    generator,
+                    generator is None or is_generator,
+                    "torch.Generator().manual_seed(0) or a list with one torch.Generator for each image",
+                ),
+                "latents": (
+                    latents,
+                    latents is None or (isinstance(latents, torch.Tensor) and latents.is_floating_point()),
+                    "a floating-point torch.Tensor",
+                ),
+                "output_type": (
+                    output_type,
+                    isinstance(output_type, str) and output_type in ("pil", "np", "pt", "latent"),
+                    "'pil', 'np', 'pt' or 'latent'",
+                ),
+                "return_dict": (return_dict, isinstance(return_dict, bool), "True or False"),
+                "callback_on_step_end": (
+                    callback,
+                    callback is None or (callable(callback) and not isinstance(callback, type)),
+                    "a function",
+                ),
+                "callback_on_step_end_tensor_inputs": (names, is_known, f"a list of names in {known}"),
+            }
+        )
+        self._check_type("guider", guider)
+        scale = getattr(guider, "guidance_scale", 0.0)
+        self._require({"guider.guidance_scale": (scale, self._is_number(scale, -1e38, 1e38), "a finite number")})
+
+    def _callback_latents(
+        self, returned: Any, passed: Mapping[str, torch.Tensor], sample: torch.Tensor
+    ) -> torch.Tensor:
+        """Return the latents that a callback returned, or `sample` if it returned none or what it was passed."""
+        if returned is None:
+            return sample
+        is_valid = isinstance(returned, Mapping) and all(
+            name == "latents" or (name in passed and value is passed[name]) for name, value in returned.items()
+        )
+        self._require(
+            {"What callback_on_step_end returns": (returned, is_valid, "None or a dictionary of new 'latents'")}
+        )
+        latents, shape = returned.get("latents", sample), tuple(sample.shape)
+        is_valid = isinstance(latents, torch.Tensor) and latents.shape == shape and latents.is_floating_point()
+        self._require({"The latents of callback_on_step_end": (latents, is_valid, f"a tensor of shape {shape}")})
+        return latents.to(sample)
+
+    @staticmethod
+    def _copy(component: Any) -> Any:
+        """Return a copy that shares the tensors of a scheduler or a guider, but not the attributes that a call sets."""
+        component = copy.copy(component)
+        for name, value in vars(component).items() if component is not None else ():
+            if isinstance(value, list):
+                setattr(component, name, list(value))
+        return component
 
     def _check_guider(self, guider: BaseGuidance | None, **own: Any) -> None:
         """Check that the guider works with these models and is not combined with the pipeline's own rule, `own`."""
@@ -471,7 +715,7 @@ class CFGPipeline(DiffusionPipeline):
             raise ValueError(f"{type(guider).__name__} cannot guide this model: in this version of diffusers {reason}.")
 
     def _check_networks(self, **needs_two_passes: Any) -> None:
-        """Check that a distilled network needs only one pass, and that `guide_unet` matches `unet`."""
+        """Check that a distilled network needs only one pass, and that both networks have one dtype."""
         given = {**needs_two_passes, "guide_unet": self.guide_unet}
         given = [name for name, value in given.items() if value is not None]
         if self.unet.max_guidance_scale is not None and given:
@@ -479,10 +723,9 @@ class CFGPipeline(DiffusionPipeline):
                 f"{', '.join(given)} cannot be used with this model: it was distilled to guide in one pass, but a "
                 "second pass would be needed. Use the model that it was distilled from."
             )
-        for name in ("num_classes", "dtype"):
-            ours, theirs = getattr(self.unet, name), getattr(self.guide_unet or self.unet, name)
-            if ours != theirs:
-                raise ValueError(f"guide_unet has {name} {theirs}, but the UNet has {ours}. They must be the same.")
+        dtype, guide_dtype = self.unet.dtype, (self.guide_unet or self.unet).dtype
+        if dtype != guide_dtype:
+            raise ValueError(f"guide_unet has dtype {guide_dtype}, but the UNet has {dtype}. They must be the same.")
 
     def _check_scheduler(self) -> None:
         """Check the scheduler. Most schedulers accept the config of any other one and then silently return noise."""
@@ -497,52 +740,93 @@ class CFGPipeline(DiffusionPipeline):
                 "model's original scheduler."
             )
 
-        network, (prediction_type, alphas_cumprod) = self._noise_process, self._noise_process_of(self.scheduler)
-        difference = (alphas_cumprod - network[1]).abs().max().item() if len(alphas_cumprod) == len(network[1]) else 1
-        if prediction_type != network[0] or difference > 1e-4:
+        process = self._trained_process
+        if process is None:
             raise ValueError(
-                f"{name} does not match the noise process this model was trained with (prediction_type "
-                f"{prediction_type!r} instead of {network[0]!r}; alphas_cumprod differs by up to {difference:.2g}). "
-                f"Create it with {name}.from_config(pipe.scheduler.config), using the model's original scheduler."
+                f"The noise process of this model is not known: its UNet does not record one, and its {name} was not "
+                f"made from a LogSNRScheduler. Create it with {name}.from_config(pipe.scheduler.config), using the "
+                "model's original scheduler."
             )
+        prediction_type, expected = self._reference(process)
+        stated, alphas_cumprod = self._stated_process(self.scheduler), self.scheduler.alphas_cumprod.double().cpu()
+        difference = (alphas_cumprod - expected).abs().max().item() if len(alphas_cumprod) == len(expected) else 1
+        own_type = config.get("prediction_type")
+        if own_type != prediction_type or stated not in (None, process) or not difference <= 1e-4:  # it may be NaN
+            raise ValueError(
+                f"{name} does not match the noise process this model was trained with (prediction_type {own_type!r} "
+                f"instead of {prediction_type!r}; alphas_cumprod differs by up to {difference:.2g}; its config states "
+                f"{stated} instead of {process}). Create it with {name}.from_config(pipe.scheduler.config), using the "
+                "model's original scheduler."
+            )
+
+    @property
+    def _trained_process(self) -> dict[str, Any] | None:
+        """The noise process that the UNet records, or else that of the scheduler the pipeline was created with."""
+        return self.unet.noise_process or self._first_process
 
     @staticmethod
-    def _noise_process_of(scheduler: SchedulerMixin) -> tuple[str | None, torch.Tensor]:
-        """Return a scheduler's prediction type and α² at each training timestep."""
-        alphas_cumprod = getattr(scheduler, "alphas_cumprod", torch.empty(0))
-        return scheduler.config.get("prediction_type"), alphas_cumprod.double().cpu()
+    def _stated_process(scheduler: SchedulerMixin) -> dict[str, Any] | None:
+        """Return the noise process in the config of a scheduler made from a `LogSNRScheduler`; `None` for others."""
+        config = scheduler.config
+        # `LogSNRScheduler.solver` makes the names private
+        process = {name: config.get(name, config.get(f"_{name}")) for name in ("log_snr_min", "log_snr_max")}
+        if None in process.values():
+            return None
+        return {**{name: config.get(name) for name in ("prediction_type", "num_train_timesteps")}, **process}
 
-    def _set_timesteps(self, num_inference_steps: int, device: torch.device) -> None:
-        """Set the scheduler's timesteps and check them."""
-        self.scheduler.set_timesteps(num_inference_steps, device=device)
-        if hasattr(self.scheduler, "set_begin_index"):
+    @classmethod
+    def _reference(cls, process: dict[str, Any]) -> tuple[str, torch.Tensor]:
+        """Return the prediction type and α² at each training timestep of a noise process."""
+        prediction_type, steps, low, high = (
+            process.get(name) for name in ("prediction_type", "num_train_timesteps", "log_snr_min", "log_snr_max")
+        )
+        is_valid = cls._is_number(low, -60, 60) and cls._is_number(high, -60, 60) and low < high
+        is_valid = is_valid and type(steps) is int and 2 <= steps <= 1_000_000 and isinstance(prediction_type, str)
+        required = "a prediction_type, num_train_timesteps, and log_snr_min < log_snr_max in ±60"
+        cls._require({"The noise process": (process, is_valid, required)})
+        # λ = -2 log tan(au + b), as in `LogSNRScheduler`
+        b, end = math.atan(math.exp(-high / 2)), math.atan(math.exp(-low / 2))
+        u = torch.arange(1, steps + 1, dtype=torch.float64) / steps
+        return prediction_type, torch.cos(torch.lerp(torch.tensor(b).double(), torch.tensor(end).double(), u)).square()
+
+    @staticmethod
+    def _set_timesteps(scheduler: SchedulerMixin, num_inference_steps: int, device: torch.device) -> None:
+        """Set a scheduler's timesteps."""
+        scheduler.set_timesteps(num_inference_steps, device=device)
+        if hasattr(scheduler, "set_begin_index"):
             # Without it, solvers whose first two rounded timesteps are equal start at the second one.
-            self.scheduler.set_begin_index(0)
-        self._check_first_sigma()
-        self._check_stride(num_inference_steps)
+            scheduler.set_begin_index(0)
 
-    def _check_first_sigma(self) -> None:
-        """Check, after `set_timesteps`, that a scheduler in σ/α does not start at the noisy end of the process."""
-        sigma = float(self.scheduler.init_noise_sigma)
+    def _check_noise_levels(self, scheduler: SchedulerMixin, num_inference_steps: int, log_snr: torch.Tensor) -> None:
+        """Check, after `set_timesteps`, that the steps start below the noisy end of the process and reach the data."""
+        name, sigma = type(scheduler).__name__, float(scheduler.init_noise_sigma)
         if sigma > 1000:
             raise ValueError(
-                f"{type(self.scheduler).__name__} starts at σ/α = {sigma:.0f}, where one step multiplies the network's "
-                "error by the same factor. Keep use_exponential_sigmas and sigma_max from pipe.scheduler.config."
+                f"{name} starts at σ/α = {sigma:.0f}, where one step multiplies the network's error by the same "
+                "factor. Keep use_exponential_sigmas and sigma_max from pipe.scheduler.config."
             )
+        if not log_snr.isfinite().all() or (hasattr(scheduler, "sigmas") and scheduler.sigmas[-1] > 1):
+            raise ValueError(
+                f"{name} cannot take {num_inference_steps} steps: they do not reach the data. Use more steps, or a "
+                "different scheduler."
+            )
+        self._check_stride(scheduler, num_inference_steps)
 
-    def _check_stride(self, num_inference_steps: int) -> None:
+    @staticmethod
+    def _check_stride(scheduler: SchedulerMixin, num_inference_steps: int) -> None:
         """Check that T steps of DDIM, each of ⌊N / T⌋ timesteps, reach the end of the process."""
-        if "DDIM" not in type(self.scheduler).__name__:
+        name = type(scheduler).__name__
+        if "DDIM" not in name:
             return
-        num_train_timesteps, timesteps = self.scheduler.config.num_train_timesteps, self.scheduler.timesteps
+        num_train_timesteps, timesteps = scheduler.config.num_train_timesteps, scheduler.timesteps
         stride = num_train_timesteps // num_inference_steps
         if (timesteps[:-1] - timesteps[1:] != stride).any():
             divisors = [steps for steps in range(1, num_train_timesteps + 1) if num_train_timesteps % steps == 0]
             nearest = min(divisors, key=lambda steps: abs(steps - num_inference_steps))
             raise ValueError(
-                f"{type(self.scheduler).__name__} cannot take {num_inference_steps} steps: it steps by {stride} "
-                f"timesteps, which does not match the spacing of its {num_inference_steps} timesteps. Use "
-                f"num_inference_steps={nearest}, another divisor of {num_train_timesteps}, or a different scheduler."
+                f"{name} cannot take {num_inference_steps} steps: it steps by {stride} timesteps, which does not match "
+                f"the spacing of its {num_inference_steps} timesteps. Use num_inference_steps={nearest}, another "
+                f"divisor of {num_train_timesteps}, or a different scheduler."
             )
 
     # Labels are checked twice. `_check_class_id` and `_check_weights` check the labels that a user entered: the null
@@ -569,9 +853,10 @@ class CFGPipeline(DiffusionPipeline):
                 for label in labels.tolist():
                     self._check_class_id(name, label)
         else:
-            if isinstance(labels, (str, dict)) or not hasattr(labels, "__iter__"):
-                labels = [labels]
-            labels = list(labels)
+            is_list = not isinstance(labels, (bytes, bytearray, set, frozenset, type))
+            self._require({name: (labels, is_list, "one label or a list of labels")})
+            is_one = isinstance(labels, (str, dict)) or getattr(labels, "ndim", None) == 0
+            labels = [labels] if is_one or not hasattr(labels, "__iter__") else list(labels)
             label2id = {class_name: class_id for class_id, class_name in self.id2label.items()}
             mixes = [label.items() if isinstance(label, dict) else [(label, 1.0)] for label in labels]
             mixes = [[(self._class_id(name, label, label2id), weight) for label, weight in mix] for mix in mixes]
@@ -579,12 +864,22 @@ class CFGPipeline(DiffusionPipeline):
                 labels = torch.zeros(len(mixes), self.unet.num_classes + 1)
                 for row, mix in zip(labels, mixes, strict=True):
                     for class_id, weight in mix:
+                        required = "a number of at least 0"
+                        self._require(
+                            {
+                                f"The weight of class {class_id} in {name}": (
+                                    weight,
+                                    self._is_number(weight, 0),
+                                    required,
+                                )
+                            }
+                        )
                         row[class_id] += weight
             else:
                 labels = torch.tensor([class_id for mix in mixes for class_id, _ in mix], dtype=torch.int64)
         if labels.numel() == 0:
             raise ValueError(f"{name} is empty. Pass at least one class id or name.")
-        self.unet.check_class_labels(labels, len(labels))
+        self.unet.check_class_labels(labels, len(labels), name)
         if labels.is_floating_point():
             return labels.float()
         return labels.to(torch.int64) % (self.unet.num_classes + 1)  # -1 is the null class, the last row
@@ -646,8 +941,9 @@ class CFGPipeline(DiffusionPipeline):
                 )
             return label2id[label]
         try:
-            class_id = None if isinstance(label, bool) else operator.index(label)
-        except TypeError:
+            is_bool = isinstance(label, bool) or getattr(label, "dtype", None) == torch.bool
+            class_id = None if is_bool else operator.index(label)
+        except (TypeError, ValueError, RuntimeError):
             class_id = None
         if class_id is None:
             raise ValueError(f"{name} contains {label!r}, which is neither an integer id nor a name.")
@@ -665,22 +961,22 @@ class CFGPipeline(DiffusionPipeline):
         self,
         guidance_scale: float | Sequence[float] | torch.Tensor | Callable[[float], Any] | None,
         guidance_interval: tuple[float, float] | None,
+        log_snr: torch.Tensor,
         num_images: int,
         num_images_per_label: int,
     ) -> torch.Tensor:
-        """Return w at each step and for each image, float32 `(steps, images)` on the CPU; 0 outside the interval."""
-        log_snr = self.log_snr()
+        """Return w at each λ and for each image, float32 `(steps, images)` on the CPU; 0 outside the interval."""
         if callable(guidance_scale):
             rows = [
                 self._scale_per_image(guidance_scale(x), num_images, num_images_per_label) for x in log_snr.tolist()
             ]
         else:
-            if guidance_scale is None:
-                guidance_scale = min(1.0, self.unet.max_guidance_scale or 1.0)
+            if guidance_scale is None:  # a guider sets it
+                guidance_scale = 1.0
             rows = [self._scale_per_image(guidance_scale, num_images, num_images_per_label)] * len(log_snr)
         scales = torch.stack(rows)
         if guidance_interval is not None:
-            (low, high), sigma = guidance_interval, (-log_snr / 2).exp()
+            (low, high), sigma = self._numbers("", guidance_interval).tolist(), (-log_snr / 2).exp()
             inside = (low < sigma) & (sigma <= high)
             if not inside.any():
                 raise ValueError(
@@ -698,7 +994,9 @@ class CFGPipeline(DiffusionPipeline):
 
     def _scale_per_image(self, guidance_scale: Any, num_images: int, num_images_per_label: int) -> torch.Tensor:
         """Expand w, a number or one number per label or per image, to float32 `(images,)` on the CPU."""
-        w = torch.as_tensor(guidance_scale, dtype=torch.float32, device="cpu")
+        w = self._numbers(
+            "guidance_scale", guidance_scale, "a number, or a list with one per label or per image"
+        ).float()
         num_labels = num_images // num_images_per_label
         if w.ndim == 0:
             w = w.expand(num_images)
@@ -715,11 +1013,16 @@ class CFGPipeline(DiffusionPipeline):
         return w
 
     def log_snr(self) -> torch.Tensor:
-        """Return λ = log(α²/σ²) at each of the scheduler's timesteps, float64 `(steps,)` on the CPU."""
-        timesteps = self.scheduler.timesteps.double().cpu()
-        if hasattr(self.scheduler, "log_snr"):
-            return self.scheduler.log_snr(self.scheduler.u(timesteps))
-        log_snr = self.scheduler.alphas_cumprod.double().cpu().logit()
+        """Return λ = log(α²/σ²) at each timestep of the last call, float64 `(steps,)` on the CPU."""
+        return self._log_snr_of(self._sampler or self.scheduler)
+
+    @staticmethod
+    def _log_snr_of(scheduler: SchedulerMixin) -> torch.Tensor:
+        """Return λ at each of a scheduler's timesteps, as in `log_snr`."""
+        timesteps = scheduler.timesteps.double().cpu()
+        if hasattr(scheduler, "log_snr"):
+            return scheduler.log_snr(scheduler.u(timesteps))
+        log_snr = scheduler.alphas_cumprod.double().cpu().logit()
         before = timesteps.floor().long().clamp(0, len(log_snr) - 2)
         return torch.lerp(log_snr[before], log_snr[before + 1], timesteps - before)
 
@@ -739,7 +1042,7 @@ class CFGPipeline(DiffusionPipeline):
         generator: torch.Generator | list[torch.Generator] | None,
         device: torch.device,
     ) -> torch.Tensor:
-        """Check or sample z at λ_min, and multiply it by the scheduler's initial σ; float32 on `device`."""
+        """Check or sample z at λ_min; float32 on `device`."""
         shape = (num_images, *self.sample_shape)
         if isinstance(generator, list) and len(generator) != num_images:
             raise ValueError(
@@ -750,11 +1053,16 @@ class CFGPipeline(DiffusionPipeline):
             latents = randn_tensor(shape, generator=generator, device=device, dtype=torch.float32)
         elif latents.shape != shape:
             raise ValueError(f"latents have shape {tuple(latents.shape)}, but must have {shape}.")
-        return latents.to(device=device, dtype=torch.float32) * self.scheduler.init_noise_sigma
+        elif not latents.isfinite().all():
+            raise ValueError("latents must be finite, but contain NaN or infinite values.")
+        return latents.to(device=device, dtype=torch.float32)
 
-    def _step_kwargs(self, generator: torch.Generator | list[torch.Generator] | None) -> dict[str, Any]:
-        """Return the additional arguments that this scheduler's `step` accepts."""
-        accepted = inspect.signature(self.scheduler.step).parameters
+    @staticmethod
+    def _step_kwargs(
+        scheduler: SchedulerMixin, generator: torch.Generator | list[torch.Generator] | None
+    ) -> dict[str, Any]:
+        """Return the additional arguments that a scheduler's `step` accepts."""
+        accepted = inspect.signature(scheduler.step).parameters
         # By default DDIM steps along an ε that contradicts the clipped x̃, which leaves speckles.
         available = {"generator": generator, "use_clipped_model_output": True}
         return {name: value for name, value in available.items() if name in accepted}
@@ -822,8 +1130,22 @@ class CFGPipeline(DiffusionPipeline):
         """
         loaded = super().load_config(pretrained_model_name_or_path, *args, **kwargs)
         index, *rest = loaded if isinstance(loaded, tuple) else (loaded,)
+        cls._check_index(index, str(pretrained_model_name_or_path))
         index = cls._with_installed_classes(index, str(pretrained_model_name_or_path))
         return (index, *rest) if isinstance(loaded, tuple) else index
+
+    @classmethod
+    def _check_index(cls, index: Any, source: str) -> None:
+        """Check the form of a model_index.json: each component is a module and a class, or two nulls."""
+        cls._require({f"model_index.json of {source}": (index, isinstance(index, dict), "a dictionary")})
+        expected, _ = cls._get_signature_keys(cls)
+        for name in ("_class_name", *(name for name in index if name in expected)):
+            value = index.get(name)
+            is_pair = isinstance(value, list) and len(value) == 2 and len({type(part) for part in value}) == 1
+            is_valid = (is_pair and isinstance(value[0], str | None)) or (
+                name == "_class_name" and isinstance(value, str)
+            )
+            cls._require({f"{name} in model_index.json of {source}": (value, is_valid, "a module and a class")})
 
     @classmethod
     def _with_installed_classes(cls, index: dict[str, Any], source: str) -> dict[str, Any]:

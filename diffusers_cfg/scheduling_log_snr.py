@@ -87,7 +87,6 @@ class LogSNRScheduler(SchedulerMixin, ConfigMixin):
         "HeunDiscreteScheduler",
         "KDPM2AncestralDiscreteScheduler",
         "KDPM2DiscreteScheduler",
-        "SASolverScheduler",
         "UniPCMultistepScheduler",
     ]
 

@@ -3,7 +3,9 @@
 # This file is saved with every model, so it must run alone under plain diffusers: it imports the standard library,
 # torch and diffusers only, and keeps its helpers inside the class.
 
+import os
 from pathlib import Path
+from typing import Any
 
 import torch
 from diffusers import ModelMixin, UNet2DModel  # noqa: F401 (diffusers looks for ModelMixin in this module)
@@ -29,12 +31,15 @@ class UNet2DCFGModel(UNet2DModel):
             not take w.
 
     Raises:
-        ValueError: If `max_guidance_scale` is not a positive number.
+        ValueError: If `max_guidance_scale` is not a positive number, or `num_class_embeds` not a number of classes.
     """
 
     # Source of this module, which `CFGPipeline.save_pretrained` writes next to the weights. Read at import: all
     # repositories loaded as remote code share one path, so the file there may later belong to a different repository.
     remote_code = Path(__file__).read_text(encoding="utf-8")
+
+    # A class embedding is allocated before the weights are read, so a damaged config must not ask for too much memory.
+    max_num_class_embeds = 1_000_001
 
     # Not decorated with `register_to_config`: the parent registers its own arguments, and `max_guidance_scale` is
     # registered only if set, so that `UNet2DModel` reads the config without a warning.
@@ -70,6 +75,7 @@ class UNet2DCFGModel(UNet2DModel):
         num_train_timesteps: int | None = None,
         max_guidance_scale: float | None = None,
     ) -> None:
+        self._check_settings(num_class_embeds, max_guidance_scale)
         super().__init__(
             sample_size=sample_size,
             in_channels=in_channels,
@@ -102,8 +108,6 @@ class UNet2DCFGModel(UNet2DModel):
         )
         self.guidance_embedding = None
         if max_guidance_scale is not None:
-            if not 0 < max_guidance_scale < float("inf"):
-                raise ValueError(f"max_guidance_scale must be a positive number, but is {max_guidance_scale}.")
             self.register_to_config(max_guidance_scale=max_guidance_scale)
             channels = self.time_embedding.linear_1.in_features
             self.guidance_proj = Timesteps(channels, flip_sin_to_cos=True, downscale_freq_shift=0)
@@ -111,6 +115,95 @@ class UNet2DCFGModel(UNet2DModel):
             # Zero, so that a student starts as its conditional teacher for every w.
             torch.nn.init.zeros_(self.guidance_embedding.linear_2.weight)
             torch.nn.init.zeros_(self.guidance_embedding.linear_2.bias)
+
+    def _check_settings(self, num_class_embeds: Any, max_guidance_scale: Any) -> None:
+        """Check the settings that `UNet2DModel` does not check, before anything is allocated."""
+        if num_class_embeds is not None and (
+            type(num_class_embeds) is not int or not 0 < num_class_embeds <= self.max_num_class_embeds
+        ):
+            raise ValueError(
+                "num_class_embeds must be the number of classes plus one, an integer of at most "
+                f"{self.max_num_class_embeds}, but is {num_class_embeds!r}."
+            )
+        if max_guidance_scale is not None and (
+            type(max_guidance_scale) not in (int, float) or not 0 < max_guidance_scale < float("inf")
+        ):
+            raise ValueError(f"max_guidance_scale must be a positive number, but is {max_guidance_scale!r}.")
+
+    @classmethod
+    def load_config(cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs: Any) -> Any:
+        """
+        Load config.json. The arguments and return values are those of `UNet2DModel.load_config`.
+
+        Raises:
+            ValueError: If the file contains something else than the settings of a model.
+        """
+        loaded = super().load_config(pretrained_model_name_or_path, **kwargs)
+        config = loaded[0] if isinstance(loaded, tuple) else loaded
+        if not isinstance(config, dict):
+            raise ValueError(
+                f"{cls.config_name} must contain the settings of a {cls.__name__}, but contains {config!r}."
+            )
+        return loaded
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs: Any) -> Any:
+        """
+        Load a network from safetensors that hold all of its weights. The arguments and return values are those of
+        `UNet2DModel.from_pretrained`.
+
+        Raises:
+            OSError: If files do not exist or cannot be read.
+            ValueError: If the weights and the network have different tensors, the config is invalid, or weights in
+                another format are requested.
+        """
+        if kwargs.get("use_safetensors") not in (True, None):
+            raise ValueError(
+                f"use_safetensors={kwargs['use_safetensors']} is not supported: loading weights in other formats can "
+                "run code. Leave it out."
+            )
+        kwargs["use_safetensors"] = True
+        if not kwargs.get("ignore_mismatched_sizes"):
+            kwargs["low_cpu_mem_usage"] = True  # leaves tensors that are in no file on the meta device
+        returns_info = kwargs.pop("output_loading_info", False)
+        name = str(Path(str(pretrained_model_name_or_path), kwargs.get("subfolder") or ""))
+        try:
+            network, info = super().from_pretrained(pretrained_model_name_or_path, output_loading_info=True, **kwargs)
+        except OSError as error:
+            if os.path.exists(name):
+                raise
+            raise OSError(f"{name} does not exist, and cannot be loaded from the Hub: {error}") from error
+        except Exception as error:  # invalid settings raise exceptions of many types
+            raise ValueError(f"{name} cannot be loaded: {error}") from error
+        empty = [key for key, value in network.state_dict().items() if value.is_meta]
+        wrong = {"missing": {*info["missing_keys"], *empty}, "unexpected": info["unexpected_keys"]}
+        found = [f"{len(keys)} {kind} ({', '.join(sorted(keys)[:3])})" for kind, keys in wrong.items() if keys]
+        if found:
+            raise ValueError(
+                f"The weights in {name} are not those of its {cls.config_name}. Tensors: {', '.join(found)}. The files "
+                "are damaged, or belong to different models. Copy or download them again."
+            )
+        return (network, info) if returns_info else network
+
+    def set_attention_backend(self, backend: str) -> None:
+        """Raise `ValueError`: diffusers accepts any backend here, but the layers of `UNet2DModel` do not read it."""
+        raise ValueError(
+            f"set_attention_backend({backend!r}) would have no effect: the attention of UNet2DModel always calls "
+            "torch's scaled_dot_product_attention. enable_xformers_memory_efficient_attention() does have an effect."
+        )
+
+    @property
+    def noise_process(self) -> dict[str, Any] | None:
+        """
+        The noise process that the network was trained with; `None` if it is not known. Training sets it, and
+        `CFGPipeline` compares each scheduler with it. It is saved with the network.
+        """
+        # A private name, because `UNet2DModel` keeps such settings without a warning.
+        return self.config.get("_noise_process")
+
+    @noise_process.setter
+    def noise_process(self, process: dict[str, Any]) -> None:
+        self.register_to_config(_noise_process=process)
 
     @property
     def max_guidance_scale(self) -> float | None:
@@ -134,7 +227,7 @@ class UNet2DCFGModel(UNet2DModel):
         """The label of the null class ∅, `num_classes`: the last row of the class embedding."""
         return self.num_classes
 
-    def check_class_labels(self, class_labels: torch.Tensor, batch_size: int) -> None:
+    def check_class_labels(self, class_labels: torch.Tensor, batch_size: int, name: str = "class_labels") -> None:
         """
         Check a batch of labels for the network. They may contain `null_class_label`, which `CFGPipeline` refuses in
         labels that a user enters.
@@ -147,37 +240,36 @@ class UNet2DCFGModel(UNet2DModel):
                 weights of the classes, `(batch_size, num_classes + 1)`, with the null class last. Weights are at least
                 0, and each row adds up to one.
             batch_size (`int`): Number of samples.
+            name (`str`, *optional*, defaults to `"class_labels"`): Name of the argument, for messages.
 
         Raises:
             ValueError: If the labels are neither integers nor weights, are not one per sample, or are out of range.
         """
-        self._check_class_labels_layout(class_labels, batch_size)
+        self._check_class_labels_layout(class_labels, batch_size, name)
         if class_labels.is_floating_point():
             wrong = [row for row in class_labels.tolist() if not (min(row) >= 0 and abs(sum(row) - 1) < 1e-3)]
             if wrong:
-                raise ValueError(
-                    f"The weights of the classes must be at least 0 and add up to one, but are {wrong[0]}."
-                )
+                raise ValueError(f"The weights in {name} must be at least 0 and add up to one, but are {wrong[0]}.")
             return
         wrong = sorted({label for label in class_labels.tolist() if not -1 <= label <= self.null_class_label})
         if wrong:
             raise ValueError(
-                f"class_labels {wrong} are out of range. The classes are 0 … {self.num_classes - 1}; -1 or "
+                f"{name} {wrong} are out of range. The classes are 0 … {self.num_classes - 1}; -1 or "
                 f"{self.null_class_label} is the null class."
             )
 
-    def _check_class_labels_layout(self, class_labels: torch.Tensor, batch_size: int) -> None:
+    def _check_class_labels_layout(self, class_labels: torch.Tensor, batch_size: int, name: str) -> None:
         """Check dtype and shape, without reading values."""
         if class_labels.is_floating_point() and class_labels.shape == (batch_size, self.num_classes + 1):
             return
         if class_labels.is_floating_point() or class_labels.is_complex() or class_labels.dtype == torch.bool:
             raise ValueError(
-                f"class_labels must be integers, or weights of shape ({batch_size}, {self.num_classes + 1}), but have "
+                f"{name} must be integers, or weights of shape ({batch_size}, {self.num_classes + 1}), but have "
                 f"dtype {class_labels.dtype} and shape {tuple(class_labels.shape)}."
             )
         if class_labels.shape != (batch_size,):
             raise ValueError(
-                f"class_labels must contain one label per sample, shape ({batch_size},), but have shape "
+                f"{name} must contain one label per sample, shape ({batch_size},), but have shape "
                 f"{tuple(class_labels.shape)}."
             )
 
@@ -209,8 +301,9 @@ class UNet2DCFGModel(UNet2DModel):
 
         Raises:
             ValueError: If the labels are neither integers nor weights, or not one per sample; or if `guidance_scale`
-                is passed to a network that does not take w. The range of labels is checked only on the CPU, because
-                reading them on other devices would stall every step; call `check_class_labels` before.
+                is passed to a network that does not take w, or is not one per sample. The ranges of labels and w are
+                checked only on the CPU, because reading them on other devices would stall every step; call
+                `check_class_labels` before.
         """
         class_labels = self._fill_class_labels(class_labels, sample)
         if self.config.center_input_sample:
@@ -264,7 +357,7 @@ class UNet2DCFGModel(UNet2DModel):
         if class_labels.device.type == "cpu" and not torch.compiler.is_compiling():
             self.check_class_labels(class_labels, batch_size)
         else:
-            self._check_class_labels_layout(class_labels, batch_size)
+            self._check_class_labels_layout(class_labels, batch_size, "class_labels")
         if class_labels.is_floating_point():
             return class_labels
         return torch.where(class_labels == -1, self.null_class_label, class_labels)
@@ -297,6 +390,12 @@ class UNet2DCFGModel(UNet2DModel):
             )
         if w is None:
             w = torch.zeros(len(sample), device=sample.device)
+        is_read = w.device.type == "cpu" and not torch.compiler.is_compiling()
+        if w.shape != (len(sample),) or (is_read and not ((w >= 0) & (w <= largest)).all()):
+            raise ValueError(
+                f"guidance_scale must contain one w per sample, shape ({len(sample)},), in 0 … {largest:g}, the range "
+                f"that this network was distilled for, but is {w}."
+            )
         # The root, because a small w changes the prediction more; up to 100 the sinusoids have at most sixteen periods.
         position = 100 * (w / largest).sqrt()
         return self.guidance_embedding(self.guidance_proj(position).to(sample.dtype))

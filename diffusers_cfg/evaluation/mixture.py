@@ -35,6 +35,7 @@ class GaussianMixtureModel(torch.nn.Module):
     """
 
     max_guidance_scale = None  # w is not an input: the model is not distilled
+    noise_process = None  # that of the scheduler
     means: torch.Tensor  # (components, channels · height · width)
     stds: torch.Tensor  # (components,)
     log_probs: torch.Tensor  # (components,)
@@ -51,7 +52,9 @@ class GaussianMixtureModel(torch.nn.Module):
         super().__init__()
         self.scheduler = scheduler
         self.num_classes = self.null_class_label = int(component_classes.max()) + 1
-        self.config = SimpleNamespace(in_channels=means.shape[1], sample_size=tuple(means.shape[2:]))
+        self.config = SimpleNamespace(
+            in_channels=means.shape[1], out_channels=means.shape[1], sample_size=tuple(means.shape[2:])
+        )
         probs = torch.ones(len(means)) if probs is None else probs
         self.register_buffer("means", means.flatten(1))
         self.register_buffer("stds", stds)
@@ -71,12 +74,12 @@ class GaussianMixtureModel(torch.nn.Module):
         """The device of the parameters of the mixture."""
         return self.means.device
 
-    def check_class_labels(self, class_labels: torch.Tensor, batch_size: int) -> None:
+    def check_class_labels(self, class_labels: torch.Tensor, batch_size: int, name: str = "class_labels") -> None:
         """Raise `ValueError` if a label is out of range, like `UNet2DCFGModel.check_class_labels`."""
         invalid = [label for label in class_labels.tolist() if not -1 <= label <= self.null_class_label]
         if invalid:
             raise ValueError(
-                f"class_labels {invalid} are out of range. Pass 0 … {self.num_classes - 1}, or -1 for the null class."
+                f"{name} {invalid} are out of range. Pass 0 … {self.num_classes - 1}, or -1 for the null class."
             )
 
     def forward(

@@ -21,6 +21,9 @@ logger = logging.getLogger(__name__)
 # the paper's sampler with 256 steps.
 SOLVER, NUM_INFERENCE_STEPS = DPMSolverMultistepScheduler, 12
 
+# The settings of a LogSNRScheduler that a network is trained for, and records.
+NOISE_PROCESS = ("prediction_type", "log_snr_min", "log_snr_max", "num_train_timesteps")
+
 
 def build_pipeline(config: CFGConfig, images: LabelledImages) -> CFGPipeline:
     """Return a new or pretrained pipeline to train. Raise UserError if it does not fit the data."""
@@ -53,7 +56,8 @@ def new_pipeline(
     solver: type[SchedulerMixin] = SOLVER,
     num_inference_steps: int = NUM_INFERENCE_STEPS,
 ) -> CFGPipeline:
-    """Return a pipeline for a network and its noise process, which samples with one of diffusers' solvers."""
+    """Return a pipeline for a network, which records its noise process and samples with one of diffusers' solvers."""
+    unet.noise_process = {name: scheduler.config[name] for name in NOISE_PROCESS}
     return CFGPipeline(
         unet,
         scheduler.solver(solver),
@@ -65,9 +69,10 @@ def new_pipeline(
 
 
 def noise_process(pipeline: CFGPipeline) -> LogSNRScheduler:
-    """Return the noise process that a pipeline's scheduler was made from."""
+    """Return the noise process that a pipeline's network was trained with; the scheduler's, if it records none."""
+    process = pipeline.unet.noise_process or {}
     # `from_config` is annotated to return a tuple as well, but does so only with `return_unused_kwargs`.
-    return cast(LogSNRScheduler, LogSNRScheduler.from_config(pipeline.scheduler.config))
+    return cast(LogSNRScheduler, LogSNRScheduler.from_config(pipeline.scheduler.config, **process))
 
 
 def load_pretrained(
@@ -95,11 +100,6 @@ def load_pretrained(
     unet.register_to_config(sample_size=check_sample_size(unet, sample_size(config, vae)))
     if vae is not None:
         vae.eval().requires_grad_(False)
-    if not {"log_snr_min", "_log_snr_min"} & pretrained.scheduler.config.keys():
-        raise UserError(
-            f"{flag} {source} has a {type(pretrained.scheduler).__name__} that was not made "
-            "from a LogSNRScheduler, so the noise process of its training is unknown. Start from a different model."
-        )
     pipeline = new_pipeline(config, unet, noise_process(pretrained), vae, images.id2label)
     if (channels := pipeline.image_shape[0]) != images.channels:
         logger.warning("Converting the images to %d channels, the number of channels of %s.", channels, source)

@@ -142,9 +142,10 @@ def test_log_snr_matches_the_schedulers_steps(pipeline, name):
     seen = []
     draw(pipeline, 0, lambda log_snr: seen.append(log_snr) or 0.0, num_inference_steps=10)
     assert seen == pipeline.log_snr().tolist()
-    assert len(seen) == len(pipeline.scheduler.timesteps)
+    assert len(seen) == pipeline.num_timesteps
     assert seen == sorted(seen) or name == "KDPM2AncestralDiscreteScheduler"  # which evaluates half a step ahead
     if name in ("EulerDiscreteScheduler", "DPMSolverMultistepScheduler", "UniPCMultistepScheduler"):
+        pipeline.scheduler.set_timesteps(10)
         sigmas = torch.tensor(seen[:-1]).mul(-0.5).exp()
         # Some schedulers round to a whole timestep, a relative error of up to 1/t in σ
         torch.testing.assert_close(sigmas, pipeline.scheduler.sigmas[: len(sigmas)].float(), rtol=0.2, atol=0)

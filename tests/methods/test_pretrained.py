@@ -59,9 +59,13 @@ def test_unnamed_classes_are_matched_in_order(caplog):
 
 
 def test_pipeline_with_a_different_noise_process_is_refused(tmp_path):
-    pipeline = make_pipeline(make_unet(), diffusers.DDIMScheduler())
-    pipeline.save_pretrained(tmp_path / "base")
-    with pytest.raises(UserError, match="has a DDIMScheduler that was not made from a LogSNRScheduler"):
+    make_pipeline().save_pretrained(tmp_path / "base")
+    index = json.loads((tmp_path / "base" / "model_index.json").read_text())
+    (tmp_path / "base" / "model_index.json").write_text(
+        json.dumps({**index, "scheduler": ["diffusers", "DDIMScheduler"]})
+    )
+    diffusers.DDIMScheduler().save_pretrained(tmp_path / "base" / "scheduler")
+    with pytest.raises(UserError, match="its DDIMScheduler was not made from a LogSNRScheduler"):
         train(tmp_path / "out", "--pretrained_model_name_or_path", str(tmp_path / "base"))
 
 
