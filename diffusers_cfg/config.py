@@ -7,16 +7,19 @@ import dataclasses
 import inspect
 import math
 import os
+import signal
 import sys
 import types
 from argparse import SUPPRESS, ArgumentDefaultsHelpFormatter, ArgumentParser
 from collections.abc import Callable, Mapping
 from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
-from typing import Any, ClassVar, Literal, Self, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import Any, ClassVar, Literal, Self, TextIO, TypeVar, Union, get_args, get_origin, get_type_hints
 
 import yaml
 
+# As a shell reports processes that SIGINT or SIGPIPE has ended.
+EXIT_INTERRUPTED, EXIT_BROKEN_PIPE = 128 + signal.SIGINT, 128 + signal.SIGPIPE
 CACHE_DIR = Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "diffusers-cfg"
 
 
@@ -287,10 +290,38 @@ def parse_config(cls: type[C], argv: list[str] | None = None) -> C:
 
 
 def run_command(main: Callable[[], None]) -> None:
-    """Run the main function of a command. On a `CommandError`, print its text to stderr and exit with its code."""
+    """
+    Run the main function of a command. An error in its input, of the disk or of the network, or Ctrl-C, ends it with
+    one line on stderr and an exit code. A second Ctrl-C ends it at once.
+    """
+    command = Path(sys.argv[0]).name
     try:
         main()
+        print(end="", flush=True)
     except CommandError as error:
-        prefix = f"{Path(sys.argv[0]).name}: error: " if error.exit_code == 1 else ""
-        print(f"{prefix}{error}", file=sys.stderr)
+        say(f"{command}: error: {error}" if error.exit_code == 1 else str(error), sys.stderr)
         sys.exit(error.exit_code)
+    except BrokenPipeError:  # The reader of the output, such as `head`, has seen enough.
+        discard(sys.stdout)
+        sys.exit(EXIT_BROKEN_PIPE)
+    except OSError as error:
+        say(f"{command}: error: {error}", sys.stderr)
+        sys.exit(1)
+    except KeyboardInterrupt:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+        say(f"{command}: interrupted.", sys.stderr)
+        sys.exit(EXIT_INTERRUPTED)
+
+
+def say(text: str, stream: TextIO | None = None) -> None:
+    """Print a text to a stream, by default stdout. A closed pipe, a closed terminal or a full disk is no error."""
+    stream = stream or sys.stdout
+    try:
+        print(text, file=stream, flush=True)
+    except OSError:
+        discard(stream)
+
+
+def discard(stream: TextIO) -> None:
+    """Discard what a stream has buffered and will get, so that Python does not fail to write it at the exit."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())

@@ -1,12 +1,14 @@
-"""Write files atomically, and hash their contents."""
+"""Write files atomically, delete them without following links, and hash their contents."""
 
 import hashlib
 import os
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 
@@ -22,9 +24,26 @@ def atomic_write(path: Path) -> Iterator[Path]:
         unfinished.unlink(missing_ok=True)
 
 
+@contextmanager
+def disk_errors() -> Iterator[None]:
+    """Raise OSError for errors of the disk inside the block. safetensors raises its own, such as for a full disk."""
+    try:
+        yield
+    except SafetensorError as error:
+        raise OSError(str(error)) from error
+
+
+def remove(path: Path) -> None:
+    """Delete a file, a folder, or a link but not its target. Do nothing if the path does not exist."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
 def write_safetensors(tensors: dict[str, torch.Tensor], metadata: dict[str, str], path: Path) -> None:
     """Write tensors and metadata to a safetensors file atomically."""
-    with atomic_write(path) as unfinished:
+    with atomic_write(path) as unfinished, disk_errors():
         save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, unfinished, metadata)
 
 

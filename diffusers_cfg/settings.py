@@ -174,7 +174,11 @@ class RunConfig(Config):
     num_eval_samples: int = free(500, "Number of samples in an evaluation, for each w.", at_least=MIN_SAMPLES)
     feature_extractor: str = free("small", "Feature extractor of the evaluations, see evaluate_cfg.py --help.")
     logging_steps: int = free(10, "Number of steps between logged values.", at_least=1)
-    report_to: str = free("tensorboard", "Tracker of Accelerate: tensorboard, wandb, …, all or none.")
+    report_to: str = free(
+        "tensorboard", "Trackers of Accelerate, separated by commas: tensorboard, wandb, trackio, …, all or none."
+    )
+    tracker_project_name: str = free("diffusers-cfg", "Name of the project in the trackers.")
+    run_name: str | None = free(None, "Name of the run in the trackers; by default that of --output_dir.")
     logging_dir: str = free("logs", "Name of the folder in --output_dir that trackers write to.")
     ddp_timeout: int = free(
         1800, "Seconds that a process waits for the other processes before the run fails.", at_least=1
@@ -210,8 +214,12 @@ class TrainConfig(HubConfig, RunConfig, OptimizationConfig, ModelConfig, DataCon
 
     def check(self) -> None:
         """Check combinations of settings. Raise UserError."""
-        if not re.fullmatch(r"\w[\w.-]*", self.logging_dir):
-            raise UserError(f"logging_dir must be the name of a folder in --output_dir, but is {self.logging_dir!r}.")
+        for name in (
+            "logging_dir",
+            "tracker_project_name",
+        ):  # TensorBoard writes to the project's folder in logging_dir.
+            if not re.fullmatch(r"\w[\w. -]*", value := getattr(self, name)):
+                raise UserError(f"{name} must be the name of a folder in --output_dir, but is {value!r}.")
         if len(set(self.ema_max_decay)) < len(self.ema_max_decay):
             raise UserError(f"ema_max_decay must not repeat a value, but is {self.ema_max_decay}.")
         if self.pretrained_model_name_or_path and (

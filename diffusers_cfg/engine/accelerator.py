@@ -12,6 +12,7 @@ from accelerate import Accelerator, PartialState
 from accelerate.utils import DynamoBackend, LoggerType, ProjectConfiguration, TorchDynamoPlugin, parse_flag_from_env
 
 from diffusers_cfg.config import UserError
+from diffusers_cfg.engine.tracking import tracker_names
 from diffusers_cfg.settings import TrainConfig
 
 logger = logging.getLogger(__name__)
@@ -44,15 +45,11 @@ def make_accelerator(config: TrainConfig | None = None) -> Accelerator:
             logger.warning("Using fp32, because %s is many times slower on a CPU.", mixed_precision)
         mixed_precision = "no"
         # Without --cpu, `accelerate launch` limits each process to one thread.
-        torch.set_num_threads(max(1, available_cpus() // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
+        torch.set_num_threads(max(1, available_cpus() // local_world_size()))
     if config.allow_tf32:
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
 
-    try:
-        log_with = None if config.report_to == "none" else LoggerType(config.report_to)
-    except ValueError as error:
-        trackers = ", ".join(LoggerType.list())
-        raise UserError(f"--report_to {config.report_to} is not a tracker. Use {trackers} or none.") from error
+    log_with = tracker_names(config.report_to)
     allow_tf32 = torch.backends.cuda.matmul.allow_tf32
     accelerator = Accelerator(
         cpu=cpu,
@@ -60,7 +57,7 @@ def make_accelerator(config: TrainConfig | None = None) -> Accelerator:
         gradient_accumulation_steps=config.gradient_accumulation_steps,
         # Compiles a wrapper. The network that is sampled and saved is unchanged.
         dynamo_backend="inductor" if config.compile else None,
-        log_with=log_with,
+        log_with=log_with or None,  # accelerate warns of an empty list
         project_config=ProjectConfiguration(
             project_dir=config.output_dir, logging_dir=str(Path(config.output_dir) / config.logging_dir)
         ),
@@ -70,8 +67,8 @@ def make_accelerator(config: TrainConfig | None = None) -> Accelerator:
         # With layout optimization, torch 2.13 silently drops the gradient of all layers before an upsampling, at least
         # on a CPU, so most of the network would not learn. Reading this attribute makes torch import its compiler.
         torch._inductor.config.layout_optimization = False
-    if config.report_to != "none" and not accelerator.log_with:
-        raise UserError(f"--report_to {config.report_to} is not installed. Install it, or pass --report_to none.")
+    if missing := [str(name) for name in log_with if name not in (LoggerType.ALL, *accelerator.log_with)]:
+        raise UserError(f"--report_to {', '.join(missing)} is not installed. Install it, or pass --report_to none.")
     return accelerator
 
 
@@ -80,6 +77,18 @@ def dynamo_plugin(accelerator: Accelerator) -> TorchDynamoPlugin:
     plugin = accelerator.state.dynamo_plugin
     assert plugin is not None  # `AcceleratorState` always has one.
     return plugin
+
+
+def prepare_module(accelerator: Accelerator, module: torch.nn.Module, compiled: bool) -> torch.nn.Module:
+    """Wrap a module with accelerate, which compiles it with `--compile` if `compiled` allows it."""
+    plugin = dynamo_plugin(accelerator)
+    backend = plugin.backend
+    if not compiled:
+        plugin.backend = DynamoBackend.NO
+    try:
+        return accelerator.prepare(module)
+    finally:
+        plugin.backend = backend
 
 
 def destroy_process_group() -> None:
@@ -104,6 +113,16 @@ def configure_logging(is_main_process: bool) -> None:
     logging.basicConfig(format="%(levelname)s %(message)s", level=logging.INFO if is_main_process else logging.ERROR)
     for noisy in ("httpx", "httpx2", "datasets", "fsspec"):  # httpx2 is the client of huggingface_hub 2
         logging.getLogger(noisy).setLevel(logging.WARNING)
+
+
+def local_world_size() -> int:
+    """Return the number of processes on this machine, which the launcher sets. Raise UserError if it is invalid."""
+    value = os.environ.get("LOCAL_WORLD_SIZE", "1")
+    if not value.isdecimal() or int(value) == 0:
+        raise UserError(
+            f"The environment variable LOCAL_WORLD_SIZE must be a positive integer, but is {value!r}. Unset it."
+        )
+    return int(value)
 
 
 def available_cpus() -> int:

@@ -9,10 +9,10 @@ import logging
 import re
 import shutil
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
 from diffusers_cfg.config import UserError
@@ -24,20 +24,28 @@ from diffusers_cfg.engine.state import (
     save_module,
     save_variants,
     variant_of,
+    weights_file,
 )
-from diffusers_cfg.files import checksum, fsync
-from diffusers_cfg.settings import CONFIG_FILE, RunConfig, TrainConfig
+from diffusers_cfg.files import checksum, disk_errors, fsync, remove
+from diffusers_cfg.settings import RunConfig, TrainConfig
 
 logger = logging.getLogger(__name__)
 
 STATE_FILE, CHECKSUMS = "state.json", "checksums.json"
 # Version of the layout above. Checkpoints without a format were written by versions with a single method.
 FORMAT = 2
-# Everything that a run writes to its folder and that --overwrite_output_dir deletes.
-RUN_FILES = [
-    CONFIG_FILE, "run.json", "evaluation", "model_index.json", "pipeline_cfg.py", "unet", "scheduler", "vae",
-    "samples", "checkpoint-*", "old-checkpoint-*", "tmp-*",
-]  # fmt: skip
+# Entries of `state.json`: numbers with their least values, and mappings with the keys that a resumed run reads.
+NUMBERS = {"step": 0, "seconds": 0.0, "batch_size": 1, "num_processes": 1}
+MAPPINGS = {
+    "optimizers": [], "settings": [], "identity": ["method"], "data": ["class_names", "num_images", "fingerprint"],
+}  # fmt: skip
+
+
+class Checkpoint(NamedTuple):
+    """A checkpoint to resume: its folder, and the contents of its `state.json`."""
+
+    path: Path
+    record: dict[str, Any]
 
 
 def checkpoints(output_dir: Path) -> list[Path]:
@@ -46,13 +54,13 @@ def checkpoints(output_dir: Path) -> list[Path]:
     return sorted(found, key=lambda path: int(path.name.removeprefix("checkpoint-")))
 
 
-def find_checkpoint(config: RunConfig) -> Path | None:
+def find_checkpoint(config: RunConfig) -> Checkpoint | None:
     """
-    Return the checkpoint folder of `--resume_from_checkpoint`: a name in the output folder, a path, or the latest
+    Return the checkpoint of `--resume_from_checkpoint`: a name in the output folder, a path, or the latest
     undamaged checkpoint. Return None if there is none to resume.
 
     Raises:
-        UserError: if the checkpoint does not exist or is damaged.
+        UserError: if the checkpoint does not exist, is damaged, or has the layout of a different version.
     """
     requested, output_dir = config.resume_from_checkpoint, Path(config.output_dir)
     if requested is None:
@@ -61,7 +69,7 @@ def find_checkpoint(config: RunConfig) -> Path | None:
     if requested == "latest":
         for path in reversed(existing):
             if (damage := verify_checkpoint(path)) is None:
-                return path
+                return Checkpoint(path, read_record(path))
             logger.warning("%s is damaged (%s). Trying the previous checkpoint.", path, damage)
         if existing:
             raise UserError(
@@ -78,43 +86,7 @@ def find_checkpoint(config: RunConfig) -> Path | None:
         )
     if (damage := verify_checkpoint(found[0])) is not None:
         raise UserError(f"--resume_from_checkpoint {requested} is damaged ({damage}). Pass an earlier one or latest.")
-    return found[0]
-
-
-def check_output_dir(config: RunConfig) -> None:
-    """Raise UserError if the output folder is not empty and the settings neither resume nor overwrite the run in it."""
-    output_dir = Path(config.output_dir)
-    if output_dir.exists() and not output_dir.is_dir():
-        raise UserError(f"--output_dir {output_dir} is a file. Pass a folder.")
-    not_empty = output_dir.is_dir() and any(output_dir.iterdir())
-    if not_empty and config.resume_from_checkpoint is None and not config.overwrite_output_dir:
-        raise UserError(
-            f"--output_dir {output_dir} is not empty. Resume with --resume_from_checkpoint latest, restart with "
-            "--overwrite_output_dir, or pass a different folder."
-        )
-
-
-def prepare_output_dir(config: TrainConfig, checkpoint: Path | None) -> None:
-    """
-    Create the output folder and save the settings in it.
-
-    With `--overwrite_output_dir`, delete the run in the folder, unless a checkpoint is resumed. Rename checkpoints that
-    are newer than the resumed one: this run repeats their steps, and `latest` must not find them.
-    """
-    output_dir = Path(config.output_dir)
-    if config.overwrite_output_dir and checkpoint is None:
-        found = [path for name in RUN_FILES for path in output_dir.glob(name)]
-        for path in [*found, *output_dir.glob(config.logging_dir)]:
-            shutil.rmtree(path) if path.is_dir() else path.unlink()
-    if checkpoint is not None and checkpoint.parent.resolve() == output_dir.resolve():
-        existing = checkpoints(output_dir)
-        for newer in existing[existing.index(output_dir / checkpoint.name) + 1 :]:
-            old = output_dir / f"old-{newer.name}"
-            shutil.rmtree(old, ignore_errors=True)
-            newer.rename(old)
-            logger.warning("%s is newer than the resumed checkpoint and was renamed to %s.", newer, old.name)
-    output_dir.mkdir(parents=True, exist_ok=True)
-    config.save(output_dir / CONFIG_FILE)
+    return Checkpoint(found[0], read_record(found[0]))
 
 
 def save_checkpoint(config: RunConfig, state: TrainState, facts: dict[str, Any]) -> bool:
@@ -134,15 +106,16 @@ def save_checkpoint(config: RunConfig, state: TrainState, facts: dict[str, Any])
     output_dir = Path(config.output_dir)
     path, unfinished = output_dir / f"checkpoint-{state.step}", output_dir / f"tmp-checkpoint-{state.step}"
     try:
-        shutil.rmtree(unfinished, ignore_errors=True)
-        write_checkpoint(unfinished, state, facts)
+        remove(unfinished)
+        with disk_errors():
+            write_checkpoint(unfinished, state, facts)
         write_checksums(unfinished)
         if (damage := verify_checkpoint(unfinished)) is not None:
             raise OSError(f"verification failed: {damage}")
-        shutil.rmtree(path, ignore_errors=True)
+        remove(path)
         unfinished.rename(path)
         fsync(output_dir)
-    except (OSError, SafetensorError) as error:  # safetensors raises its own error for a full disk
+    except OSError as error:
         shutil.rmtree(unfinished, ignore_errors=True)
         last = [other.name for other in checkpoints(output_dir)][-1:]
         logger.error(
@@ -152,9 +125,12 @@ def save_checkpoint(config: RunConfig, state: TrainState, facts: dict[str, Any])
             last[0] if last else "none",
         )
         return False
-    if config.checkpoints_total_limit is not None:
-        for old in checkpoints(output_dir)[: -config.checkpoints_total_limit]:
-            shutil.rmtree(old)
+    limit = config.checkpoints_total_limit
+    try:
+        for old in checkpoints(output_dir)[:-limit] if limit is not None else []:
+            remove(old)
+    except OSError as error:
+        logger.warning("Failed to delete an old checkpoint: %s", error)
     return True
 
 
@@ -181,6 +157,8 @@ def write_checkpoint(folder: Path, state: TrainState, facts: dict[str, Any]) -> 
         "stream": state.stream,
         "scaler": state.scaler.state_dict() if state.scaler is not None else None,
         "optimizers": {name: len(optimizer.state) for name, optimizer in state.optimizers.items()},
+        "moments": {name: sum(map(len, optimizer.state.values())) for name, optimizer in state.optimizers.items()},
+        "trackers": state.trackers,
         "history": state.history,
         **facts,
     }
@@ -205,8 +183,40 @@ def verify_checkpoint(folder: Path) -> str | None:
         for name, expected in checksums.items():
             if checksum(folder / name) != expected:
                 return f"{name} does not match its checksum"
-    except (OSError, ValueError, AttributeError, TypeError) as error:
+        record = json.loads((folder / STATE_FILE).read_text(encoding="utf-8"))
+        return verify_record(record, folder) if record.get("format") == FORMAT else None
+    except (OSError, ValueError, AttributeError, TypeError, SafetensorError) as error:
         return str(error)
+    except KeyError as error:
+        return f"{STATE_FILE} lacks {error}"
+
+
+def verify_record(record: dict[str, Any], folder: Path) -> str | None:
+    """Return a description of the first entry of `state.json` that is wrong or lacks its file, or None."""
+    for name, least in NUMBERS.items():
+        value = record[name]
+        if isinstance(value, bool) or not isinstance(value, (int, type(least))) or not value >= least:
+            return f"{name} in {STATE_FILE} is {value!r}"
+    for name, keys in MAPPINGS.items():
+        if not isinstance(record[name], dict) or not record[name]:
+            return f"{name} in {STATE_FILE} is {record[name]!r}"
+        for key in keys:
+            record[name][key]
+    method = record["identity"]["method"]
+    averaged = method["averaged"] if record["settings"].get("use_ema") else []
+    for name in [*method["modules"], *(f"{name}_ema" for name in averaged)]:
+        if not (folder / name / weights_file(None)).is_file():
+            return f"{name}/{weights_file(None)} is missing"
+    for name in set(method["objectives"]):
+        with safe_open(folder / f"optimizer-{name}.safetensors", "pt") as file:
+            moments = list(file.keys())
+        parameters = {key.rpartition(".")[0] for key in moments}
+        saved = record.get("moments", {}).get(name, len(moments))  # not counted by the first versions of this layout
+        if (len(parameters), len(moments)) != (record["optimizers"][name], saved):
+            return (
+                f"optimizer-{name}.safetensors has {len(moments)} moments of {len(parameters)} parameters, but {saved} "
+                f"of {record['optimizers'][name]} were saved"
+            )
     return None
 
 
@@ -224,19 +234,19 @@ def read_record(path: Path) -> dict[str, Any]:
     return record
 
 
-def match_batch_size(path: Path, record: dict[str, Any], config: TrainConfig, num_processes: int) -> int:
+def match_batch_size(checkpoint: Checkpoint, config: TrainConfig, num_processes: int) -> int:
     """
     Return the `gradient_accumulation_steps` for which the global batch size matches the checkpoint's.
 
     Args:
-        path (`Path`): the checkpoint, for messages.
-        record (`dict`): its `state.json`.
+        checkpoint (`Checkpoint`): the checkpoint.
         config (`TrainConfig`): the batch size of a process.
         num_processes (`int`): number of processes of this run.
 
     Raises:
         UserError: if the batch size of all processes does not divide the checkpoint's.
     """
+    path, record = checkpoint
     batch_size, before = record["batch_size"], record["num_processes"]
     accumulation, rest = divmod(batch_size, config.train_batch_size * num_processes)
     if rest:
@@ -261,8 +271,9 @@ def match_batch_size(path: Path, record: dict[str, Any], config: TrainConfig, nu
     return accumulation
 
 
-def load_checkpoint(path: Path, record: dict[str, Any], state: TrainState) -> None:
+def load_checkpoint(checkpoint: Checkpoint, state: TrainState) -> None:
     """Restore the state that `save_checkpoint` wrote. Raise UserError if the weights do not match the modules."""
+    path, record = checkpoint
     try:
         for name, module in state.modules.items():
             module.load_state_dict(load_weights(path / name))
@@ -271,8 +282,7 @@ def load_checkpoint(path: Path, record: dict[str, Any], state: TrainState) -> No
                 ema.shadow_params = [weights[key].to(p.device) for key, p in module.named_parameters()]
                 ema.optimization_step = record["step"]
         for name, optimizer in state.optimizers.items():
-            number = record["optimizers"][name]
-            load_moments(path / f"optimizer-{name}.safetensors", number, state.modules, optimizer)
+            load_moments(path / f"optimizer-{name}.safetensors", state.modules, optimizer)
     except (OSError, RuntimeError, KeyError) as error:
         raise UserError(
             f"{path} does not match the model of this run: {error}. Resume a checkpoint of the same model, "
@@ -280,23 +290,20 @@ def load_checkpoint(path: Path, record: dict[str, Any], state: TrainState) -> No
         ) from error
     if state.scaler is not None and record["scaler"] is not None:  # the precision may have changed
         state.scaler.load_state_dict(record["scaler"])
-    state.step, state.seconds, state.stream = record["step"], record["seconds"], record["stream"]
+    state.seconds, state.stream = record["seconds"], record["stream"]
 
 
-def load_moments(
-    path: Path, number: int, modules: dict[str, torch.nn.Module], optimizer: torch.optim.Optimizer
-) -> None:
+def load_moments(path: Path, modules: dict[str, torch.nn.Module], optimizer: torch.optim.Optimizer) -> None:
     """
     Load the moments in a file into an optimizer, and keep the settings of its parameter groups.
 
     Args:
         path (`Path`): the safetensors file.
-        number (`int`): number of parameters that had moments when the file was written.
         modules (`dict[str, torch.nn.Module]`): the modules of the run, by name.
         optimizer (`torch.optim.Optimizer`): the optimizer.
 
     Raises:
-        KeyError: if the file has moments of unknown parameters, or of a different number of parameters.
+        KeyError: if the file has moments of unknown parameters.
     """
     moments: dict[str, dict[str, torch.Tensor]] = {}
     for key, value in load_file(path).items():
@@ -305,7 +312,5 @@ def load_moments(
     names = parameter_names(modules, optimizer)
     if unknown := sorted(moments.keys() - set(names)):
         raise KeyError(f"{path.name} has moments of unknown parameters, such as {unknown[0]}")
-    if len(moments) != number:
-        raise KeyError(f"{path.name} has the moments of {len(moments)} parameters, but {number} were saved")
     states = {index: moments[name] for index, name in enumerate(names) if name in moments}
     optimizer.load_state_dict({"state": states, "param_groups": optimizer.state_dict()["param_groups"]})

@@ -4,10 +4,10 @@ import json
 import logging
 from collections.abc import Mapping
 from dataclasses import fields
-from pathlib import Path
 from typing import Any
 
 from diffusers_cfg.config import Config, UserError
+from diffusers_cfg.engine.checkpoint import Checkpoint
 from diffusers_cfg.engine.method import Method
 
 logger = logging.getLogger(__name__)
@@ -45,14 +45,13 @@ def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, tup
 
 
 def check_resumed(
-    path: Path, record: Mapping[str, Any], config: Config, identity: Mapping[str, Any], data: Mapping[str, Any]
+    checkpoint: Checkpoint, config: Config, identity: Mapping[str, Any], data: Mapping[str, Any]
 ) -> list[dict[str, Any]]:
     """
     Compare a run with the checkpoint that it resumes, and log the changes.
 
     Args:
-        path (`Path`): the checkpoint, for messages.
-        record (`Mapping`): the `state.json` of the checkpoint.
+        checkpoint (`Checkpoint`): the checkpoint.
         config (`Config`): the settings of the resumed run.
         identity (`Mapping`): the result of `identity_of` for the resumed run.
         data (`Mapping`): the result of `describe_data` for the resumed run.
@@ -63,8 +62,11 @@ def check_resumed(
     Raises:
         UserError: if a fixed setting, the data or the model has changed. The message names both values.
     """
+    path, record = checkpoint
     changed = differences(record["settings"], json.loads(json.dumps(settings_of(config))))
     on_resume = {setting.name: setting.metadata.get("on_resume") for setting in fields(config)}
+    if unknown := sorted(record["settings"].keys() - on_resume.keys()):
+        logger.warning("%s has settings of a newer version, which are ignored: %s.", path, ", ".join(unknown))
     refused = {f"--{name}": values for name, values in changed.items() if on_resume[name] == "fixed"}
     for part, new in identity.items():
         differing = differences(record["identity"].get(part, new), new)

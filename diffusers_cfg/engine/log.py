@@ -8,20 +8,18 @@ from collections.abc import Mapping, Sequence
 from datetime import timedelta
 from pathlib import Path
 
-import numpy as np
 import torch
 from accelerate import Accelerator
-from PIL import Image
 from tqdm.auto import tqdm
 
 from diffusers_cfg.config import CommandError
 from diffusers_cfg.engine.checkpoint import checkpoints
 from diffusers_cfg.engine.method import Objective, Terms
+from diffusers_cfg.engine.tracking import Trackers
 from diffusers_cfg.settings import TrainConfig
 
 logger = logging.getLogger(__name__)
 
-TRACKER_PROJECT = "diffusers-cfg"
 # The interval between progress lines, which replace the progress bar if the output is not a terminal.
 SECONDS_BETWEEN_LINES = 10
 
@@ -43,7 +41,8 @@ class Log:
 
     Args:
         config (`TrainConfig`): the settings.
-        accelerator (`Accelerator`): the trackers, and the processes whose losses are averaged.
+        accelerator (`Accelerator`): the processes whose losses are averaged.
+        trackers (`Trackers`): the trackers.
         objectives (`Sequence[Objective]`): the objectives. If there are several, their names prefix the logged names.
         first_step (`int`), total_steps (`int`): the step that the run starts from and the length of the run.
         batch_size (`int`): number of images in a step.
@@ -53,12 +52,13 @@ class Log:
         self,
         config: TrainConfig,
         accelerator: Accelerator,
+        trackers: Trackers,
         objectives: Sequence[Objective],
         first_step: int,
         total_steps: int,
         batch_size: int,
     ) -> None:
-        self.config, self.accelerator, self.batch_size = config, accelerator, batch_size
+        self.config, self.accelerator, self.trackers, self.batch_size = config, accelerator, trackers, batch_size
         self.total_steps, self.last_line_time = total_steps, -math.inf
         self.last_step, self.last_time, self.last_waited = first_step, time.perf_counter(), 0.0
         several = len({objective.name for objective in objectives}) > 1
@@ -68,9 +68,6 @@ class Log:
         self.terms: dict[tuple[str, ...], torch.Tensor] = {}
         self.norms: dict[str, torch.Tensor] = defaultdict(lambda: torch.zeros(2, device=accelerator.device))
         self.skipped_in_a_row: dict[str, torch.Tensor] = {}
-        # TensorBoard accepts neither lists nor None.
-        settings = {k: v if isinstance(v, (int, float, str)) else str(v) for k, v in config.public().items()}
-        accelerator.init_trackers(TRACKER_PROJECT, settings)
         self.progress = tqdm(
             total=total_steps,
             initial=first_step,
@@ -138,7 +135,7 @@ class Log:
             )
         self.last_step, self.last_time, self.last_waited = step, now, waited
         self.progress.set_postfix({"images_per_second": f"{values['images_per_second']:.0f}", **losses})
-        self.accelerator.log(values, step=step)
+        self.trackers.log(values, step)
         for name, skipped in values.items():
             if name.endswith("skipped_steps") and skipped:
                 logger.warning("Skipped %.0f of the last %d steps, whose gradient was not finite.", skipped, steps)
@@ -173,17 +170,6 @@ class Log:
             )
 
     def close(self) -> None:
-        """Close the progress bar."""
+        """Close the progress bar and the trackers."""
         self.progress.close()
-
-
-def save_samples(output_dir: Path, accelerator: Accelerator, image: Image.Image, step: int) -> None:
-    """Save an image of samples to the output folder and send it to the trackers."""
-    folder = output_dir / "samples"
-    folder.mkdir(exist_ok=True)
-    image.save(folder / f"step-{step}.png")
-    for tracker in accelerator.trackers:
-        if tracker.name == "tensorboard":
-            tracker.log_images({"samples": np.asarray(image)[None]}, step=step, dataformats="NHWC")
-        elif hasattr(tracker, "log_images"):
-            tracker.log_images({"samples": [image]}, step=step)
+        self.trackers.finish()

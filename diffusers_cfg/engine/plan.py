@@ -11,6 +11,7 @@ from torch.utils.data import Dataset
 
 from diffusers_cfg.config import UserError
 from diffusers_cfg.data.datasets import CachedImages, num_images
+from diffusers_cfg.engine.checkpoint import Checkpoint
 from diffusers_cfg.engine.method import Method
 from diffusers_cfg.settings import TrainConfig
 
@@ -120,7 +121,7 @@ def describe_plan(
     method: Method,
     plan: Plan,
     num_classes: int,
-    checkpoint: Path | None,
+    checkpoint: Checkpoint | None,
     repo_id: str | None,
 ) -> str:
     """Return the plan of a run as the text that `--dry_run` prints."""
@@ -142,7 +143,7 @@ def describe_plan(
         "learning rate": f"{config.learning_rate:g}, {config.lr_scheduler}, {config.lr_warmup_steps} warmup steps",
         "memory": f"{format_gib(memory)} on each device, plus the activations of a batch{free}",
         "disk": f"{number} checkpoints of {format_gib(size)}, {format_gib(free_bytes(config))} free",
-        "output": f"{config.output_dir}, from {checkpoint.name if checkpoint else 'the first step'}",
+        "output": f"{config.output_dir}, from {checkpoint.path.name if checkpoint else 'the first step'}",
         "tracker": config.report_to,
         "repository": repo_id or "none",
     }

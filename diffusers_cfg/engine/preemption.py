@@ -1,4 +1,4 @@
-"""Handle SIGTERM and SIGUSR1, which cluster schedulers send before they kill a job.
+"""Handle the signals that stop a run: of cluster schedulers, of Ctrl-C, and of a terminal that closes.
 
 This module imports nothing heavy, so that the handlers are installed before torch is imported.
 """
@@ -6,17 +6,23 @@ This module imports nothing heavy, so that the handlers are installed before tor
 import os
 import signal
 import sys
+import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from multiprocessing.synchronize import Event
+from pathlib import Path
 from types import FrameType
 from typing import Self
 
-from diffusers_cfg.config import CommandError
+import psutil
+
+from diffusers_cfg.config import CommandError, say
 
 # The exit code with which a job asks HTCondor to resume it.
 EXIT_RESUME = 85
-SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP)
+LAUNCHERS = {"accelerate", "accelerate-launch", "accelerate.commands.launch", "torchrun", "torch.distributed.run"}
 
 
 class Preempted(CommandError):
@@ -47,18 +53,30 @@ class Preemption:
         self.requested = self.running = self._interruptible = False
 
     def install(self) -> Self:
-        """Install the handler for this process, and return it."""
+        """
+        Install the handler for this process, and return it. Signals that are ignored remain ignored, as with `nohup`.
+        `accelerate launch` of one process ends on a signal without passing it on, so its end counts as a SIGTERM.
+        """
         for number in SIGNALS:
-            signal.signal(number, self._handle)
+            if signal.getsignal(number) != signal.SIG_IGN:
+                signal.signal(number, self._handle)
+        if is_launcher(launcher := os.getppid()):
+            threading.Thread(target=self._watch, args=(launcher,), daemon=True).start()
         return self
+
+    def _watch(self, launcher: int) -> None:
+        while os.getppid() == launcher:
+            time.sleep(0.5)
+        if not self.requested:
+            os.kill(os.getpid(), signal.SIGTERM)
 
     def _handle(self, number: int, _frame: FrameType | None) -> None:
         name = signal.Signals(number).name
         if self.requested or not self.running:
-            print(f"{name}: exiting immediately.", file=sys.stderr, flush=True)
+            say(f"{name}: exiting immediately.", sys.stderr)
             os._exit(EXIT_RESUME)
         self.requested = True
-        print(f"{name}: finishing the step, then saving.", file=sys.stderr, flush=True)
+        say(f"{name}: finishing the step, then saving.", sys.stderr)
         if self._interruptible:
             raise Preempted
 
@@ -74,10 +92,18 @@ class Preemption:
             self._interruptible = False
 
 
+def is_launcher(pid: int) -> bool:
+    """Return whether a process is `accelerate launch` or `torchrun`."""
+    try:
+        return not LAUNCHERS.isdisjoint(Path(argument).name for argument in psutil.Process(pid).cmdline()[:4])
+    except psutil.Error:
+        return False
+
+
 def ignore_signals(ending: Event, _worker: int) -> None:
     """
-    Ignore SIGTERM and SIGUSR1 in a DataLoader worker until the event is set. Clusters signal every process of a job,
-    and the current step still needs its data. At the end of the run, torch terminates workers with SIGTERM.
+    Ignore `SIGNALS` in a DataLoader worker until the event is set. Clusters and terminals signal every process of a
+    job, and the current step still needs its data. At the end of the run, torch terminates workers with SIGTERM.
 
     Args:
         ending (`Event`): set at the end of the run.

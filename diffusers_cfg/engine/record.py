@@ -18,9 +18,14 @@ DATA_SETTINGS = ("dataset_name", "dataset_config_name", "dataset_split", "image_
 
 
 def write_run_record(
-    config: TrainConfig, accelerator: Accelerator, method: Method, state: TrainState, num_images: int | None
+    folder: Path,
+    config: TrainConfig,
+    accelerator: Accelerator,
+    method: Method,
+    state: TrainState,
+    num_images: int | None,
 ) -> None:
-    """Write `run.json` without secrets or local paths, since it is published."""
+    """Write `run.json` to a folder, without secrets or local paths, since it is published."""
     device = accelerator.device
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type.upper()
     dataset = public_name(config.dataset_name)
@@ -44,7 +49,7 @@ def write_run_record(
         "method": method.facts(),
         "history": [without_paths(change) for change in state.history] or None,
     }
-    path = Path(config.output_dir) / "run.json"
+    path = folder / "run.json"
     path.write_text(json.dumps({k: v for k, v in record.items() if v is not None}, indent=2) + "\n", encoding="utf-8")
 
 

@@ -37,6 +37,7 @@ class TrainState:
         seconds (`float`): training time in seconds.
         stream (`dict`, *optional*): the position in streamed data.
         history (`list[dict]`): the changes of settings, each with the step from which it applies.
+        trackers (`dict[str, str]`): the id or the name of the run in each tracker, for one curve over resumed runs.
     """
 
     modules: dict[str, torch.nn.Module]
@@ -50,11 +51,23 @@ class TrainState:
     seconds: float = 0.0
     stream: dict[str, Any] | None = None
     history: list[dict[str, Any]] = field(default_factory=list)
+    trackers: dict[str, str] = field(default_factory=dict)
 
     @property
     def num_parameters(self) -> int:
         """The number of parameters of all modules."""
         return sum(parameter.numel() for module in self.modules.values() for parameter in module.parameters())
+
+
+def check_xformers(config: TrainConfig) -> None:
+    """Raise UserError if `--enable_xformers_memory_efficient_attention` cannot work."""
+    if config.enable_xformers_memory_efficient_attention and not (
+        is_xformers_available() and torch.cuda.is_available()
+    ):
+        raise UserError(
+            "--enable_xformers_memory_efficient_attention needs a GPU and xformers (pip install -e "
+            '".[xformers]"). Leave it out to use the attention of torch.'
+        )
 
 
 def make_state(config: TrainConfig, method: Method, batch_size: int, num_processes: int) -> TrainState:
@@ -64,15 +77,9 @@ def make_state(config: TrainConfig, method: Method, batch_size: int, num_process
         enable_checkpointing = getattr(module, "enable_gradient_checkpointing", None)
         if config.gradient_checkpointing and enable_checkpointing is not None:
             enable_checkpointing()
-        if config.enable_xformers_memory_efficient_attention:
-            if not (is_xformers_available() and torch.cuda.is_available()):
-                raise UserError(
-                    "--enable_xformers_memory_efficient_attention needs a GPU and xformers (pip install -e "
-                    '".[xformers]"). Leave it out to use the attention of torch.'
-                )
-            enable_xformers = getattr(module, "enable_xformers_memory_efficient_attention", None)
-            if enable_xformers is not None:
-                enable_xformers()
+        enable_xformers = getattr(module, "enable_xformers_memory_efficient_attention", None)
+        if config.enable_xformers_memory_efficient_attention and enable_xformers is not None:
+            enable_xformers()
     ema = {
         name: [
             EMAModel(
@@ -129,6 +136,19 @@ def ema_weights(state: TrainState, index: int = 0) -> Iterator[None]:
             model.restore(state.modules[name].parameters())
         for name, module in state.modules.items():
             module.train(was_training[name])
+
+
+@contextmanager
+def frozen(modules: Sequence[torch.nn.Module]) -> Iterator[None]:
+    """Disable gradients for the parameters of modules inside the block."""
+    parameters = [p for module in modules for p in module.parameters() if p.requires_grad]
+    for parameter in parameters:
+        parameter.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for parameter in parameters:
+            parameter.requires_grad_(True)
 
 
 def variant_of(ema: EMAModel) -> str:

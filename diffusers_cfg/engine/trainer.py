@@ -4,40 +4,47 @@ import json
 import logging
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DynamoBackend, gather_object
+from accelerate.utils import gather_object
 from torch.utils.data import Dataset
 from tqdm.contrib.logging import logging_redirect_tqdm
 
-from diffusers_cfg.config import UserError
+from diffusers_cfg.config import UserError, say
 from diffusers_cfg.data.datasets import StreamedImages, describe_data, raise_for_dead_worker, training_dataset
 from diffusers_cfg.data.latents import cache_latents
 from diffusers_cfg.data.sources import LabelledImages, load_labelled_images
-from diffusers_cfg.engine.accelerator import dynamo_plugin, make_accelerator, make_vote
+from diffusers_cfg.engine.accelerator import make_accelerator, make_vote, prepare_module
 from diffusers_cfg.engine.batches import StepBatches, probe_batches
 from diffusers_cfg.engine.checkpoint import (
-    check_output_dir,
+    Checkpoint,
     find_checkpoint,
     load_checkpoint,
     match_batch_size,
-    prepare_output_dir,
-    read_record,
     save_checkpoint,
 )
 from diffusers_cfg.engine.history import check_resumed, identity_of, settings_of
-from diffusers_cfg.engine.log import Log, is_due, save_samples
+from diffusers_cfg.engine.log import Log, is_due
 from diffusers_cfg.engine.method import Batch, Method, Objective, check_method, check_terms
+from diffusers_cfg.engine.output import check_output_dir, locked, prepare_output_dir, saved_together, unfinished_error
 from diffusers_cfg.engine.plan import check_disk, describe_plan, make_plan
 from diffusers_cfg.engine.preemption import NotSaved, Preempted, Preemption
 from diffusers_cfg.engine.publishing import BackgroundPublisher, check_hub, publish_run
 from diffusers_cfg.engine.record import write_run_record
-from diffusers_cfg.engine.state import ema_weights, make_state, save_variants, set_learning_rates
+from diffusers_cfg.engine.state import (
+    check_xformers,
+    ema_weights,
+    frozen,
+    make_state,
+    save_variants,
+    set_learning_rates,
+)
+from diffusers_cfg.engine.tracking import Trackers
 from diffusers_cfg.randomness import seed_of
 from diffusers_cfg.settings import TrainConfig
 
@@ -77,19 +84,25 @@ class Trainer:
             Preempted: if a signal stopped the run. A checkpoint of the last step has been written.
             Diverged: if too many consecutive steps had a non-finite loss or gradient.
             NotSaved: if a signal stopped the run and the checkpoint could not be written.
+            Unfinished: if a file could not be read or written. The text says what is safe.
             NotPublished: if the model is trained and saved, but could not be published.
         """
         images = self._prepare()
         if self.config.dry_run:
             self._print_plan(images)
             return
-        with logging_redirect_tqdm():  # prints log lines above the progress bar
+        output_dir = Path(self.config.output_dir)
+        lock = locked(output_dir) if self.accelerator.is_main_process else nullcontext()
+        with logging_redirect_tqdm(), lock:  # prints log lines above the progress bar
             self._start(images)
             try:
                 self.train()
+            except OSError as error:
+                raise unfinished_error(output_dir, f"Stopped at step {self.state.step}: {error}.") from error
             finally:
                 self.log.close()
-        self._finish()
+            self._save()
+        self._publish()
 
     def train(self) -> None:
         """Take all remaining steps. On return, the averaged modules hold their first EMA weights."""
@@ -168,17 +181,17 @@ class Trainer:
                 self._draw_samples()
                 images = self.stream.probe if self.stream is not None else self.dataset
                 metrics = method.probe(probe_batches(self.config, method, images, accelerator.device))
-                accelerator.log(metrics, step=state.step)
+                self.log.trackers.log(metrics, state.step)
             if measure and self.evaluate is not None:
-                accelerator.log(self.evaluate(method.sampling_pipeline()), step=state.step)
+                self.log.trackers.log(self.evaluate(method.sampling_pipeline()), state.step)
 
     def _prepare(self) -> LabelledImages:
         """Check everything before anything is written, and return the images."""
         config = self.config
         check_output_dir(config)
+        check_xformers(config)
         self.accelerator = accelerator = make_accelerator(config)
         self.checkpoint = find_checkpoint(config)
-        self.record = read_record(self.checkpoint) if self.checkpoint is not None else None
         self.repo_id = check_hub(config) if config.push_to_hub and accelerator.is_main_process else None
         with accelerator.main_process_first():  # Other processes then read the data from the cache.
             images = load_labelled_images(config, self.method_class.needs_labels)
@@ -186,18 +199,19 @@ class Trainer:
         check_method(method)
         self.dataset = training_dataset(images, config, method.image_channels, accelerator.is_main_process)
         accumulation = config.gradient_accumulation_steps
-        if self.checkpoint is not None and self.record is not None:
-            accumulation = match_batch_size(self.checkpoint, self.record, config, accelerator.num_processes)
+        if self.checkpoint is not None:
+            accumulation = match_batch_size(self.checkpoint, config, accelerator.num_processes)
         self.plan = make_plan(config, accelerator.num_processes, accumulation, self.dataset)
         check_disk(config, method, self.plan.total_steps)
         self.data, self.identity, self.history = describe_data(images, self.dataset), identity_of(method), []
-        if self.checkpoint is not None and self.record is not None:
-            self.history = self._check_resumed(self.checkpoint, self.record)
+        if self.checkpoint is not None:
+            self.history = self._check_resumed(self.checkpoint)
         return images
 
-    def _check_resumed(self, path: Path, record: dict[str, Any]) -> list[dict[str, Any]]:
+    def _check_resumed(self, checkpoint: Checkpoint) -> list[dict[str, Any]]:
         """Compare the run with its checkpoint, and return its history. Raise UserError if it cannot be resumed."""
-        history = check_resumed(path, record, self.config, self.identity, self.data)
+        history = check_resumed(checkpoint, self.config, self.identity, self.data)
+        path, record = checkpoint
         step, total_steps = record["step"], self.plan.total_steps
         if step > total_steps:
             raise UserError(
@@ -237,18 +251,23 @@ class Trainer:
             module.to(accelerator.device)
 
         self.state = state = make_state(config, method, plan.batch_size, accelerator.num_processes)
-        state.step, state.history = self.record["step"] if self.record is not None else 0, self.history
+        state.history = self.history
+        if self.checkpoint is not None:
+            state.step, state.trackers = self.checkpoint.record["step"], self.checkpoint.record.get("trackers", {})
         set_learning_rates(config, state, plan.total_steps)
-        self.prepared = {name: self._wrap(name) for name in method.modules}
+        self.prepared = {
+            name: prepare_module(accelerator, module, name in method.compiled)
+            for name, module in method.modules.items()
+        }
         self.optimizers = {name: accelerator.prepare(optimizer) for name, optimizer in state.optimizers.items()}
         state.scaler = accelerator.scaler
         if self.stream is not None:
             self.stream.divide(accelerator.process_index, accelerator.num_processes)
-        if self.checkpoint is not None and self.record is not None:
-            load_checkpoint(self.checkpoint, self.record, state)
+        if self.checkpoint is not None:
+            load_checkpoint(self.checkpoint, state)
             if self.stream is not None and state.stream is not None:
                 self.stream.load_state_dict(state.stream)
-            logger.info("Resumed from %s", self.checkpoint)
+            logger.info("Resumed from %s", self.checkpoint.path)
         self._check_same_step()
         self.facts = {"settings": settings_of(config), "identity": self.identity, "data": self.data}
 
@@ -259,7 +278,8 @@ class Trainer:
             self.publisher = BackgroundPublisher(self.repo_id, config.hub_token)
         steps = range(state.step, plan.total_steps)
         self.batches = StepBatches(config, accelerator, self.dataset, method, steps, plan.accumulation)
-        self.log = Log(config, accelerator, method.objectives, state.step, plan.total_steps, plan.batch_size)
+        trackers = Trackers(config, accelerator, state.trackers, state.step)
+        self.log = Log(config, accelerator, trackers, method.objectives, state.step, plan.total_steps, plan.batch_size)
         self.any_process = make_vote(accelerator, config.ddp_timeout)
         self.started = time.perf_counter() - state.seconds
         logger.info(
@@ -273,17 +293,6 @@ class Trainer:
             accelerator.num_processes,
             accelerator.device.type,
         )
-
-    def _wrap(self, name: str) -> torch.nn.Module:
-        """Wrap a module with accelerate, which compiles it with `--compile` if the method allows it."""
-        plugin = dynamo_plugin(self.accelerator)
-        backend = plugin.backend
-        if name not in self.method.compiled:
-            plugin.backend = DynamoBackend.NO
-        try:
-            return self.accelerator.prepare(self.method.modules[name])
-        finally:
-            plugin.backend = backend
 
     def _check_same_step(self) -> None:
         step = torch.tensor([self.state.step], device=self.accelerator.device)
@@ -358,43 +367,32 @@ class Trainer:
         logger.info("Drawing samples at step %d", self.state.step)
         image = self.method.preview(self.accelerator)
         if image is not None and self.accelerator.is_main_process:
-            save_samples(Path(self.config.output_dir), self.accelerator, image, self.state.step)
+            self.log.trackers.log_samples(image, self.state.step)
 
-    def _finish(self) -> None:
-        """Save the pipeline and `run.json`, print how to load the pipeline, and publish it."""
+    def _save(self) -> None:
+        """Save the pipeline and `run.json`, and print how to load the pipeline."""
         config, accelerator, method = self.config, self.accelerator, self.method
         if accelerator.is_main_process:
-            method.save(Path(config.output_dir))
-            for name in method.averaged:
-                for component, module in method.sampling_pipeline().components.items():
-                    if module is method.modules[name]:
-                        save_variants(self.state, name, Path(config.output_dir) / component)
-            write_run_record(config, accelerator, method, self.state, self.plan.num_images)
-            folder = json.dumps(config.output_dir, ensure_ascii=False)
-            print(
+            with saved_together(Path(config.output_dir)) as folder:
+                method.save(folder)
+                for name in method.averaged:
+                    for component, module in method.sampling_pipeline().components.items():
+                        if module is method.modules[name]:
+                            save_variants(self.state, name, folder / component)
+                write_run_record(folder, config, accelerator, method, self.state, self.plan.num_images)
+            shown = json.dumps(config.output_dir, ensure_ascii=False)
+            say(
                 f"\nSaved the pipeline to {config.output_dir}, and samples to {config.output_dir}/samples. Generate an "
                 "image with:\n\n"
                 "from diffusers import DiffusionPipeline\n\n"
-                f"pipe = DiffusionPipeline.from_pretrained({folder}, trust_remote_code=True)\n"
+                f"pipe = DiffusionPipeline.from_pretrained({shown}, trust_remote_code=True)\n"
                 f"{method.example()}"
             )
         accelerator.wait_for_everyone()  # until the model is saved, but not until it is uploaded
-        for tracker in accelerator.trackers:
-            tracker.finish()
+
+    def _publish(self) -> None:
+        """Publish the saved pipeline if requested."""
         if self.publisher is not None:
             self.publisher.close()
         if self.repo_id is not None:
-            publish_run(config, self.repo_id)
-
-
-@contextmanager
-def frozen(modules: Sequence[torch.nn.Module]) -> Iterator[None]:
-    """Disable gradients for the parameters of modules inside the block."""
-    parameters = [p for module in modules for p in module.parameters() if p.requires_grad]
-    for parameter in parameters:
-        parameter.requires_grad_(False)
-    try:
-        yield
-    finally:
-        for parameter in parameters:
-            parameter.requires_grad_(True)
+            publish_run(self.config, self.repo_id)

@@ -32,8 +32,8 @@ def test_run_saves_a_pipeline_that_loads(tmp_path, capsys):
     config = train(tmp_path / "out")
     out = tmp_path / "out"
     assert sorted(path.name for path in out.iterdir()) == [
-        "checkpoint-2", "checkpoint-4", "model_index.json", "pipeline_cfg.py", "run.json", "samples", "scheduler",
-        "train_config.yaml", "unet",
+        ".lock", "checkpoint-2", "checkpoint-4", "model_index.json", "pipeline_cfg.py", "run.json", "samples",
+        "scheduler", "train_config.yaml", "unet",
     ]  # fmt: skip
     assert CFGConfig.load(out / "train_config.yaml") == config
     assert [path.name for path in (out / "samples").iterdir()] == ["step-4.png"]

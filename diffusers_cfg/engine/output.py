@@ -1,0 +1,193 @@
+"""Check, lock and clear the output folder of a run, and save the result in it."""
+
+import fcntl
+import logging
+import os
+import re
+import socket
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO
+
+from diffusers_cfg.config import CommandError, UserError
+from diffusers_cfg.engine.checkpoint import Checkpoint, checkpoints
+from diffusers_cfg.files import disk_errors, remove
+from diffusers_cfg.settings import CONFIG_FILE, RunConfig, TrainConfig
+
+logger = logging.getLogger(__name__)
+
+LOCK_FILE, INDEX = ".lock", "model_index.json"
+# The names of all that runs and evaluations write to the folder, besides logs. --overwrite_output_dir deletes them.
+RUN_FILES = re.compile(
+    rf"{CONFIG_FILE}|run\.json|evaluation|{INDEX}|pipeline_cfg\.py|unet|scheduler|vae|(old-|tmp-)?checkpoint-\d+|tmp-model"
+)
+# The settings that may be paths of what a run reads.
+INPUTS = (
+    "dataset_name",
+    "train_data_dir",
+    "model_config_name_or_path",
+    "pretrained_model_name_or_path",
+    "pretrained_vae_model_name_or_path",
+)
+
+
+class Unfinished(CommandError):
+    """An error of the disk that ends a run. The text says what is safe, and how to finish."""
+
+
+def check_output_dir(config: TrainConfig) -> None:
+    """
+    Check that a run can write to its output folder, and that this endangers nothing.
+
+    Raises:
+        UserError: if the folder is a file, not writable, what the run reads, or in use by another run, or if it is not
+            empty and the settings neither resume nor overwrite the run in it.
+    """
+    output_dir = Path(config.output_dir)
+    try:
+        folders = output_dir.absolute(), *output_dir.absolute().parents
+        existing = next(path for path in folders if path.exists() or path.is_symlink())
+        if existing.is_dir():
+            tempfile.TemporaryFile(dir=existing).close()
+    except (OSError, ValueError) as error:  # ValueError: a null character
+        raise UserError(
+            f"--output_dir {config.output_dir!r} cannot be written: {error}. Pass a different folder."
+        ) from error
+    if not existing.is_dir():
+        raise UserError(f"--output_dir {output_dir} cannot be a folder, because {existing} is not one. Pass a folder.")
+    check_inputs(config)
+    not_empty = output_dir.is_dir() and any(path.name != LOCK_FILE for path in output_dir.iterdir())
+    if not_empty and config.resume_from_checkpoint is None and not config.overwrite_output_dir:
+        raise UserError(
+            f"--output_dir {output_dir} is not empty. Resume with --resume_from_checkpoint latest, restart with "
+            "--overwrite_output_dir, or pass a different folder."
+        )
+    if (output_dir / LOCK_FILE).exists():
+        with (output_dir / LOCK_FILE).open("r+") as file:
+            lock(file, output_dir)
+
+
+def check_inputs(config: TrainConfig) -> None:
+    """Raise UserError if the run reads from its output folder, or would write into its data."""
+    output_dir = Path(config.output_dir).resolve()
+    for name in INPUTS:
+        value = getattr(config, name)
+        if value is None or not Path(value).exists():
+            continue
+        path = Path(value).resolve()
+        if path.is_relative_to(output_dir):
+            raise UserError(
+                f"--output_dir {config.output_dir} is or contains {value}, which the run reads. Pass another folder."
+            )
+        if name in ("dataset_name", "train_data_dir") and output_dir.is_relative_to(path):
+            raise UserError(
+                f"--output_dir {config.output_dir} lies in the data {value}, so samples would become training data. "
+                "Pass another folder."
+            )
+
+
+@contextmanager
+def locked(output_dir: Path) -> Iterator[None]:
+    """
+    Lock an output folder inside the block. The system releases the lock when the process ends, however it ends.
+
+    Raises:
+        UserError: if another process holds the lock. The message names the process and its host.
+    """
+    output_dir.mkdir(parents=True, exist_ok=True)
+    with (output_dir / LOCK_FILE).open("a+") as file:
+        lock(file, output_dir)
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {socket.gethostname()}")
+        file.flush()
+        yield
+
+
+def lock(file: IO[str], output_dir: Path) -> None:
+    """Lock a file, with a POSIX lock: it also works on NFS, and the workers that a process forks do not inherit it."""
+    try:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError):
+        file.seek(0)
+        raise UserError(
+            f"--output_dir {output_dir} is in use by {file.read() or 'another run'}. Wait until that run has ended, "
+            "stop it, or pass another folder."
+        ) from None
+    except OSError as error:
+        logger.warning("%s cannot be locked (%s). Do not start a second run in it.", output_dir, error)
+
+
+def prepare_output_dir(config: TrainConfig, checkpoint: Checkpoint | None) -> None:
+    """
+    Create the output folder and save the settings in it.
+
+    With `--overwrite_output_dir`, delete the run in the folder, unless a checkpoint is resumed. Rename checkpoints that
+    are newer than the resumed one: this run repeats their steps, and `latest` must not find them.
+    """
+    output_dir = Path(config.output_dir)
+    if config.overwrite_output_dir and checkpoint is None:
+        delete_run(config)
+    if checkpoint is not None and checkpoint.path.parent.resolve() == output_dir.resolve():
+        existing = checkpoints(output_dir)
+        for newer in existing[existing.index(output_dir / checkpoint.path.name) + 1 :]:
+            old = output_dir / f"old-{newer.name}"
+            remove(old)
+            newer.rename(old)
+            logger.warning("%s is newer than the resumed checkpoint and was renamed to %s.", newer, old.name)
+    config.save(output_dir / CONFIG_FILE)
+
+
+def delete_run(config: RunConfig) -> None:
+    """Delete what an earlier run wrote to the output folder, by name. All else remains, and the targets of links."""
+    output_dir = Path(config.output_dir)
+    if not (output_dir / CONFIG_FILE).is_file():  # the first file that a run writes
+        return
+    for path in output_dir.iterdir():
+        if RUN_FILES.fullmatch(path.name):
+            remove(path)
+    samples, logs = output_dir / "samples", output_dir / config.logging_dir
+    for folder, own in ((samples, samples.glob("step-*.png")), (logs, logs.glob(config.tracker_project_name))):
+        if folder.is_symlink():
+            folder.unlink()
+        elif folder.is_dir():
+            for path in own:
+                remove(path)
+            if not any(folder.iterdir()):
+                folder.rmdir()
+
+
+@contextmanager
+def saved_together(output_dir: Path) -> Iterator[Path]:
+    """
+    Yield a temporary folder whose contents move to the output folder after the block, `model_index.json` last: a folder
+    with an index is a whole model. If the block raises OSError, the output folder is unchanged.
+
+    Raises:
+        Unfinished: if the files cannot be written.
+    """
+    unfinished = output_dir / "tmp-model"
+    try:
+        remove(unfinished)
+        unfinished.mkdir()
+        with disk_errors():
+            yield unfinished
+        remove(output_dir / INDEX)
+        for path in sorted(unfinished.iterdir(), key=lambda path: path.name == INDEX):
+            remove(output_dir / path.name)
+            path.rename(output_dir / path.name)
+        unfinished.rmdir()
+    except OSError as error:
+        text = f"The training has finished, but the model could not be saved: {error}."
+        raise unfinished_error(output_dir, text) from error
+
+
+def unfinished_error(output_dir: Path, what: str) -> Unfinished:
+    """Return an error that says what happened, which checkpoint is safe, and how to go on."""
+    if existing := checkpoints(output_dir):
+        return Unfinished(
+            f"{what} {existing[-1]} is safe. Solve the problem, then run the same command with "
+            "--resume_from_checkpoint latest."
+        )
+    return Unfinished(f"{what} There is no checkpoint.")
