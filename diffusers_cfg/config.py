@@ -11,6 +11,7 @@ import signal
 import sys
 import types
 from argparse import SUPPRESS, ArgumentDefaultsHelpFormatter, ArgumentParser
+from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
@@ -197,29 +198,44 @@ def read_yaml(path: Path, cls: type[Config]) -> dict[str, Any]:
     Return the settings in a YAML file by name.
 
     Raises:
-        UserError: if the file is missing, is not a YAML mapping, or names an unknown setting.
+        UserError: if the file is missing, is not a YAML mapping, repeats a setting, or names an unknown setting or a
+            wrong value.
     """
     if not path.is_file():
         raise UserError(f"--config {path} does not exist. Pass an existing YAML file.")
     try:
-        settings = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+        text = path.read_text(encoding="utf-8")
+        settings, node = yaml.safe_load(text) or {}, yaml.compose(text, yaml.SafeLoader)
     except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
         raise UserError(f"{path} is not valid YAML: {error}") from error
     if not isinstance(settings, dict):
         raise UserError(f"{path} must contain settings as `name: value`, but contains a {type(settings).__name__}.")
-    known = {setting.name: setting for setting in fields(cls)}
+    names = Counter(key.value for key, _ in node.value) if isinstance(node, yaml.MappingNode) else Counter()
+    if repeated := [name for name, times in names.items() if times > 1]:
+        raise UserError(f"{path} contains {', '.join(repeated)} more than once. Keep one value of each.")
+    known, annotations = {setting.name: setting for setting in fields(cls)}, get_type_hints(cls)
     unknown = sorted(str(name) for name in settings if name not in known)
     if unknown:
         raise UserError(f"{path} contains unknown settings: {unknown}. --help lists all settings.")
     for name, value in settings.items():
         if known[name].metadata.get("relative") and value is not None and (path.parent / str(value)).exists():
-            settings[name] = str((path.parent / str(value)).resolve())
+            settings[name] = value = str((path.parent / str(value)).resolve())
+        try:
+            settings[name] = convert(name, value, annotations[name], known[name].metadata)
+            check_range(name, settings[name], known[name].metadata)
+        except UserError as error:
+            raise UserError(f"{path}: {error}") from None
     return settings
 
 
 def is_required(setting: dataclasses.Field) -> bool:
     """Return whether a setting has no default."""
-    return setting.default is MISSING and setting.default_factory is MISSING
+    return default_of(setting) is MISSING
+
+
+def default_of(setting: dataclasses.Field) -> Any:
+    """Return the default of a setting, or `MISSING`."""
+    return setting.default if setting.default_factory is MISSING else setting.default_factory()
 
 
 def parser_field(setting: dataclasses.Field) -> Any:
@@ -285,7 +301,10 @@ def parse_config(cls: type[C], argv: list[str] | None = None) -> C:
         values = vars(parser.parse_args(argv))
     values.pop("config", None)
     flags = {arg.removeprefix("--").split("=")[0].replace("-", "_") for arg in argv if arg.startswith("--")}
-    cls.check_given(values, flags, set(in_file))
+    # A file that a run has saved holds all settings, also those that nobody has given.
+    defaults = {setting.name: default_of(setting) for setting in fields(cls)}
+    changed = {name for name, value in in_file.items() if value != defaults[name]}
+    cls.check_given(values, flags, changed)
     return cls(**values)
 
 

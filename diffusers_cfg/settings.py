@@ -7,12 +7,22 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 from diffusers_cfg.config import Config, UserError, fixed, free, read_yaml, recorded
+from diffusers_cfg.run_settings import OptimizationConfig, RunConfig
 
 CONFIG_FILE = "train_config.yaml"
-# The standard errors of metrics need two images in each of ten blocks (`BLOCKS` in evaluation/statistics.py).
-MIN_SAMPLES = 20
 # Settings that a pretrained network or a network config replaces.
 NETWORK_SETTINGS = {"block_out_channels", "layers_per_block", "attention_resolutions", "dropout"}
+# Settings of the noise process, which a pretrained model brings along.
+PROCESS_SETTINGS = {"prediction_type", "log_snr_min", "log_snr_max"}
+# The default fits images of many resolutions, so not each of its values has to fit.
+ATTENTION_RESOLUTIONS = [16, 8]
+# Settings that have no effect unless another one is set.
+NEED = {
+    "use_ema": {"ema_max_decay", "ema_inv_gamma", "ema_power"},
+    "eval_steps": {"num_eval_samples", "feature_extractor"},
+    "push_to_hub": {"hub_model_id", "hub_private_repo", "hub_strategy", "overwrite_hub_repo"},
+    "streaming": {"shuffle_buffer_size"},
+}
 # Defaults for the built-in dataset, scikit-learn's 1,797 handwritten digits at 8×8: a few minutes on two CPU cores.
 DIGITS = {
     "resolution": 8,
@@ -75,7 +85,9 @@ class ModelConfig(Config):
     )
     layers_per_block: int = fixed(2, "Number of residual blocks in each UNet level.", at_least=1)
     attention_resolutions: list[int] = fixed(
-        [16, 8], "Resolutions in pixels of the UNet levels with self-attention; 0 disables it."
+        ATTENTION_RESOLUTIONS,
+        "Resolutions in pixels of the UNet levels with self-attention; 0 disables it.",
+        at_least=0,
     )
     dropout: float = fixed(0.0, "Dropout probability inside the residual blocks.", at_least=0, below=1)
     pretrained_model_name_or_path: str | None = recorded(
@@ -86,102 +98,6 @@ class ModelConfig(Config):
     )
     cache_latents: bool = recorded(
         False, "Encode every image once before the first step and cache the latents on disk."
-    )
-
-
-@dataclass(frozen=True, kw_only=True)
-class OptimizationConfig(Config):
-    """Settings of the optimizer, its learning rate and the EMA weights."""
-
-    group = "optimization"
-
-    train_batch_size: int = free(16, "Number of images in a batch of one process.", at_least=1)
-    gradient_accumulation_steps: int = free(
-        1, "Number of batches per process that are accumulated in one optimizer step.", at_least=1
-    )
-    num_train_epochs: int = recorded(
-        100, "Length of the run in epochs; ignored if --max_train_steps is given.", at_least=1
-    )
-    max_train_steps: int | None = recorded(None, "Length of the run in optimizer steps.", at_least=1)
-    learning_rate: float = recorded(1e-4, "Peak learning rate.", above=0)
-    lr_scheduler: Literal[
-        "constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial"
-    ] = recorded("cosine", "Schedule of the learning rate over the run.")
-    lr_warmup_steps: int = recorded(500, "Number of optimizer steps of linear warmup.", at_least=0)
-    adam_beta1: float = recorded(0.9, "β1 of AdamW, the decay rate of the first moment.", at_least=0, below=1)
-    adam_beta2: float = recorded(0.999, "β2 of AdamW, the decay rate of the second moment.", at_least=0, below=1)
-    adam_weight_decay: float = recorded(0.0, "Weight decay of AdamW.", at_least=0)
-    adam_epsilon: float = recorded(1e-8, "ε of AdamW, added to the denominator.", above=0)
-    max_grad_norm: float = recorded(
-        1.0, "Maximum norm of the gradient; larger gradients are scaled down to it.", above=0
-    )
-    use_ema: bool = fixed(True, "Keep an exponential moving average (EMA) of the weights, which is sampled and saved.")
-    ema_max_decay: list[float] = fixed(
-        [0.9999],
-        "Maximum decay of the EMA; several values keep several EMAs, of which the first is sampled.",
-        at_least=0,
-        below=1,
-        scalar=True,
-    )
-    ema_inv_gamma: float = recorded(
-        1.0, "γ of the EMA warmup: the decay at step n is 1 - (1 + n / γ)^-power, up to the maximum.", above=0
-    )
-    ema_power: float = recorded(0.75, "Power of the EMA warmup, see --ema_inv_gamma.", above=0)
-    max_nonfinite_steps: int = free(
-        10, "Number of consecutive steps with a non-finite loss or gradient after which the run stops.", at_least=1
-    )
-    gradient_checkpointing: bool = free(False, "Save memory by recomputing activations in the backward pass.")
-    compile: bool = recorded(False, "Compile the network with torch.compile; the first step then takes minutes.")
-    enable_xformers_memory_efficient_attention: bool = recorded(False, "Use the attention of xformers (GPU only).")
-    mixed_precision: Literal["no", "fp16", "bf16"] | None = recorded(
-        None, "Precision of the forward pass; by default that of `accelerate config`, and always fp32 on a CPU."
-    )
-    allow_tf32: bool = recorded(False, "Allow TF32 matrix multiplications on Ampere and newer GPUs.")
-
-    @property
-    def ema_decays(self) -> list[float]:
-        """The maximum decay of each EMA; an empty list without `use_ema`."""
-        return self.ema_max_decay if self.use_ema else []
-
-
-@dataclass(frozen=True, kw_only=True)
-class RunConfig(Config):
-    """Settings of the output folder, checkpoints, validation and logging."""
-
-    group = "run"
-
-    output_dir: str = free("cfg-model", "Folder for checkpoints, samples, logs and the trained pipeline.")
-    dry_run: bool = free(False, "Check the settings, the data and the disk, and print the plan without training.")
-    overwrite_output_dir: bool = free(False, "Delete the run in --output_dir and start from the first step.")
-    seed: int = fixed(
-        0,
-        "Seed of the weights, the data order, the noise, the dropped labels and the samples.",
-        at_least=0,
-        at_most=2**63 - 1,
-    )
-    checkpointing_steps: int = free(500, "Number of steps between checkpoints; 0 disables them.", at_least=0)
-    checkpoints_total_limit: int | None = free(
-        None, "Number of checkpoints to keep; the oldest are deleted.", at_least=1
-    )
-    resume_from_checkpoint: str | None = free(None, 'Checkpoint to resume from: a checkpoint-STEP folder, or "latest".')
-    validation_steps: int = free(
-        1000, "Number of steps between grids of samples; 0 draws one at the end only.", at_least=0
-    )
-    num_inference_steps: int = free(12, "Number of sampling steps T per validation image.", at_least=1)
-    eval_steps: int = free(
-        0, "Number of steps between evaluations at each w of --validation_guidance_scales; 0 disables them.", at_least=0
-    )
-    num_eval_samples: int = free(500, "Number of samples in an evaluation, for each w.", at_least=MIN_SAMPLES)
-    feature_extractor: str = free("small", "Feature extractor of the evaluations, see evaluate_cfg.py --help.")
-    logging_steps: int = free(10, "Number of steps between logged values.", at_least=1)
-    report_to: str = free(
-        "tensorboard", "Trackers of Accelerate, separated by commas: tensorboard, wandb, trackio, …, all or none."
-    )
-    tracker_project_name: str = free("diffusers-cfg", "Name of the project in the trackers.")
-    run_name: str | None = free(None, "Name of the run in the trackers; by default that of --output_dir.")
-    logging_dir: str = free("logs", "Name of the folder in --output_dir that trackers write to.")
-    ddp_timeout: int = free(
-        1800, "Seconds that a process waits for the other processes before the run fails.", at_least=1
     )
 
 
@@ -208,9 +124,19 @@ class HubConfig(Config):
 
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig(HubConfig, RunConfig, OptimizationConfig, ModelConfig, DataConfig):
-    """Settings shared by all methods: data, network, optimization, run and Hub."""
+    """
+    Settings shared by all methods: data, network, optimization, run and Hub.
+
+    Attributes:
+        replaced (`Mapping[str, set[str]]`): the settings that a pretrained network or its config replaces, by the name
+            of the setting that names it.
+    """
 
     group = "training"
+    replaced: ClassVar[Mapping[str, set[str]]] = {
+        "model_config_name_or_path": NETWORK_SETTINGS,
+        "pretrained_model_name_or_path": NETWORK_SETTINGS,
+    }
 
     def check(self) -> None:
         """Check combinations of settings. Raise UserError."""
@@ -271,19 +197,24 @@ class TrainConfig(HubConfig, RunConfig, OptimizationConfig, ModelConfig, DataCon
 
     @classmethod
     def check_given(cls, values: Mapping[str, Any], flags: set[str], in_file: set[str]) -> None:
-        """Refuse settings of the network if a pretrained network or a network config replaces them."""
-        for source in ("model_config_name_or_path", "pretrained_model_name_or_path"):
+        """Refuse settings that have no effect, such as those of a network if a pretrained one replaces it."""
+        for source, settings in cls.replaced.items():
             given = flags if source in flags else flags | in_file
-            if values[source] is not None and (useless := sorted(NETWORK_SETTINGS & given)):
+            if values[source] is not None and (useless := sorted(settings & given)):
                 raise UserError(
                     f"{', '.join(useless)}: the network comes from --{source} {values[source]}. Leave out "
                     "one of the two."
                 )
+        for needed, settings in NEED.items():
+            if not values[needed] and (useless := sorted(settings & flags)):
+                raise UserError(f"{', '.join(useless)}: no effect without --{needed}. Leave it out, or set --{needed}.")
+        if "num_train_epochs" in flags and (steps := values["max_train_steps"]) is not None:
+            raise UserError(f"num_train_epochs: no effect with max_train_steps {steps}. Set --max_train_steps instead.")
 
     def public(self) -> dict[str, Any]:
         """Return the settings by name, without secrets and without those that a pretrained network replaces."""
-        replaced = self.model_config_name_or_path or self.pretrained_model_name_or_path
-        return {name: value for name, value in super().public().items() if not (replaced and name in NETWORK_SETTINGS)}
+        replaced = set().union(*(names for source, names in self.replaced.items() if getattr(self, source)))
+        return {name: value for name, value in super().public().items() if name not in replaced}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -294,6 +225,10 @@ class CFGConfig(TrainConfig):
         "Train a class-conditional diffusion model with classifier-free guidance (arXiv 2207.12598)."
     )
     group = "classifier-free guidance"
+    replaced = {
+        "model_config_name_or_path": NETWORK_SETTINGS,
+        "pretrained_model_name_or_path": NETWORK_SETTINGS | PROCESS_SETTINGS,
+    }
 
     conditioning_dropout_prob: float = recorded(
         0.1, "Probability p_uncond that a label is replaced by the null class.", at_least=0, below=1
@@ -302,8 +237,8 @@ class CFGConfig(TrainConfig):
     prediction_type: Literal["epsilon", "v_prediction", "sample"] = fixed(
         "v_prediction", "Quantity that the network predicts: ε (as in the paper), v = αε - σx, or x."
     )
-    log_snr_min: float = fixed(-20.0, "Log-SNR λ_min at the noisy end of the noise process.")
-    log_snr_max: float = fixed(20.0, "Log-SNR λ_max at the clean end of the noise process.")
+    log_snr_min: float = fixed(-20.0, "Log-SNR λ_min at the noisy end of the noise process.", at_least=-60, at_most=60)
+    log_snr_max: float = fixed(20.0, "Log-SNR λ_max at the clean end of the noise process.", at_least=-60, at_most=60)
     validation_guidance_scales: list[float] = free(
         [0.0, 0.5, 1.0, 2.0, 4.0], "Guidance scales, the paper's w, of the columns of the validation grid."
     )
@@ -329,15 +264,19 @@ class DistillationConfig(CFGConfig):
         None, "Largest w that the student learns; by default that of the teacher, or 4.", above=0
     )
     student_steps: int | None = fixed(
-        None, "Number of DDIM steps of the student, a divisor of 1000; by default any sampler and number of steps."
+        None,
+        "Number of DDIM steps of the student, a divisor of 1000; by default any sampler and number of steps.",
+        at_least=1,
     )
-    teacher_steps: int = fixed(32, "Number of DDIM steps of the teacher, a multiple of --student_steps.")
+    teacher_steps: int = fixed(
+        32, "Number of DDIM steps of the teacher, a multiple of --student_steps.", at_least=1, at_most=1000
+    )
 
     def check(self) -> None:
         """Check combinations of settings. Raise UserError."""
         super().check()
         steps = self.student_steps
-        if steps is not None and (steps < 1 or self.teacher_steps < 1 or 1000 % steps or self.teacher_steps % steps):
+        if steps is not None and (1000 % steps or self.teacher_steps % steps):
             raise UserError(
                 f"--student_steps must divide 1000 (for DDIM) and --teacher_steps {self.teacher_steps}, but is {steps}."
             )
@@ -355,10 +294,15 @@ class DistillationConfig(CFGConfig):
 
     @classmethod
     def check_given(cls, values: Mapping[str, Any], flags: set[str], in_file: set[str]) -> None:
-        """Refuse settings that the student inherits from its teacher."""
-        super().check_given(values, flags, in_file)
-        of_teacher = {"prediction_type", "log_snr_min", "log_snr_max", "pretrained_model_name_or_path"}
-        if useless := sorted(of_teacher & flags):
+        """Refuse settings that have no effect, such as those that the student inherits from its teacher."""
+        if useless := sorted((PROCESS_SETTINGS | {"pretrained_model_name_or_path"}) & (flags | in_file)):
             raise UserError(
                 f"{', '.join(useless)}: the student inherits this from --teacher {values['teacher']}. Leave it out."
+            )
+        super().check_given(values, flags, in_file)
+        if values["student_steps"] is None and "teacher_steps" in flags | in_file:
+            raise UserError("teacher_steps: no effect without --student_steps. Leave it out, or set --student_steps.")
+        if values["student_steps"] is not None and "num_inference_steps" in flags:
+            raise UserError(
+                f"num_inference_steps: the student samples in {values['student_steps']} steps. Leave it out."
             )

@@ -15,13 +15,25 @@ RULES = {
     "config": set(),
     "randomness": set(),
     "files": set(),
-    "settings": {"config"},
+    "run_settings": {"config"},
+    "settings": {"config", "run_settings"},
     "R": {"R"},
     "data": {"config", "randomness", "files", "settings"},
-    "evaluation": {"data", "R", "config", "randomness", "files", "settings"},
+    "evaluation": {"data", "R", "config", "randomness", "files", "settings", "run_settings"},
     "engine": {"data", "R", "config", "randomness", "files", "settings"},
     "methods": {"engine", "evaluation", "data", "R", "config", "randomness", "settings"},
-    "training": {"R", "data", "engine", "evaluation", "methods", "config", "randomness", "files", "settings"},
+    "training": {
+        "R",
+        "data",
+        "engine",
+        "evaluation",
+        "methods",
+        "config",
+        "randomness",
+        "files",
+        "settings",
+        "run_settings",
+    },
 }
 
 

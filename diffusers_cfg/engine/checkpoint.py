@@ -27,7 +27,7 @@ from diffusers_cfg.engine.state import (
     weights_file,
 )
 from diffusers_cfg.files import checksum, disk_errors, fsync, remove
-from diffusers_cfg.settings import RunConfig, TrainConfig
+from diffusers_cfg.settings import TrainConfig
 
 logger = logging.getLogger(__name__)
 
@@ -54,7 +54,7 @@ def checkpoints(output_dir: Path) -> list[Path]:
     return sorted(found, key=lambda path: int(path.name.removeprefix("checkpoint-")))
 
 
-def find_checkpoint(config: RunConfig) -> Checkpoint | None:
+def find_checkpoint(config: TrainConfig) -> Checkpoint | None:
     """
     Return the checkpoint of `--resume_from_checkpoint`: a name in the output folder, a path, or the latest
     undamaged checkpoint. Return None if there is none to resume.
@@ -89,14 +89,14 @@ def find_checkpoint(config: RunConfig) -> Checkpoint | None:
     return Checkpoint(found[0], read_record(found[0]))
 
 
-def save_checkpoint(config: RunConfig, state: TrainState, facts: dict[str, Any]) -> bool:
+def save_checkpoint(config: TrainConfig, state: TrainState, facts: dict[str, Any]) -> bool:
     """
     Write `checkpoint-STEP` under a temporary name, flush it to the disk and verify it. Then rename it and delete the
     oldest checkpoints. A failure before the rename, such as a full disk, leaves the last valid checkpoint untouched and
     does not end the run.
 
     Args:
-        config (`RunConfig`): the output folder, and the number of checkpoints to keep.
+        config (`TrainConfig`): the output folder, and the number of checkpoints to keep.
         state (`TrainState`): the state to save.
         facts (`dict`): other entries of `state.json`, which a resumed run is compared with.
 

@@ -14,7 +14,7 @@ from typing import IO
 from diffusers_cfg.config import CommandError, UserError
 from diffusers_cfg.engine.checkpoint import Checkpoint, checkpoints
 from diffusers_cfg.files import disk_errors, remove
-from diffusers_cfg.settings import CONFIG_FILE, RunConfig, TrainConfig
+from diffusers_cfg.settings import CONFIG_FILE, TrainConfig
 
 logger = logging.getLogger(__name__)
 
@@ -139,7 +139,7 @@ def prepare_output_dir(config: TrainConfig, checkpoint: Checkpoint | None) -> No
     config.save(output_dir / CONFIG_FILE)
 
 
-def delete_run(config: RunConfig) -> None:
+def delete_run(config: TrainConfig) -> None:
     """Delete what an earlier run wrote to the output folder, by name. All else remains, and the targets of links."""
     output_dir = Path(config.output_dir)
     if not (output_dir / CONFIG_FILE).is_file():  # the first file that a run writes

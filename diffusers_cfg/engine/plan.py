@@ -60,7 +60,9 @@ def make_plan(config: TrainConfig, num_processes: int, accumulation: int, datase
         if available is None:
             raise UserError("The dataset does not report its number of images. Pass --max_train_steps.")
         total_steps = config.num_train_epochs * available // batch_size
-    if config.lr_scheduler != "constant" and config.lr_warmup_steps >= total_steps:
+    if config.lr_scheduler == "constant" and config.lr_warmup_steps:
+        logger.warning("--lr_scheduler constant has no warmup. For one, use constant_with_warmup.")
+    elif config.lr_warmup_steps >= total_steps:
         logger.warning(
             "--lr_warmup_steps is %d, but the run has only %d steps, so it ends before the learning rate reaches "
             "--learning_rate. Lower --lr_warmup_steps.",

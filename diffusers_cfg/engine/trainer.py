@@ -5,7 +5,7 @@ import logging
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -89,11 +89,12 @@ class Trainer:
         """
         images = self._prepare()
         if self.config.dry_run:
+            if self.config.eval_steps and self.evaluation is not None:
+                self.evaluation(self.method, self.config, self.accelerator, self.dataset)  # only checks
             self._print_plan(images)
             return
         output_dir = Path(self.config.output_dir)
-        lock = locked(output_dir) if self.accelerator.is_main_process else nullcontext()
-        with logging_redirect_tqdm(), lock:  # prints log lines above the progress bar
+        with logging_redirect_tqdm(), ExitStack() as self.stack:  # prints log lines above the progress bar
             self._start(images)
             try:
                 self.train()
@@ -272,6 +273,7 @@ class Trainer:
         self.facts = {"settings": settings_of(config), "identity": self.identity, "data": self.data}
 
         if accelerator.is_main_process:
+            self.stack.enter_context(locked(Path(config.output_dir)))
             prepare_output_dir(config, self.checkpoint)
         self.publisher = None
         if self.repo_id is not None and config.hub_strategy == "checkpoint":

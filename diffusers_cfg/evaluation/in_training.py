@@ -9,9 +9,10 @@ from torch.utils.data import Dataset
 
 from diffusers_cfg import CFGPipeline
 from diffusers_cfg.config import CACHE_DIR
+from diffusers_cfg.evaluation.features import SMALL, pretrained_extractor
 from diffusers_cfg.evaluation.measure import measure
 from diffusers_cfg.evaluation.sampling import draw_images
-from diffusers_cfg.evaluation.statistics import BATCH_SIZE, RealStatistics
+from diffusers_cfg.evaluation.statistics import BATCH_SIZE, RealStatistics, labelled_images
 from diffusers_cfg.settings import TrainConfig
 
 
@@ -27,7 +28,8 @@ def training_evaluation(
     method: SampledMethod, config: TrainConfig, accelerator: Accelerator, dataset: Dataset
 ) -> Callable[[CFGPipeline], dict[str, float]]:
     """
-    Return a function that evaluates a pipeline during training, on a small number of samples.
+    Return a function that evaluates a pipeline during training, on a small number of samples. With `--dry_run`, only
+    check that this is possible, without the minutes that the real images take.
 
     Args:
         method (`SampledMethod`): the training method; its pipeline gives the class names.
@@ -39,6 +41,11 @@ def training_evaluation(
         A function that maps a pipeline to the metrics of each w, such as `"frechet_distance/w=1"`. Only the main
         process gets metrics; the dictionaries of the other processes are empty.
     """
+    if config.dry_run:
+        labelled_images(dataset, config.num_eval_samples)
+        if config.feature_extractor != SMALL:
+            pretrained_extractor(config.feature_extractor)
+        return lambda _: {}
     id2label = method.pipeline.id2label
     real = RealStatistics(accelerator, dataset, id2label, config.feature_extractor, config.num_eval_samples, CACHE_DIR)
     class_labels = torch.arange(config.num_eval_samples) % len(id2label)

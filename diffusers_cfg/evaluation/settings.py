@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import ClassVar, Literal
 
 from diffusers_cfg.config import CACHE_DIR, Config, UserError, flag
-from diffusers_cfg.settings import MIN_SAMPLES
+from diffusers_cfg.run_settings import MIN_SAMPLES
 
 PAPER_SCALES = [0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 1.0, 2.0, 3.0, 4.0]
 

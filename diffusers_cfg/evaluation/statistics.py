@@ -20,7 +20,7 @@ from diffusers_cfg.evaluation.features import SMALL, FeatureExtractor, pretraine
 from diffusers_cfg.evaluation.metrics import matrix_sqrt, mean_and_covariance
 from diffusers_cfg.files import write_safetensors
 from diffusers_cfg.randomness import seed_of, seeded_generator
-from diffusers_cfg.settings import MIN_SAMPLES
+from diffusers_cfg.run_settings import MIN_SAMPLES
 
 logger = logging.getLogger(__name__)
 
@@ -167,6 +167,15 @@ class Reference(NamedTuple):
     neighbours: torch.Tensor  # (images, features), for the metrics of neighbours and kernels
 
 
+def labelled_images(dataset: Dataset, num_samples: int) -> torch.Tensor:
+    """Return the indices of a dataset's labelled images. Raise UserError if they or the samples are too few."""
+    labelled = (dataset.class_labels >= 0).nonzero().flatten()
+    for number, low, kind in ((num_samples, MIN_SAMPLES, "samples"), (len(labelled), 4 * BLOCKS, "labelled images")):
+        if number < low:
+            raise UserError(f"{number} {kind} are too few for the metrics. Use at least {low}.")
+    return labelled
+
+
 class RealStatistics:
     """
     Statistics of the real images under one feature extractor, read from the cache if a previous run wrote them.
@@ -203,13 +212,7 @@ class RealStatistics:
         num_samples: int,
         statistics_dir: Path,
     ) -> None:
-        labelled = (dataset.class_labels >= 0).nonzero().flatten()
-        for number, low, kind in (
-            (num_samples, MIN_SAMPLES, "samples"),
-            (len(labelled), 4 * BLOCKS, "labelled images"),
-        ):
-            if number < low:
-                raise UserError(f"{number} {kind} are too few for the metrics. Use at least {low}.")
+        labelled = labelled_images(dataset, num_samples)
         self.accelerator, self.num_samples = accelerator, num_samples
         self.num_real = len(labelled)
         self.num_held_out = min(num_samples, self.num_real // 2)

@@ -1,5 +1,6 @@
 """Distill guidance into a student that takes w as an input, and then into few steps (Meng et al. 2023)."""
 
+import logging
 from collections.abc import Callable
 from functools import partial
 from typing import Any, Self, cast
@@ -15,6 +16,8 @@ from diffusers_cfg.methods.guided import GuidedMethod
 from diffusers_cfg.methods.networks import NUM_INFERENCE_STEPS, SOLVER, load_pretrained, new_pipeline, noise_process
 from diffusers_cfg.methods.objectives import drop_class_labels, level_names, loss_logs, prediction_target, squared_error
 from diffusers_cfg.settings import DistillationConfig
+
+logger = logging.getLogger(__name__)
 
 
 class GuidanceDistillation(GuidedMethod):
@@ -48,6 +51,10 @@ class GuidanceDistillation(GuidedMethod):
         # The student supports only this range of w.
         scales = [w for w in config.validation_guidance_scales if 0 <= w <= self.max_guidance_scale]
         self.guidance_scales = scales or [0.0]
+        if left_out := [w for w in config.validation_guidance_scales if w not in scales]:
+            logger.warning(
+                "The samples leave out w = %s: the student learns 0 to %g.", left_out, self.max_guidance_scale
+            )
         self.num_inference_steps = self.student_steps or config.num_inference_steps
 
     @classmethod

@@ -13,7 +13,7 @@ from diffusers_cfg import CFGPipeline, LogSNRScheduler, UNet2DCFGModel
 from diffusers_cfg.config import UserError
 from diffusers_cfg.data.sources import LabelledImages
 from diffusers_cfg.loading import find_folder, load_autoencoder, read_object
-from diffusers_cfg.settings import CFGConfig, ModelConfig, TrainConfig
+from diffusers_cfg.settings import ATTENTION_RESOLUTIONS, CFGConfig, ModelConfig, TrainConfig
 
 logger = logging.getLogger(__name__)
 
@@ -187,8 +187,22 @@ def load_model_config(name_or_path: str) -> dict[str, Any]:
 
 
 def attention(resolutions: list[int], sample_size: int, block_out_channels: list[int]) -> dict[str, Any]:
-    """Return block types with self-attention at the given resolutions, and heads of at most 64 channels (as in ADM)."""
-    attended = [sample_size // 2**level in resolutions for level in range(len(block_out_channels))]
+    """
+    Return block types with self-attention at the given resolutions, and heads of at most 64 channels (as in ADM).
+
+    Raises:
+        UserError: if no level has one of the resolutions. Of the default, values may be left over.
+    """
+    sizes = [sample_size // 2**level for level in range(len(block_out_channels))]
+    if unmatched := sorted(set(resolutions) - {0, *sizes}):
+        levels = f"the levels of the UNet have {', '.join(map(str, sizes))} pixels"
+        if resolutions != ATTENTION_RESOLUTIONS:
+            raise UserError(
+                f"attention_resolutions {resolutions}: {levels}, not {unmatched}. Use those, or 0 for none."
+            )
+        if len(unmatched) == len(resolutions):
+            logger.warning("The UNet has no attention: %s, not %s (--attention_resolutions).", levels, unmatched)
+    attended = [size in resolutions for size in sizes]
     channels = [channels for channels, here in zip(block_out_channels, attended, strict=True) if here]
     return {
         "down_block_types": ["AttnDownBlock2D" if here else "DownBlock2D" for here in attended],

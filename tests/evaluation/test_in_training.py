@@ -31,7 +31,7 @@ def test_metrics_during_training_match_those_of_a_sweep(digits, statistics_dir, 
     pipeline.save_pretrained(tmp_path / "model")
     (tmp_path / "model" / "run.json").write_text('{"data": {}}')
     method = ToyMethod(pipeline=pipeline, guidance_scales=[0.0, 1.0], num_inference_steps=2)
-    config = parse_config(CFGConfig, ["--num_eval_samples", "20"])
+    config = parse_config(CFGConfig, ["--num_eval_samples", "20", "--eval_steps", "1"])
     metrics = training_evaluation(method, config, Accelerator(cpu=True), digits)(pipeline)
 
     settings = {"num_samples": 20, "num_inference_steps": 2, "guidance_scales": [0.0, 1.0]}

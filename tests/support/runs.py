@@ -60,7 +60,10 @@ def train(
 def distill(teacher: Path, output_dir: Path, *argv: str) -> DistillationConfig:
     """Distill guidance from a teacher, with the flags of `SETTINGS` followed by `argv`."""
     reset_accelerate()
-    flags = ["--teacher", str(teacher), *SETTINGS, "--output_dir", str(output_dir), *argv]
+    settings = " ".join(SETTINGS)
+    if "--student_steps" in argv:  # It decides the number of sampling steps.
+        settings = settings.replace("--num_inference_steps 2 ", "")
+    flags = ["--teacher", str(teacher), *settings.split(), "--output_dir", str(output_dir), *argv]
     config = parse_config(DistillationConfig, flags)
     Trainer(config, GuidanceDistillation, None, training_evaluation).run()
     return config

@@ -19,7 +19,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from diffusers_cfg.config import CACHE_DIR, UserError, run_command
-from diffusers_cfg.settings import MIN_SAMPLES
+from diffusers_cfg.run_settings import MIN_SAMPLES
 
 
 def parse_args(argv: list[str] | None = None) -> Namespace:
