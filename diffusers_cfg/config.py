@@ -7,6 +7,7 @@ import dataclasses
 import inspect
 import math
 import os
+import re
 import signal
 import sys
 import types
@@ -15,7 +16,19 @@ from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
-from typing import Any, ClassVar, Literal, Self, TextIO, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import (
+    Any,
+    ClassVar,
+    Literal,
+    NoReturn,
+    Self,
+    TextIO,
+    TypeVar,
+    Union,
+    get_args,
+    get_origin,
+    get_type_hints,
+)
 
 import yaml
 
@@ -159,7 +172,8 @@ def convert(name: str, value: Any, annotation: Any, metadata: Mapping[str, Any])
     except (ValueError, OverflowError):
         pass
     kind = {str: "a string", bool: "true or false", float: "a number", int: "an integer"}[annotation]
-    raise UserError(f"{name} must be {kind}, but is {value!r}.")
+    shown = type(value).__name__ if metadata.get("secret") else repr(value)
+    raise UserError(f"{name} must be {kind}, but is {shown}.")
 
 
 def check_range(name: str, value: Any, metadata: Mapping[str, Any]) -> None:
@@ -207,7 +221,7 @@ def read_yaml(path: Path, cls: type[Config]) -> dict[str, Any]:
         text = path.read_text(encoding="utf-8")
         settings, node = yaml.safe_load(text) or {}, yaml.compose(text, yaml.SafeLoader)
     except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
-        raise UserError(f"{path} is not valid YAML: {error}") from error
+        raise UserError(f"{path} is not valid YAML: {without_tokens(str(error))}") from error
     if not isinstance(settings, dict):
         raise UserError(f"{path} must contain settings as `name: value`, but contains a {type(settings).__name__}.")
     names = Counter(key.value for key, _ in node.value) if isinstance(node, yaml.MappingNode) else Counter()
@@ -247,6 +261,19 @@ def parser_field(setting: dataclasses.Field) -> Any:
     return field(default=None if setting.default is MISSING else setting.default, metadata=metadata)
 
 
+def without_tokens(message: str) -> str:
+    """Return a message with each Hub token in it cut off."""
+    return re.sub(r"\bhf_\w+", "hf_…", message)
+
+
+class CommandParser(ArgumentParser):
+    """A parser whose errors contain no Hub token."""
+
+    def error(self, message: str) -> NoReturn:
+        """Print the usage and an error, and exit."""
+        super().error(without_tokens(message))
+
+
 C = TypeVar("C", bound=Config)
 
 
@@ -263,7 +290,11 @@ def make_parser(cls: type[Config]) -> ArgumentParser:
             group = dataclasses.make_dataclass(base.__name__, declared, kw_only=True)
             group._argument_group_name = base.group
             groups.append(group)
-    parser = HfArgumentParser(
+
+    class Parser(CommandParser, HfArgumentParser):
+        pass
+
+    parser = Parser(
         groups, description=cls.description, formatter_class=ArgumentDefaultsHelpFormatter, allow_abbrev=False
     )
     parser.add_argument(

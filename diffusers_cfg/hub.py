@@ -1,5 +1,6 @@
 """Publish pipelines to the Hub and load them without running remote code."""
 
+import io
 import math
 import os
 import shutil
@@ -8,7 +9,9 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
+from diffusers.image_processor import VaeImageProcessor
 from huggingface_hub import CommitOperationAdd, HfApi
+from huggingface_hub.utils import yaml_dump
 
 from . import pipeline_cfg
 from .loading import (
@@ -20,7 +23,17 @@ from .loading import (
     check_pipeline_folder,
     find_folder,
 )
-from .model_card import FACTS, SAMPLES, find_samples, model_card
+from .model_card import (
+    CONFIG,
+    FACTS,
+    RUN,
+    SAMPLES,
+    class_picture,
+    example_classes,
+    find_samples,
+    model_card,
+    read_json,
+)
 from .repository import PublishError, prepare_repository, read_card, retry
 
 # The only files that are uploaded. An allowlist, so that optimizer states, logs, and settings with paths and tokens are
@@ -35,7 +48,7 @@ COMPONENT_FILES = (
     "*_cfg.py",
     "scheduling_log_snr.py",
 )
-ROOT_FILES = ("model_index.json", "pipeline_cfg.py", *FACTS)
+ROOT_FILES = (INDEX, "pipeline_cfg.py", *FACTS)
 
 
 class CFGPipeline(pipeline_cfg.CFGPipeline):
@@ -219,7 +232,7 @@ def publish(
 ) -> str:
     """
     Publish a saved pipeline, such as the output folder of a training run, in one commit. Arguments, return value and
-    errors are those of `CFGPipeline.push_to_hub`. `verify=False` skips the final check.
+    errors are those of `CFGPipeline.push_to_hub`. `verify=False` skips the pictures of classes and the final check.
     """
     folder = Path(folder)
     if not folder.is_dir():
@@ -230,11 +243,17 @@ def publish(
         raise PublishError(str(error)) from error
     try:
         repo_id = prepare_repository(repo_id, private, token, overwrite, create_pr=create_pr)
-        card = model_card(folder, repo_id, read_card(repo_id, token))
+        # Generated before the upload, so that a model that cannot generate is not published.
+        images = example_images(folder, variant) if verify else {}
+        pictures = {label: png(image) for label, image in images.items() if image.shape[1] in (1, 3)}
+        card = model_card(folder, repo_id, read_card(repo_id, token), pictures)
         operations = [CommitOperationAdd(str(path.relative_to(folder)), path) for path in allowed_files(folder)]
         operations.append(CommitOperationAdd("README.md", card.encode()))
+        if config := read_json(folder / RUN).get("config"):
+            operations.append(CommitOperationAdd(CONFIG, yaml_dump(config, sort_keys=False).encode()))
         if (samples := find_samples(folder)) is not None:
             operations.append(CommitOperationAdd(SAMPLES, samples))
+        operations += [CommitOperationAdd(class_picture(label), data) for label, data in pictures.items()]
         commit = retry(
             lambda: HfApi(token=token).create_commit(
                 repo_id, operations, commit_message=commit_message or "Upload CFGPipeline", create_pr=create_pr
@@ -244,8 +263,9 @@ def publish(
         raise
     except Exception as error:  # network errors have many types, and none may fail a finished training run
         raise PublishError(f"{repo_id} could not be published: {error}") from error
-    if verify:
-        verify_published(folder, repo_id, commit.pr_revision if create_pr else commit.oid, token, variant)
+    if images:
+        revision = commit.pr_revision if create_pr else commit.oid
+        verify_published(next(iter(images.items())), folder, repo_id, revision, token, variant)
     return commit.commit_url
 
 
@@ -256,28 +276,68 @@ def allowed_files(folder: Path) -> list[Path]:
     return [path for path in dict.fromkeys(found) if path.is_file()]
 
 
-def verify_published(folder: Path, repo_id: str, revision: str, token: str | None, variant: str | None) -> None:
+def example_images(folder: Path, variant: str | None = None) -> dict[int, torch.Tensor]:
     """
-    Check that the published model generates the same image as the model in the folder, up to `rounding_tolerance`.
-    Both use the default number of steps and the default guidance scale.
+    Generate an image of each of the first classes, with the pipeline's defaults and the same noise.
 
     Args:
         folder (`Path`): Saved pipeline.
+        variant (`str`, *optional*): As in `publish`.
+
+    Returns:
+        `dict`: Images in [0, 1], `(1, channels, height, width)`, by class id.
+
+    Raises:
+        PublishError: If the pipeline cannot be loaded or generates no image.
+    """
+    try:
+        pipe = CFGPipeline.from_pretrained(folder, variant=variant)
+        pipe.set_progress_bar_config(disable=True)
+        labels = example_classes(read_json(folder / INDEX), read_json(folder / RUN)) or [0]
+        return {label: example_image(pipe, label) for label in labels}
+    except Exception as error:
+        raise PublishError(f"{folder} was not published, because it could not generate an image: {error}") from error
+
+
+def example_image(pipe: pipeline_cfg.CFGPipeline, label: int) -> torch.Tensor:
+    """Generate one image with a pipeline's default number of steps and guidance scale."""
+    return pipe(label, generator=torch.Generator().manual_seed(0), output_type="pt").images
+
+
+def png(image: torch.Tensor) -> bytes:
+    """Encode an image in [0, 1], `(1, channels, height, width)`, as PNG."""
+    file = io.BytesIO()
+    VaeImageProcessor.numpy_to_pil(VaeImageProcessor.pt_to_numpy(image))[0].save(file, "PNG")
+    return file.getvalue()
+
+
+def verify_published(
+    example: tuple[int, torch.Tensor],
+    folder: Path,
+    repo_id: str,
+    revision: str,
+    token: str | None = None,
+    variant: str | None = None,
+) -> None:
+    """
+    Check that the published model generates the same image as the model in the folder, up to `rounding_tolerance`.
+
+    Args:
+        example (`tuple`): Class id and image, from `example_images`.
+        folder (`Path`): Saved pipeline that generated the image, for messages.
         repo_id (`str`), revision (`str`): Published pipeline.
         token (`str`, *optional*), variant (`str`, *optional*): As in `publish`.
 
     Raises:
-        PublishError: If either image cannot be generated, or if the images differ.
+        PublishError: If the published model cannot generate the image, or the images differ.
     """
-    images = []
-    for source, hub_arguments in ((str(folder), {}), (repo_id, {"revision": revision, "token": token})):
-        try:
-            pipe = CFGPipeline.from_pretrained(source, variant=variant, **hub_arguments)
-            pipe.set_progress_bar_config(disable=True)
-            images.append(pipe(0, generator=torch.Generator().manual_seed(0), output_type="pt").images)
-        except Exception as error:
-            raise PublishError(f"{repo_id} was published, but {source} could not generate an image: {error}") from error
-    local, published = images
+    label, local = example
+    try:
+        pipe = CFGPipeline.from_pretrained(repo_id, variant=variant, revision=revision, token=token)
+        pipe.set_progress_bar_config(disable=True)
+        published = example_image(pipe, label)
+    except Exception as error:
+        raise PublishError(f"{repo_id} was published, but could not generate an image: {error}") from error
     difference = (local - published).abs().max().item() if local.shape == published.shape else math.inf
     if not difference <= rounding_tolerance(pipe):
         raise PublishError(

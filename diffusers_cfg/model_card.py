@@ -2,10 +2,14 @@
 
 import json
 import re
+from collections.abc import Collection
+from importlib.metadata import PackageNotFoundError, metadata
 from pathlib import Path
 from typing import Any
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
+
+from .loading import INDEX, read_object
 
 # Files that a training run and an evaluation write next to the pipeline.
 RUN, SAMPLES = "run.json", "samples.png"
@@ -13,6 +17,10 @@ EVALUATION, TABLE, CURVES, GRID = (
     f"evaluation/{name}" for name in ("metrics.json", "metrics.md", "curves.png", "grid.png")
 )
 FACTS = (RUN, EVALUATION, TABLE, CURVES, GRID)
+# The settings of the run, which are published from run.json: those of the run's folder have local paths.
+CONFIG = "train_config.yaml"
+# The largest number of classes with a picture of their own.
+MAX_PICTURES = 8
 
 CAPTIONS = {
     SAMPLES: "One row per class, one column per guidance scale w",
@@ -37,7 +45,19 @@ CITATION = """```bibtex
 ```"""
 
 
-def model_card(folder: Path, repo_id: str, existing: str | None = None) -> str:
+def class_picture(class_id: int) -> str:
+    """Return the name of the picture of a class in the repository."""
+    return f"samples/class-{class_id}.png"
+
+
+def example_classes(index: dict[str, Any], run: dict[str, Any]) -> list[int]:
+    """Return the ids of the first classes with a name that had images in training."""
+    absent = run.get("method", {}).get("classes_without_images", [])
+    named = sorted(int(class_id) for class_id in index.get("id2label") or {})
+    return [class_id for class_id in named if class_id not in absent][:MAX_PICTURES]
+
+
+def model_card(folder: Path, repo_id: str, existing: str | None = None, pictured: Collection[int] = ()) -> str:
     """
     Return the model card of a saved pipeline.
 
@@ -46,46 +66,54 @@ def model_card(folder: Path, repo_id: str, existing: str | None = None) -> str:
         repo_id (`str`): Repository or folder from which the card's examples load the pipeline.
         existing (`str`, *optional*): Current card of the repository. The text outside the markers is kept, and so is
             metadata that this function does not write.
+        pictured (`Collection[int]`): Classes of which the repository has a `class_picture`.
 
     Returns:
         `str`: The card: YAML metadata and Markdown. Unknown facts are omitted.
     """
-    index, run, evaluation = (read_json(folder / name) for name in ("model_index.json", RUN, EVALUATION))
+    index, run, evaluation = (read_json(folder / name) for name in (INDEX, RUN, EVALUATION))
     unet, scheduler = (
         read_json(folder / "unet" / "config.json"),
         read_json(folder / "scheduler" / "scheduler_config.json"),
     )
     has_samples = find_samples(folder) is not None
 
-    gallery = {SAMPLES: has_samples, GRID: (folder / GRID).is_file()}
-    metadata = card_metadata(repo_id, run, evaluation, [name for name, exists in gallery.items() if exists])
+    # The Hub's button "Use this model" prints `pipe(TEXT)` with the text of the first entry.
+    names, gallery = index.get("id2label") or {}, {SAMPLES: has_samples, GRID: (folder / GRID).is_file()}
+    widget = [
+        {"text": names[str(class_id)], **({"output": {"url": class_picture(class_id)}} if class_id in pictured else {})}
+        for class_id in example_classes(index, run)
+    ]
+    widget += [{"text": CAPTIONS[name], "output": {"url": name}} for name, exists in gallery.items() if exists]
+    data = card_metadata(repo_id, run, evaluation, widget)
     sections = [
         introduction(repo_id, index, unet, run, has_samples),
-        usage_section(repo_id, index),
+        usage_section(repo_id, index, run),
         guidance_section(index, unet),
         classes_section(index),
         training_section(index, unet, scheduler, run),
+        reproduction_section(run),
         results_section(folder),
         LIMITS,
         f"## Citation\n\n{CITATION}",
     ]
     body = "\n\n".join([BEGIN, *(section for section in sections if section), END])
     if existing is None:
-        return f"---\n{metadata.to_yaml()}\n---\n\n{body}\n"
+        return f"---\n{data.to_yaml()}\n---\n\n{body}\n"
 
     card = ModelCard(existing, ignore_metadata_errors=True)
-    metadata = ModelCardData(**{**card.data.to_dict(), **metadata.to_dict()}, ignore_metadata_errors=True)
+    data = ModelCardData(**{**card.data.to_dict(), **data.to_dict()}, ignore_metadata_errors=True)
     before, *rest = re.split(r"<!-- Written by diffusers-cfg\b.*?-->", card.text, maxsplit=1)
     _, end, after = "".join(rest).partition(END)
     if not end:  # a card that this package did not write
         before, after = "", card.text
     text = f"{before.strip()}\n\n{body}\n\n{after.strip()}".strip()
-    return f"---\n{metadata.to_yaml()}\n---\n\n{text}\n"
+    return f"---\n{data.to_yaml()}\n---\n\n{text}\n"
 
 
 def read_json(path: Path) -> dict[str, Any]:
     """Load the object in a JSON file; empty if the file does not exist."""
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    return read_object(path) if path.is_file() else {}
 
 
 def find_samples(folder: Path) -> Path | None:
@@ -96,7 +124,9 @@ def find_samples(folder: Path) -> Path | None:
     return max(grids, key=lambda path: int(path.stem.removeprefix("step-")), default=None)
 
 
-def card_metadata(repo_id: str, run: dict[str, Any], evaluation: dict[str, Any], images: list[str]) -> ModelCardData:
+def card_metadata(
+    repo_id: str, run: dict[str, Any], evaluation: dict[str, Any], widget: list[dict[str, Any]]
+) -> ModelCardData:
     """Return the card's metadata: license, dataset, gallery, and the results at w = 0 and at the best w."""
     facts: dict[str, Any] = {}
     if run.get("license"):
@@ -105,8 +135,8 @@ def card_metadata(repo_id: str, run: dict[str, Any], evaluation: dict[str, Any],
         facts["datasets"] = [run["dataset_id"]]
     if run.get("base_model"):
         facts["base_model"] = run["base_model"]
-    if images:
-        facts["widget"] = [{"text": CAPTIONS[name], "output": {"url": name}} for name in images]
+    if widget:
+        facts["widget"] = widget
     if evaluation and run.get("dataset"):
         facts["model_name"] = repo_id.split("/")[-1]
         facts["eval_results"] = [
@@ -146,18 +176,31 @@ def introduction(repo_id: str, index: dict, unet: dict, run: dict, has_samples: 
     text = (
         f"# {repo_id.split('/')[-1]}\n\nA class-conditional diffusion model of {height}×{width} {kind}{data}, "
         f"{unet['num_class_embeds'] - 1} classes, trained for "
-        "[classifier-free guidance](https://arxiv.org/abs/2207.12598) with diffusers-cfg."
+        f"[classifier-free guidance](https://arxiv.org/abs/2207.12598) with {package_link()}."
     )
     if has_samples:
         text += f"\n\n![{CAPTIONS[SAMPLES]}]({SAMPLES})"
     return text
 
 
-def usage_section(repo_id: str, index: dict[str, Any]) -> str:
+def package_link() -> str:
+    """Return the name of this package, with a link to its repository if the package's metadata has an address."""
+    try:
+        urls = metadata("diffusers-cfg").get_all("Project-URL") or []
+    except PackageNotFoundError:
+        urls = []
+    addresses = [url.partition(", ")[2] for url in urls]
+    return next((f"[diffusers-cfg]({url})" for url in addresses if url.startswith("https://")), "diffusers-cfg")
+
+
+def usage_section(repo_id: str, index: dict[str, Any], run: dict[str, Any]) -> str:
     """Return code that loads the model with and without remote code."""
-    label = json.dumps(next(iter((index.get("id2label") or {}).values()), 0), ensure_ascii=False)
+    names = [index["id2label"][str(class_id)] for class_id in example_classes(index, run)]
+    label = json.dumps(names[0] if names else 0, ensure_ascii=False)
     scale = "" if has_guider(index) else ", guidance_scale=1.0"
     return f"""## Use
+
+The Hub's button "Use this model" leaves out `trust_remote_code=True`, without which diffusers cannot load this model.
 
 With diffusers only. This runs the code in the repository, so read it first:
 
@@ -250,6 +293,18 @@ def training_section(
     }
     rows = [f"| {name} | {value} |" for name, value in facts.items() if value is not None]
     return "## Training\n\n| | |\n|---|---|\n" + "\n".join(rows)
+
+
+def reproduction_section(run: dict[str, Any]) -> str:
+    """Return the versions, the command and the settings of the training run; empty if they are not known."""
+    if "versions" not in run:
+        return ""
+    own, *others = (f"{name} {version}" for name, version in run["versions"].items())
+    text = f"## Reproduce\n\nTrained with {own.replace('diffusers-cfg', package_link())}, {' and '.join(others)}"
+    text += f":\n\n```bash\n{run['command']}\n```" if "command" in run else "."
+    if "config" in run:
+        text += f"\n\n[{CONFIG}]({CONFIG}) has all settings that affect the weights, in the format of `--config`."
+    return text
 
 
 def results_section(folder: Path) -> str:

@@ -10,14 +10,12 @@
 python training/publish.py cfg-model --repo_id me/cfg-model
 """
 
-from argparse import ArgumentParser
-
-from diffusers_cfg.config import run_command
+from diffusers_cfg.config import CommandParser, run_command
 
 
 def main(argv: list[str] | None = None) -> None:
     """Run the command with `argv`, by default `sys.argv[1:]`."""
-    parser = ArgumentParser(description="Publish the output folder of a training run to the Hub, with a model card.")
+    parser = CommandParser(description="Publish the output folder of a training run to the Hub, with a model card.")
     parser.add_argument("folder", help="The output folder of a training run, or any saved pipeline.")
     parser.add_argument(
         "--repo_id", required=True, help="The repository, NAMESPACE/NAME, which is created if it does not exist."

@@ -1,12 +1,17 @@
 """Write `run.json`, the facts about a training run that the model card shows."""
 
 import json
+import shlex
+import sys
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
+import diffusers
 import torch
 from accelerate import Accelerator
 
+import diffusers_cfg
 from diffusers_cfg.data.naming import is_built_in, local_name, public_name
 from diffusers_cfg.engine.method import Method
 from diffusers_cfg.engine.plan import num_parameters
@@ -47,6 +52,11 @@ def write_run_record(
         "seconds": round(state.seconds),
         "seed": config.seed,
         "method": method.facts(),
+        "command": public_command(config, sys.argv),
+        "config": public_config(config),
+        "versions": {
+            module.__name__.replace("_", "-"): module.__version__ for module in (diffusers_cfg, diffusers, torch)
+        },
         "history": [without_paths(change) for change in state.history] or None,
     }
     path = folder / "run.json"
@@ -59,6 +69,42 @@ def without_paths(change: dict[str, Any]) -> dict[str, Any]:
         name: value if name == "from_step" else [without_path(old_or_new) for old_or_new in value]
         for name, value in change.items()
     }
+
+
+def public_config(config: TrainConfig) -> dict[str, Any]:
+    """Return the settings that affect the weights, without local paths."""
+    names = {field.name for field in fields(config) if field.metadata.get("on_resume") != "free"}
+    names |= {"train_batch_size", "gradient_accumulation_steps"}
+    return {name: without_path(value) for name, value in config.public().items() if name in names}
+
+
+def public_command(config: TrainConfig, argv: list[str]) -> str | None:
+    """
+    Return the command line of a run without secrets and local paths, or `None` if no command of `training` started it.
+
+    Args:
+        config (`TrainConfig`): the settings of the run, which tell which flags are secret.
+        argv (`list[str]`): the script and its arguments, as in `sys.argv`.
+    """
+    *_, folder, parent, name = ("", *Path(argv[0]).resolve().parts[-3:])
+    if parent == "training":
+        script = f"training/{name}"
+    elif (folder, parent) == ("training", "studies"):
+        script = f"training/studies/{name}"
+    else:
+        return None
+    secrets = {field.name for field in fields(config) if field.metadata.get("secret")}
+    shown, flag = [], ""
+    for argument in argv[1:]:
+        name, equals, value = argument.partition("=")
+        if name.startswith("--"):
+            flag = name.removeprefix("--").replace("-", "_")
+            argument = name if not equals else f"{name}={without_path(value)}"
+        else:
+            argument = without_path(argument)
+        if flag not in secrets:
+            shown.append(argument)
+    return shlex.join(["python", script, *shown])
 
 
 def without_path(value: Any) -> Any:

@@ -1,5 +1,6 @@
 """Test publishing and loading with the real Hub client against a local stand-in for the Hub."""
 
+import io
 import json
 import subprocess
 import sys
@@ -12,11 +13,12 @@ import torch
 import yaml
 from diffusers import DiffusionPipeline, UNet2DModel
 from huggingface_hub import HfApi
-from PIL import Image
+from PIL import Image, ImageChops
+from safetensors.torch import load_file, save_file
 
 import diffusers_cfg.repository
 from diffusers_cfg import CFGPipeline, LogSNRScheduler
-from diffusers_cfg.hub import allowed_files, publish, rounding_tolerance, verify_published
+from diffusers_cfg.hub import allowed_files, example_images, publish, rounding_tolerance, verify_published
 from diffusers_cfg.repository import PublishError, prepare_repository
 from tests.diffusers_cfg.test_save_and_load import WITHOUT_THE_PACKAGE
 from tests.support.draws import assert_same_draws
@@ -35,7 +37,8 @@ def model(tmp_path) -> Path:
     """Return the output folder of a run, with files that must not be uploaded."""
     folder = tmp_path / "model"
     make_pipeline(conditioning_dropout_prob=0.1, num_inference_steps=4).save_pretrained(folder)
-    (folder / "run.json").write_text(json.dumps({"dataset": "scribbles", "steps": 7, "seconds": 300, "license": "mit"}))
+    run = {"dataset": "scribbles", "steps": 7, "seconds": 300, "license": "mit", "config": {"learning_rate": 0.001}}
+    (folder / "run.json").write_text(json.dumps(run))
     evaluation = {
         "num_samples": 10,
         "feature_extractor": {"name": "small-0123"},
@@ -59,6 +62,7 @@ def model(tmp_path) -> Path:
     return folder
 
 
+PICTURES = [f"samples/class-{class_id}.png" for class_id in range(3)]
 PUBLISHED = [
     ".gitattributes",
     "README.md",
@@ -70,8 +74,10 @@ PUBLISHED = [
     "pipeline_cfg.py",
     "run.json",
     "samples.png",
+    *PICTURES,
     "scheduler/scheduler_config.json",
     "scheduler/scheduling_log_snr.py",
+    "train_config.yaml",
     "unet/config.json",
     "unet/diffusion_pytorch_model.safetensors",
     "unet/unet_2d_cfg.py",
@@ -210,7 +216,7 @@ def test_transient_errors_are_retried_and_lasting_errors_reported(hub, client, m
     ]
     assert "/commit/" in publish(model, "me/scribbles", verify=False)
     assert 7 in pauses
-    assert sorted(hub.files("me/scribbles")) == PUBLISHED
+    assert sorted(hub.files("me/scribbles")) == [name for name in PUBLISHED if name not in PICTURES]
     assert all(fault.times == 0 for fault in hub.faults)
 
     hub.faults[:] = [Fault("POST .*/commit/", 500, times=1000)]
@@ -321,7 +327,7 @@ def test_verification_detects_missing_weights(hub, client, model, monkeypatch):
         return create_commit(self, repo_id, operations, **settings)
 
     monkeypatch.setattr(HfApi, "create_commit", without_weights)
-    message = "me/scribbles was published, but me/scribbles could not generate an image"
+    message = "me/scribbles was published, but could not generate an image: .*unet has no weights"
     with pytest.raises(PublishError, match=message):
         publish(model, "me/scribbles")
 
@@ -329,13 +335,14 @@ def test_verification_detects_missing_weights(hub, client, model, monkeypatch):
 def test_verification_detects_different_weights(hub, client, model):
     publish(model, "me/scribbles", verify=False)
     revision = hub.repositories["me/scribbles"].branches["main"]
-    verify_published(model, "me/scribbles", revision, None, None)
+    example = (1, example_images(model)[1])
+    verify_published(example, model, "me/scribbles", revision)
     pipe = CFGPipeline.from_pretrained(model)
     for parameter in pipe.unet.parameters():
         parameter.data = parameter.data.half().float()
     pipe.save_pretrained(model)
     with pytest.raises(PublishError, match=r"does not generate the same image.*differ by up to \d"):
-        verify_published(model, "me/scribbles", revision, None, None)
+        verify_published((1, example_images(model)[1]), model, "me/scribbles", revision)
 
 
 @pytest.mark.parametrize("scheduler_class", [LogSNRScheduler, diffusers.DPMSolverMultistepScheduler])
@@ -395,9 +402,40 @@ def test_folder_without_a_pipeline_is_not_published(tmp_path):
 
 
 def test_only_allowed_files_are_uploaded(model):
+    written = {".gitattributes", "README.md", "samples.png", "train_config.yaml", *PICTURES}
     assert sorted(str(path.relative_to(model)) for path in allowed_files(model)) == [
-        name for name in PUBLISHED if name not in (".gitattributes", "README.md", "samples.png")
+        name for name in PUBLISHED if name not in written
     ]
+
+
+def test_published_settings_are_those_of_the_record(hub, client, model):
+    publish(model, "me/scribbles", verify=False)
+    assert yaml.safe_load(hub.files("me/scribbles")["train_config.yaml"]) == {"learning_rate": 0.001}
+    CFGPipeline.from_pretrained("me/scribbles").push_to_hub("me/again")
+    assert hub.files("me/again")["train_config.yaml"] == hub.files("me/scribbles")["train_config.yaml"]
+
+
+def test_pictures_are_what_the_button_of_the_hub_draws(hub, client, model):
+    """The button "Use this model" prints `pipe(TEXT)` with the first text of the card's widget."""
+    publish(model, "me/scribbles")
+    files = hub.files("me/scribbles")
+    widget = yaml.safe_load(files["README.md"].decode().split("---")[1])["widget"]
+    assert [entry["text"] for entry in widget[:3]] == ["zero", "one", "two"]
+    pipe = CFGPipeline.from_pretrained("me/scribbles")
+    pipe.set_progress_bar_config(disable=True)
+    for entry in widget[:3]:
+        drawn = pipe(entry["text"], generator=torch.Generator().manual_seed(0)).images[0]
+        published = Image.open(io.BytesIO(files[entry["output"]["url"]]))
+        assert ImageChops.difference(drawn, published).getextrema()[1] <= 1
+
+
+def test_model_that_cannot_generate_is_not_published(hub, client, model):
+    weights = load_file(model / "unet" / "diffusion_pytorch_model.safetensors")
+    nan = {name: torch.full_like(value, torch.nan) for name, value in weights.items()}
+    save_file(nan, model / "unet" / "diffusion_pytorch_model.safetensors")
+    with pytest.raises(PublishError, match="model was not published, because it could not generate an image: .*finite"):
+        publish(model, "me/scribbles")
+    assert set(hub.files("me/scribbles")) == {".gitattributes"}
 
 
 def test_files_of_variants_and_diffusers_schedulers_are_allowed(tmp_path):

@@ -9,8 +9,9 @@ import yaml
 from diffusers.guiders import AdaptiveProjectedGuidance
 from PIL import Image
 
+import diffusers_cfg.model_card
 from diffusers_cfg import LogSNRScheduler
-from diffusers_cfg.model_card import BEGIN, END, model_card
+from diffusers_cfg.model_card import BEGIN, END, model_card, package_link
 from tests.support.models import make_pipeline, make_unet
 
 RUN = {
@@ -27,6 +28,9 @@ RUN = {
     "base_model": "someone/older",
     "seed": 0,
     "ema": 0.9999,
+    "command": "python training/train_cfg.py --dataset_name someone/scribbles",
+    "config": {"seed": 0},
+    "versions": {"diffusers-cfg": "0.1.0", "diffusers": "0.42.1", "torch": "2.13.0"},
 }
 EVALUATION = {
     "num_samples": 1000,
@@ -73,13 +77,22 @@ def full(folder):
 
 
 def test_card_of_an_evaluated_model(full):
-    metadata, text = parse(model_card(full, "me/scribbles"))
+    metadata, text = parse(model_card(full, "me/scribbles", pictured=[1, 2]))
     assert metadata["library_name"] == "diffusers"
     assert metadata["pipeline_tag"] == "unconditional-image-generation"
     assert metadata["license"] == "mit"
     assert metadata["datasets"] == ["someone/scribbles"]
     assert metadata["base_model"] == "someone/older"
-    assert [picture["output"]["url"] for picture in metadata["widget"]] == ["samples.png", "evaluation/grid.png"]
+    assert metadata["widget"] == [
+        {"text": "zero"},
+        {"text": "one", "output": {"url": "samples/class-1.png"}},
+        {"text": "two", "output": {"url": "samples/class-2.png"}},
+        {"text": "One row per class, one column per guidance scale w", "output": {"url": "samples.png"}},
+        {
+            "text": "One row per guidance scale w; each column uses the same noise",
+            "output": {"url": "evaluation/grid.png"},
+        },
+    ]
     metrics = metadata["model-index"][0]["results"][0]["metrics"]
     assert len(metrics) == 4
     by_name = {metric["name"]: metric["value"] for metric in metrics}
@@ -102,6 +115,10 @@ def test_card_of_an_evaluated_model(full):
         "8×8 grayscale images of someone/scribbles, 3 classes",
         "![One row per class, one column per guidance scale w](samples.png)",
         "@article{ho2022classifier",
+        'button "Use this model" leaves out `trust_remote_code=True`',
+        "Trained with diffusers-cfg 0.1.0, diffusers 0.42.1 and torch 2.13.0:",
+        "```bash\npython training/train_cfg.py --dataset_name someone/scribbles\n```",
+        "[train_config.yaml](train_config.yaml) has all settings that affect the weights",
     ):
         assert line in text
 
@@ -113,17 +130,64 @@ def test_pipe_characters_in_class_names_are_escaped(tmp_path):
 
 def test_unknown_facts_are_omitted(folder):
     metadata, text = parse(model_card(folder, "me/scribbles"))
-    assert set(metadata) == {"library_name", "pipeline_tag", "tags"}
+    assert set(metadata) == {"library_name", "pipeline_tag", "tags", "widget"}
     assert "None" not in text
-    for heading in ("## Results", "evaluation/", "samples.png", "| dataset |", "| hardware |", "| training time |"):
+    for heading in (
+        "## Reproduce",
+        "train_config.yaml",
+        "## Results",
+        "evaluation/",
+        "samples.png",
+        "| dataset |",
+        "| hardware |",
+        "| training time |",
+    ):
         assert heading not in text
+
+
+@pytest.mark.parametrize(
+    ("num_classes", "absent", "expected"),
+    [(3, [], ["c0", "c1", "c2"]), (3, [0], ["c1", "c2"]), (12, [1, 2], ["c0", *(f"c{i}" for i in range(3, 10))])],
+)
+def test_examples_are_the_first_classes_with_images(tmp_path, num_classes, absent, expected):
+    names = {i: f"c{i}" for i in range(num_classes)}
+    make_pipeline(make_unet(num_class_embeds=num_classes + 1), id2label=names).save_pretrained(tmp_path)
+    (tmp_path / "run.json").write_text(json.dumps({"method": {"classes_without_images": absent}}))
+    metadata, text = parse(model_card(tmp_path, "me/scribbles"))
+    assert [entry["text"] for entry in metadata["widget"]] == expected
+    assert f'class_labels=["{expected[0]}"]' in text
+
+
+@pytest.mark.parametrize("content", ["[]", "null", "{", '"x"'])
+def test_damaged_record_is_named(folder, content):
+    (folder / "run.json").write_text(content)
+    with pytest.raises(ValueError, match="run.json"):
+        model_card(folder, "me/scribbles")
+
+
+@pytest.mark.parametrize(
+    ("urls", "expected"),
+    [
+        (["Repository, https://example.org/cfg"], "[diffusers-cfg](https://example.org/cfg)"),
+        (["Repository, /home/me/cfg"], "diffusers-cfg"),
+        (None, "diffusers-cfg"),
+    ],
+)
+def test_package_is_linked_if_it_has_an_address(monkeypatch, urls, expected):
+    class Metadata:
+        def get_all(self, name: str) -> list[str] | None:
+            return urls
+
+    monkeypatch.setattr(diffusers_cfg.model_card, "metadata", lambda name: Metadata())
+    assert package_link() == expected
 
 
 def test_card_without_class_names_and_label_dropout(tmp_path):
     make_pipeline(make_unet(), id2label=None, conditioning_dropout_prob=0.0).save_pretrained(tmp_path)
-    _, text = parse(model_card(tmp_path, "me/scribbles"))
+    metadata, text = parse(model_card(tmp_path, "me/scribbles"))
     assert "## Classes" not in text
     assert "class_labels=[0]" in text
+    assert "widget" not in metadata
     assert "cannot be guided" in text
 
 

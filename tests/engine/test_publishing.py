@@ -5,12 +5,18 @@ import subprocess
 import sys
 
 import pytest
+import torch
+import yaml
 
-from diffusers_cfg.config import parse_config
+import diffusers_cfg.repository
+from diffusers_cfg.config import UserError, parse_config
 from diffusers_cfg.data.naming import public_name
+from diffusers_cfg.engine.publishing import NotPublished
+from diffusers_cfg.engine.record import public_command, public_config
 from diffusers_cfg.settings import CFGConfig
+from tests.support.hub_client import HubClient
 from tests.support.hub_server import Fault
-from tests.support.runs import SETTINGS, TINY, TRAINING, WEIGHTS
+from tests.support.runs import SETTINGS, TINY, TRAINING, WEIGHTS, train
 
 
 @pytest.fixture
@@ -81,7 +87,7 @@ def test_publishing_fails_at_the_end_of_the_run(hub, script, tmp_path):
 
     result = script("publish.py", "nowhere", "--repo_id", "me/out", token="hf_writer")
     assert result.returncode == 75
-    assert "publish.py: error: nowhere is not a saved pipeline" in result.stderr
+    assert "publish.py: error: The folder nowhere does not exist" in result.stderr
 
 
 @pytest.mark.slow
@@ -106,12 +112,108 @@ def test_dry_run_creates_no_repository(hub, script, tmp_path):
     assert script(*argv, token="wrong").returncode != 0
 
 
+@pytest.mark.parametrize(
+    ("argv", "expected"),
+    [
+        (["training/train_cfg.py", "--seed", "1"], "python training/train_cfg.py --seed 1"),
+        (["/home/me/training/studies/x.py"], "python training/studies/x.py"),
+        (
+            ["./training/train_cfg.py", "--hub_token", "hf_secret", "--seed", "1"],
+            "python training/train_cfg.py --seed 1",
+        ),
+        (
+            ["training/train_cfg.py", "--hub-token=hf_secret", "--push_to_hub"],
+            "python training/train_cfg.py --push_to_hub",
+        ),
+        (["training/x.py", "--train_data_dir", "/data/me/my cats"], "python training/x.py --train_data_dir 'my cats'"),
+        (["training/x.py", "--output_dir=../runs/one"], "python training/x.py --output_dir=one"),
+        (["training/x.py", "--config", "~/me/a.yaml"], "python training/x.py --config a.yaml"),
+        (["training/x.py", "--dataset_name", "me/cats"], "python training/x.py --dataset_name me/cats"),
+        (["training/x.py", "--ema_max_decay", ".9", "1e-3", "-5"], "python training/x.py --ema_max_decay .9 1e-3 -5"),
+        (["/usr/lib/pytest/__main__.py", "-k", "x"], None),
+        (["train_cfg.py", "--seed", "1"], None),
+        ([""], None),
+    ],
+)
+def test_recorded_command_has_no_secrets_and_no_local_paths(argv, expected):
+    assert public_command(CFGConfig(), argv) == expected
+
+
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        ({"train_data_dir": "/data/me/cats"}, {"train_data_dir": "cats"}),
+        ({"pretrained_model_name_or_path": "me/model"}, {"pretrained_model_name_or_path": "me/model"}),
+        ({"pretrained_vae_model_name_or_path": "./vae"}, {"pretrained_vae_model_name_or_path": "vae"}),
+        ({"ema_max_decay": [0.9, 0.99], "seed": 3}, {"ema_max_decay": [0.9, 0.99], "seed": 3}),
+        ({"train_batch_size": 7, "gradient_accumulation_steps": 2}, {"train_batch_size": 7}),
+    ],
+)
+def test_recorded_settings_have_no_local_paths(settings, expected):
+    recorded = public_config(
+        CFGConfig(hub_token="hf_secret", output_dir="/home/me/out", cache_dir="/home/me", **settings)
+    )
+    assert expected.items() <= recorded.items()
+    assert "/home" not in str(recorded)
+    assert "secret" not in str(recorded)
+
+
+def test_published_settings_repeat_the_run(trained_model, tmp_path):
+    """The settings in `run.json` are those of the run, and `--config` accepts them."""
+    record = json.loads((trained_model / "run.json").read_text())
+    assert record["versions"]["torch"] == torch.__version__
+    (tmp_path / "train_config.yaml").write_text(yaml.safe_dump(record["config"]))
+    again = parse_config(CFGConfig, ["--config", str(tmp_path / "train_config.yaml")])
+    assert public_config(again) == record["config"]
+    assert record["config"]["conditioning_dropout_prob"] == 0.2
+
+
 def test_token_is_not_saved(tmp_path):
     config = parse_config(CFGConfig, ["--hub_token", "hf_secret"])
     config.save(tmp_path / "config.yaml")
     assert "hf_secret" not in (tmp_path / "config.yaml").read_text()
     assert "hf_secret" not in repr(config)
     assert "hf_secret" not in json.dumps(config.public())
+
+
+@pytest.mark.parametrize(
+    ("argv", "file"),
+    [
+        (["--hub_tokn", "hf_secret"], None),
+        (["--hub_token", "hf_other", "hf_secret"], None),
+        (["--hub_token=hf_secret", "--resolution", "x"], None),
+        ([], "hub_token: [hf_secret]"),
+        ([], "hub_token: {token: hf_secret}"),
+        ([], "hub_token: hf_secret: x"),
+        ([], "hub_tokn: hf_secret"),
+        ([], "hub_token: hf_secret\nresolution: x"),
+    ],
+)
+def test_wrong_flags_and_files_do_not_print_the_token(tmp_path, capsys, argv, file):
+    if file is not None:
+        (tmp_path / "config.yaml").write_text(file)
+        argv = ["--config", str(tmp_path / "config.yaml")]
+    with pytest.raises((UserError, SystemExit)) as raised:
+        parse_config(CFGConfig, argv)
+    printed = "".join([str(raised.value), *capsys.readouterr()])
+    assert "secret" not in printed
+    assert len(printed) > 10
+
+
+@pytest.mark.parametrize("fault", [Fault("POST .*/commit/", 400, times=9), Fault("PUT /lfs", 0, times=99)])
+def test_failed_publishing_does_not_show_the_token(hub, tmp_path, monkeypatch, capfd, caplog, fault):
+    """Look for the token in the output, in the logs and in all files of a run that cannot be published."""
+    HubClient(monkeypatch, hub, str(tmp_path / "hf")).log_in(None)
+    monkeypatch.setattr(diffusers_cfg.repository.time, "sleep", lambda _: None)
+    hub.tokens["hf_secret"] = "write"
+    argv = ["train_cfg.py", "--push_to_hub", "--hub_token=hf_secret", "--hub_strategy", "checkpoint"]
+    monkeypatch.setattr(sys, "argv", ["training/train_cfg.py", *argv])
+    hub.faults.append(fault)
+    with pytest.raises(NotPublished, match="publish.py .* --repo_id me/out") as raised:
+        train(tmp_path / "out", *argv[1:], "--report_to", "tensorboard")
+    assert "secret" not in "".join([str(raised.value), *capfd.readouterr(), caplog.text])
+    for path in (tmp_path / "out").rglob("*"):
+        assert not path.is_file() or b"hf_secret" not in path.read_bytes(), path
 
 
 @pytest.mark.parametrize(
