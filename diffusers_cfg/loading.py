@@ -261,4 +261,4 @@ def load_guide_unet(name_or_path: str) -> UNet2DCFGModel:
     folder = find_folder(name_or_path, [f"unet/{name}" for name in ("config.json", *WEIGHTS)]) / "unet"
     read_object(folder / "config.json")
     check_weights(folder)
-    return UNet2DCFGModel.from_pretrained(folder, use_safetensors=True)
+    return UNet2DCFGModel.from_pretrained(folder)

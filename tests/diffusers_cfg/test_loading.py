@@ -134,6 +134,11 @@ DAMAGED = {
     "renamed": (tensors("vae", lambda w: {f"m.{n}": w[n] for n in w}), r"\d+ missing .*, \d+ unexpected \(m.decoder"),
     "no tensors": (tensors("vae", lambda w: {}), r"model/vae are not those of its config.json. Tensors: \d+ missing"),
     "empty tensors": (tensors("vae", lambda w: {n: w[n][:0] for n in w}), "model/vae cannot be loaded.*expected shape"),
+    "missing in the unet": (tensors("unet", without_some), r"model/unet are not .* 2 missing \(class_embedding.weight"),
+    "unet of another kind": (
+        entry("unet/config.json", "num_class_embeds", 11),
+        "model/unet cannot be loaded.*expected sh",
+    ),
     "other kind": (entry("vae/config.json", "_class_name", "AutoencoderDC"), "vae contains a AutoencoderDC. The only"),
 }
 
