@@ -55,6 +55,12 @@ class DataConfig(Config):
     shuffle_buffer_size: int = fixed(1000, "Number of images in the shuffle buffer of --streaming.", at_least=1)
     image_column: str = recorded("image", "Column of the dataset with the images.")
     label_column: str = recorded("label", "Column of the dataset with the class labels; -1 or null means no label.")
+    class_names: str | None = recorded(
+        None,
+        "Names of the classes 0, 1, … of a column of plain labels: a text file with a name per line, a JSON file, or "
+        "the number of classes.",
+        relative=True,
+    )
     cache_dir: str | None = free(None, "Folder for the downloads and caches of `datasets`.")
     resolution: int = fixed(
         64, "Height and width in pixels to which images are resized (antialiased) and cropped.", at_least=1
@@ -67,6 +73,20 @@ class DataConfig(Config):
     dataloader_num_workers: int = free(
         0, "Number of worker processes per rank that decode images which do not fit in memory.", at_least=0
     )
+
+    def check(self) -> None:
+        """Check combinations of settings. Raise UserError."""
+        for name in ("dataset_name", "dataset_config_name", "train_data_dir", "class_names", "cache_dir"):
+            if getattr(self, name) == "":
+                raise UserError(f"{name} must not be empty. Leave out --{name}, or pass a value.")
+        if self.dataset_name is not None and self.train_data_dir is not None:
+            raise UserError("Pass either --dataset_name or --train_data_dir, not both.")
+        if self.dataset_name is None and self.train_data_dir is None:
+            for name in ("streaming", "class_names"):
+                if getattr(self, name):
+                    raise UserError(f"--{name} needs a dataset. Pass --dataset_name or --train_data_dir.")
+        if self.dataset_config_name is not None and self.dataset_name is None:
+            raise UserError("--dataset_config_name chooses a configuration of --dataset_name, which is missing.")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -140,6 +160,7 @@ class TrainConfig(HubConfig, RunConfig, OptimizationConfig, ModelConfig, DataCon
 
     def check(self) -> None:
         """Check combinations of settings. Raise UserError."""
+        super().check()
         for name in (
             "logging_dir",
             "tracker_project_name",
@@ -162,10 +183,6 @@ class TrainConfig(HubConfig, RunConfig, OptimizationConfig, ModelConfig, DataCon
             )
         if self.cache_latents and self.streaming:
             raise UserError("--cache_latents caches the whole dataset and cannot be combined with --streaming.")
-        if self.dataset_name is not None and self.train_data_dir is not None:
-            raise UserError("Pass either --dataset_name or --train_data_dir, not both.")
-        if self.streaming and self.dataset_name is None and self.train_data_dir is None:
-            raise UserError("--streaming needs a dataset. Pass --dataset_name or --train_data_dir.")
         if self.streaming and self.eval_steps:
             raise UserError(
                 "--eval_steps compares samples with the whole dataset and cannot be combined with --streaming. Run "

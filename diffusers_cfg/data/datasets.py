@@ -5,6 +5,7 @@ import logging
 import os
 from collections.abc import Iterable, Iterator, Sized
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from itertools import repeat
 from typing import Any, NamedTuple, TypeVar
 
@@ -14,9 +15,11 @@ from torch.utils.data import Dataset, IterableDataset, get_worker_info
 from tqdm.auto import tqdm
 
 from diffusers_cfg.config import UserError
-from diffusers_cfg.data.decoding import to_array, to_float
+from diffusers_cfg.data.columns import open_encoded
+from diffusers_cfg.data.decoding import COLOR_LOST, ColorCheck, is_colored, to_array, to_float
+from diffusers_cfg.data.labels import UNLABELLED, listed
 from diffusers_cfg.data.order import Position, shuffled_blocks
-from diffusers_cfg.data.sources import EncodedImage, ImageStream, LabelledImages, open_encoded
+from diffusers_cfg.data.sources import EncodedImage, ImageStream, LabelledImages
 from diffusers_cfg.data.workers import InFlightItems
 from diffusers_cfg.settings import DataConfig, TrainConfig
 
@@ -26,8 +29,6 @@ logger = logging.getLogger(__name__)
 MAX_CACHED_BYTES = 2 * 1024**3
 # Number of images to read before the fraction of unreadable ones is checked.
 MIN_SEEN = 1000
-# Number of images that are hashed to identify a lazily decoded dataset.
-FINGERPRINT_SIZE = 1000
 
 BatchT = TypeVar("BatchT")
 
@@ -92,9 +93,14 @@ def stack_images(images: LabelledImages, config: DataConfig, channels: int, show
         UserError: if all images, or more than `config.max_unreadable_fraction` of them, cannot be read.
     """
 
+    colored = []
+
     def decode(index: int) -> np.ndarray | None:
         try:
-            return to_array(images.open_image(index), config.resolution, channels, config.center_crop)
+            image = images.open_image(index)
+            if channels == 1 and is_colored(image):
+                colored.append(images.name_image(index))
+            return to_array(image, config.resolution, channels, config.center_crop)
         except Exception as error:  # decoders raise exceptions of many types
             logger.warning("Skipped unreadable image %s: %s", images.name_image(index), error)
             return None
@@ -104,13 +110,20 @@ def stack_images(images: LabelledImages, config: DataConfig, channels: int, show
         disable = None if show_progress else True  # None hides the bar unless in a terminal
         arrays = list(tqdm(decoded, "Decoding", len(images), unit="image", leave=False, disable=disable))
     unreadable = [images.name_image(index) for index, array in enumerate(arrays) if array is None]
-    check_unreadable(unreadable, len(images), config.max_unreadable_fraction)
+    num_files = len(images) + len(images.left_out)
+    check_unreadable([*unreadable, *images.left_out], num_files, config.max_unreadable_fraction)
     readable = [index for index, array in enumerate(arrays) if array is not None]
     if not readable:
         raise UserError(none_readable_message(len(images), unreadable[0]))
+    class_labels = images.class_labels[readable]
+    lost = np.setdiff1d(images.class_labels, [*class_labels, UNLABELLED]).tolist()
+    if lost and not isinstance(images, ImageStream):  # of which these are only the first images
+        names = listed([images.id2label[class_id] for class_id in lost])
+        raise UserError(f"No image of these classes can be read: {names}. Repair the images, or remove the classes.")
+    if colored:
+        logger.warning("%d %s: %s", len(colored), COLOR_LOST, listed(sorted(colored)))
     return CachedImages(
-        torch.from_numpy(np.stack([array for array in arrays if array is not None])),
-        torch.from_numpy(images.class_labels[readable]),
+        torch.from_numpy(np.stack([array for array in arrays if array is not None])), torch.from_numpy(class_labels)
     )
 
 
@@ -169,6 +182,7 @@ class LazyImages(Dataset):
         self, images: LabelledImages, resolution: int, channels: int, center_crop: bool, num_workers: int = 0
     ) -> None:
         self.images, self.to_array_args = images, (resolution, channels, center_crop)
+        self.check_color = ColorCheck(channels)
         self.in_flight = InFlightItems(num_workers)
         self.class_labels = torch.from_numpy(images.class_labels)
 
@@ -186,8 +200,9 @@ class LazyImages(Dataset):
             candidate %= len(self)
             self.in_flight.record(str(candidate))
             try:
-                array = to_array(self.images.open_image(candidate), *self.to_array_args)
-                return array, int(self.class_labels[candidate])
+                image = self.images.open_image(candidate)
+                self.check_color(image, partial(self.images.name_image, candidate))
+                return to_array(image, *self.to_array_args), int(self.class_labels[candidate])
             except Exception:  # decoders raise exceptions of many types
                 unreadable.append(self.images.name_image(candidate))
         raise UserError(none_readable_message(len(self), unreadable[0]))
@@ -216,7 +231,7 @@ class StreamedImages(IterableDataset):
 
     def __init__(self, images: ImageStream, config: TrainConfig, channels: int) -> None:
         self.images, self.config, self.num_shards = images, config, images.num_shards
-        self.to_array_args = (config.resolution, channels, config.center_crop)
+        self.to_array_args, self.check_color = (config.resolution, channels, config.center_crop), ColorCheck(channels)
         self.probe = stack_images(images, config, channels, show_progress=False)
         self.in_flight = InFlightItems(config.dataloader_num_workers)
 
@@ -245,7 +260,9 @@ class StreamedImages(IterableDataset):
             for done, image in enumerate(block[position.done :], position.done + 1):
                 self.in_flight.record(image.name)
                 try:
-                    arrays.append(to_array(open_encoded(image.content), *self.to_array_args))
+                    opened = open_encoded(image.content)
+                    self.check_color(opened, partial(str, image.name))
+                    arrays.append(to_array(opened, *self.to_array_args))
                     labels.append(image.class_label)
                 except Exception:  # decoders raise exceptions of many types
                     unreadable.append(image.name)
@@ -336,9 +353,10 @@ def raise_for_dead_worker(dataset: Dataset, error: RuntimeError) -> None:
 
 def fingerprint(dataset: Dataset) -> str:
     """
-    Return a hash that identifies a dataset by its labels and decoded images.
+    Return a hash that identifies a dataset by its labels and all of its images.
 
-    The hash covers all images in memory, or `FINGERPRINT_SIZE` evenly spaced ones if they are decoded lazily.
+    The hash covers the pixels of images in memory. If images are decoded lazily, it covers the names, sizes and times
+    of their files, or the version of the dataset that contains them, and how they are decoded.
 
     Args:
         dataset (`Dataset`): `CachedImages` or `LazyImages`.
@@ -348,14 +366,11 @@ def fingerprint(dataset: Dataset) -> str:
     """
     digest = hashlib.blake2b(dataset.class_labels.contiguous().numpy(), digest_size=8)
     if isinstance(dataset, CachedImages):
-        batches = [dataset.images]
+        digest.update(str(tuple(dataset.images.shape)).encode())
+        digest.update(dataset.images.contiguous().numpy().data)
     else:
         assert isinstance(dataset, LazyImages)
-        chosen = np.linspace(0, len(dataset) - 1, min(len(dataset), FINGERPRINT_SIZE)).astype(int).tolist()
-        batches = (dataset.__getitems__([index]).images for index in chosen)
-    for images in batches:
-        digest.update(str(tuple(images.shape)).encode())
-        digest.update(images.contiguous().numpy().data)
+        digest.update(f"{dataset.to_array_args} {dataset.images.fingerprint()}".encode())
     return digest.hexdigest()
 
 

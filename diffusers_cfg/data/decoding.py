@@ -1,14 +1,22 @@
 """Decode images to 8-bit arrays for training."""
 
+import logging
 import warnings
+from collections.abc import Callable
 
 import numpy as np
 import torch
 from PIL import Image, ImageOps
 
+logger = logging.getLogger(__name__)
+
 # PIL warns about images above its pixel limit, which photographs exceed, and refuses images above twice the limit. The
 # filter is global because images are decoded in threads, which share the filters.
 warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+
+# Lossy compression makes the channels of a gray pixel differ by a few levels.
+MAX_GRAY_DIFFERENCE = 8
+COLOR_LOST = "images have color, which is lost, because most images and therefore the network are grayscale"
 
 
 def normalise(image: Image.Image) -> Image.Image:
@@ -38,6 +46,14 @@ def normalise(image: Image.Image) -> Image.Image:
     return image if image.mode == mode else image.convert(mode)
 
 
+def is_colored(image: Image.Image) -> bool:
+    """Return whether an image has pixels that are not gray. Only images of a mode with color are decoded."""
+    if Image.getmodebase(image.mode) == "L":
+        return False
+    pixels = np.asarray(normalise(image).convert("RGB"))
+    return bool((pixels.max(-1) - pixels.min(-1) > MAX_GRAY_DIFFERENCE).any())
+
+
 def to_array(image: Image.Image, resolution: int, channels: int, center_crop: bool) -> np.ndarray:
     """
     Resize an image with antialiasing to cover a square, and crop it to the square.
@@ -60,3 +76,20 @@ def to_array(image: Image.Image, resolution: int, channels: int, center_crop: bo
 def to_float(images: torch.Tensor) -> torch.Tensor:
     """Convert uint8 images to float32 in [-1, 1]."""
     return images.float() / 127.5 - 1
+
+
+class ColorCheck:
+    """
+    A warning about the first image whose color is lost.
+
+    Args:
+        channels (`int`): 1 for grayscale, 3 for RGB.
+    """
+
+    def __init__(self, channels: int) -> None:
+        self.pending = channels == 1
+
+    def __call__(self, image: Image.Image, name: Callable[[], str]) -> None:
+        if self.pending and is_colored(image):
+            self.pending = False
+            logger.warning("Some %s, such as %s.", COLOR_LOST, name())

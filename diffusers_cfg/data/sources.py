@@ -1,9 +1,11 @@
 """Load labelled images from a dataset on the Hub, a folder of class folders, or scikit-learn's digits."""
 
-import io
+import hashlib
 import logging
+import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from functools import cached_property
 from itertools import repeat
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -13,20 +15,30 @@ import numpy as np
 from PIL import Image
 
 from diffusers_cfg.config import UserError
-from diffusers_cfg.data.decoding import normalise
+from diffusers_cfg.data.columns import (
+    check_columns,
+    has_column,
+    name_encoded,
+    open_encoded,
+    outermost_column,
+    values_of,
+)
+from diffusers_cfg.data.decoding import is_colored, normalise
+from diffusers_cfg.data.folders import ImageFolder, count_kinds, has_image_files, list_folder, read_folder
+from diffusers_cfg.data.labels import UNLABELLED, class_ids, label_to_id, listed, names_of, warn_about_numbers
 from diffusers_cfg.data.order import Position, shuffled_blocks
 from diffusers_cfg.settings import DataConfig
 
 logger = logging.getLogger(__name__)
 
-# The class label of an unlabelled image.
-UNLABELLED = -1
 # A streamed dataset with fewer shards is split further, if its file format allows it.
 MANY_SHARDS = 128
 # Number of images at the start of a stream that are kept for inspecting the data.
 PROBE_SIZE = 256
 # Number of images that are decoded to determine whether a dataset is grayscale.
 CHANNELS_SAMPLE_SIZE = 32
+# Number of images of a grayscale sample's dataset that are searched for color.
+MAX_COLOR_SEARCH = 20_000
 
 
 class LabelledImages:
@@ -37,6 +49,9 @@ class LabelledImages:
         class_labels (`numpy.ndarray` of shape `(images,)`): int64, `0 … num_classes - 1`; -1 means unlabelled.
         id2label (`dict[int, str]`): name of each class; empty for unlabelled data.
 
+    Attributes:
+        left_out (`list[str]`): paths of files among the images that PIL cannot read.
+
     Raises:
         UserError: if there are no images.
     """
@@ -44,7 +59,7 @@ class LabelledImages:
     def __init__(self, class_labels: np.ndarray, id2label: dict[int, str]) -> None:
         if not len(class_labels):
             raise UserError("The dataset has no images. Check --dataset_split.")
-        self.class_labels, self.id2label = class_labels, id2label
+        self.class_labels, self.id2label, self.left_out = class_labels, id2label, []
 
     def open_image(self, index: int) -> Image.Image:
         """Open the image at `index` with PIL. An unreadable image may raise any exception."""
@@ -57,21 +72,32 @@ class LabelledImages:
     def __len__(self) -> int:
         return len(self.class_labels)
 
-    @property
+    @cached_property
     def channels(self) -> int:
-        """The number of channels: 1 if a sample of the images is grayscale, otherwise 3."""
-        for index in np.linspace(0, len(self) - 1, min(len(self), CHANNELS_SAMPLE_SIZE)).astype(int).tolist():
-            try:
+        """The number of channels: 1 if the images are grayscale, otherwise 3. Of many images, a sample is searched."""
+        for index in evenly_spaced(len(self), CHANNELS_SAMPLE_SIZE):
+            with suppress(Exception):  # unreadable images are counted when the dataset is decoded
                 if normalise(self.open_image(index)).mode == "RGB":
                     return 3
-            except Exception:  # unreadable images are counted when the dataset is decoded
-                continue
+        for index in evenly_spaced(len(self), MAX_COLOR_SEARCH):
+            with suppress(Exception):
+                if is_colored(self.open_image(index)):
+                    return 3
         return 1
+
+    def fingerprint(self) -> str:
+        """Return a text that changes with any image, without decoding them."""
+        raise NotImplementedError
 
     @property
     def present_classes(self) -> list[int]:
         """The ids of the classes that have images."""
         return np.unique(self.class_labels[self.class_labels != UNLABELLED]).tolist()
+
+
+def evenly_spaced(length: int, number: int) -> list[int]:
+    """Return `number` evenly spaced indices of a list, or all of a shorter one."""
+    return np.linspace(0, length - 1, min(length, number)).astype(int).tolist()
 
 
 def require_classes(images: LabelledImages) -> None:
@@ -99,6 +125,9 @@ class Digits(LabelledImages):
     def open_image(self, index: int) -> Image.Image:
         return Image.fromarray(self.images[index])
 
+    def fingerprint(self) -> str:
+        return hashlib.sha256(self.images).hexdigest()
+
     def name_image(self, index: int) -> str:
         return f"digit {index}"
 
@@ -109,36 +138,54 @@ class DatasetImages(LabelledImages):
 
     Args:
         dataset (`datasets.Dataset`): the dataset.
-        image_column (`str`): the column with the images.
+        config (`DataConfig`): the column with the images, and the names of the classes.
         label_column (`str`, *optional*): the column with the labels. By default all images are unlabelled.
 
     Raises:
         UserError: if a column is missing or has the wrong type.
     """
 
-    def __init__(self, dataset: datasets.Dataset, image_column: str, label_column: str | None) -> None:
-        features = check_columns(dataset, image_column, label_column)
+    def __init__(self, dataset: datasets.Dataset, config: DataConfig, label_column: str | None) -> None:
+        feature = check_columns(dataset.features, config.image_column, label_column)
+        names = names_of(feature, label_column, config.class_names)
         if label_column is None:
             super().__init__(np.full(len(dataset), UNLABELLED, np.int64), {})
         else:
-            names = getattr(features[label_column], "names", None)
-            super().__init__(*class_ids(dataset[label_column][:], names))
-        self.column = image_column
-        self.encoded = dataset.select_columns(image_column).cast_column(image_column, datasets.Image(decode=False))
+            column = outermost_column(dataset.features, label_column)
+            super().__init__(*class_ids(values_of(dataset[column][:], column, label_column), names))
+        self.dataset, self.column = dataset, config.image_column
+        self.encoded = dataset.select_columns(self.column).cast_column(self.column, datasets.Image(decode=False))
 
     def open_image(self, index: int) -> Image.Image:
         return open_encoded(self.encoded[index][self.column])
 
     def name_image(self, index: int) -> str:
-        path = self.encoded[index][self.column]["path"]
-        return f"row {index}" + (f" ({path})" if path else "")
+        return name_encoded(f"row {index}", self.encoded[index][self.column])
+
+    def fingerprint(self) -> str:
+        return self.dataset._fingerprint  # a hash of the version or the times of the files of the dataset
+
+
+class FolderImages(DatasetImages):
+    """The images of a folder. The arguments are those of `DatasetImages`."""
+
+    def fingerprint(self) -> str:
+        """Return a hash of the names, sizes and times of all files. It stays the same if the folder is moved."""
+        paths = [content and content["path"] for content in self.encoded[self.column][:]]
+        root = os.path.commonpath([path for path in paths if path])
+        digest = hashlib.sha256()
+        for path in paths:
+            with suppress(OSError, TypeError):  # a file that is missing, or a row without one
+                status = os.stat(path)
+                digest.update(f"{os.path.relpath(path, root)} {status.st_size} {status.st_mtime_ns}\n".encode())
+        return digest.hexdigest()
 
 
 class EncodedImage(NamedTuple):
     """An image of a stream before it is decoded."""
 
     name: str  # for messages
-    content: dict[str, Any]  # as `datasets` stores it: its bytes, its path, or both
+    content: dict[str, Any] | None  # as `datasets` stores it: its bytes, its path, or both; None if it is null
     class_label: int
 
 
@@ -161,16 +208,20 @@ class ImageStream(LabelledImages):
     """
 
     def __init__(self, dataset: datasets.IterableDataset, config: DataConfig, label_column: str | None) -> None:
-        features = check_columns(dataset, config.image_column, label_column)
-        names = [] if label_column is None else getattr(features[label_column], "names", None)
+        feature = check_columns(dataset.features, config.image_column, label_column)
+        names = [] if label_column is None else names_of(feature, label_column, config.class_names)
         if names is None:
             raise UserError(
                 f"--streaming must know the classes in advance, but the column {label_column!r} holds plain values. "
-                "Leave out --streaming, or make the column a ClassLabel (with cast_column, or under `dataset_info` in "
-                "the dataset's README.md)."
+                "Pass their names as --class_names (a file, or the number of classes), leave out --streaming, or make "
+                "the column a ClassLabel (with cast_column, or under `dataset_info` in the dataset's README.md)."
             )
-        self.image_column, self.label_column, self.num_classes = config.image_column, label_column, len(names)
-        columns = [column for column in (config.image_column, label_column) if column is not None]
+        warn_about_numbers(names)
+        self.source, self.ids = config.dataset_name or config.train_data_dir, {n: i for i, n in enumerate(names)}
+        self.image_column, self.label_column, columns = config.image_column, label_column, [config.image_column]
+        if label_column is not None:
+            self.outermost = outermost_column(dataset.features, label_column)
+            columns.append(self.outermost)
         dataset = dataset.decode(False).select_columns(columns)
         self.dataset = dataset if dataset.num_shards >= MANY_SHARDS else dataset.reshard()
         self.num_shards = self.dataset.num_shards
@@ -195,63 +246,22 @@ class ImageStream(LabelledImages):
     def rows(self, shard: int, first: int) -> Iterator[EncodedImage]:
         """Yield the images of a shard, starting at row `first`. Raise UserError for a label without a name."""
         for row, (content, label) in enumerate(self._cells(shard, first), first):
-            name = f"row {row} of shard {shard}" + (f" ({content['path']})" if content and content["path"] else "")
-            label = UNLABELLED if label is None else label
-            if label == self.num_classes:
-                raise UserError(f"The label of {name} is {label}, {off_by_one_hint(self.num_classes)}")
-            if not UNLABELLED <= label < self.num_classes:
-                raise UserError(f"The label of {name} is {label}, {unnamed_label_hint(self.num_classes)}")
-            yield EncodedImage(name, content, label)
+            name = name_encoded(f"row {row} of shard {shard}", content)
+            yield EncodedImage(name, content, label_to_id(label, self.ids, name))
 
-    def _cells(self, shard: int, first: int) -> Iterator[tuple[dict[str, Any], int | None]]:
-        for batch in self.dataset.shard(self.num_shards, shard).skip(first).iter(batch_size=100):
-            contents = batch[self.image_column]
-            labels = repeat(None, len(contents)) if self.label_column is None else batch[self.label_column]
-            yield from zip(contents, labels, strict=True)
+    def _cells(self, shard: int, first: int) -> Iterator[tuple[dict[str, Any] | None, int | str | None]]:
+        with named_errors(self.source):
+            for batch in self.dataset.shard(self.num_shards, shard).skip(first).iter(batch_size=100):
+                contents, labels = batch[self.image_column], repeat(None)
+                if self.label_column is not None:
+                    labels = values_of(batch[self.outermost], self.outermost, self.label_column)
+                yield from zip(contents, labels)  # noqa: B905 the labels may be endless
 
     def open_image(self, index: int) -> Image.Image:
         return open_encoded(self.first[index].content)
 
     def name_image(self, index: int) -> str:
         return self.first[index].name
-
-
-def off_by_one_hint(num_classes: int) -> str:
-    """Return the end of the error message for a label that equals the number of classes."""
-    return (
-        f"but the {num_classes} classes are numbered from 0 to {num_classes - 1}. Are the labels counted from 1? If "
-        "so, subtract 1 from each. (-1 marks an unlabelled image.)"
-    )
-
-
-def unnamed_label_hint(num_classes: int) -> str:
-    """Return the end of the error message for a label that is not a class id."""
-    return f"but the dataset names {num_classes} classes. Correct the label, or add class names to the dataset."
-
-
-def check_columns(
-    dataset: datasets.Dataset | datasets.IterableDataset, image_column: str, label_column: str | None
-) -> datasets.Features:
-    """Return the features of a dataset. Raise UserError if a column is missing, or `image_column` holds no images."""
-    features = dataset.features or datasets.Features()
-    kinds = {name: type(feature).__name__ for name, feature in features.items()}
-    for flag, column in (("--image_column", image_column), ("--label_column", label_column)):
-        if column is not None and column not in kinds:
-            raise UserError(f"The dataset has no column {column!r}. Set {flag} to one of {sorted(kinds)}.")
-    if kinds[image_column] != "Image":
-        raise UserError(
-            f"The column {image_column!r} holds {kinds[image_column]}, not images. Set --image_column to one of "
-            f"{[name for name, kind in kinds.items() if kind == 'Image']}."
-        )
-    return features
-
-
-def open_encoded(content: dict[str, Any]) -> Image.Image:
-    """Open an image that `datasets` stores as bytes, or as a path that may be on the Hub."""
-    path, data = content["path"], content["bytes"]
-    if data is None and "://" in path:
-        return datasets.Image().decode_example(content)
-    return Image.open(path if data is None else io.BytesIO(data))
 
 
 def load_labelled_images(config: DataConfig, needs_labels: bool = True) -> LabelledImages:
@@ -266,107 +276,96 @@ def load_labelled_images(config: DataConfig, needs_labels: bool = True) -> Label
     Raises:
         UserError: if the dataset cannot be found or loaded, or lacks a column.
     """
-    if config.train_data_dir is not None:
-        source, dataset = config.train_data_dir, load_folder(config.train_data_dir, config, needs_labels)
-    elif config.dataset_name is not None:
-        source, dataset = config.dataset_name, load_dataset(config.dataset_name, config)
-    else:
+    source = config.train_data_dir or config.dataset_name
+    if source is None:
         return Digits()
+    with named_errors(source):
+        folder = find_image_folder(source, config)
+        if folder is not None:
+            return load_folder(folder, config, needs_labels)
+        dataset = load_dataset(source, config)
+        return make_images(DatasetImages, dataset, config, needs_labels)
+
+
+def find_image_folder(source: str, config: DataConfig) -> ImageFolder | None:
+    """Return the folder of `--train_data_dir`, or of `--dataset_name` if it holds image files, otherwise `None`."""
+    if not os.path.isdir(source):
+        if config.train_data_dir is not None:
+            raise UserError(f"--train_data_dir {source} is not a folder. Pass an existing folder of images.")
+        return None
+    folder = list_folder(source)
+    is_plain = config.dataset_config_name is None and not is_saved_to_disk(source) and has_image_files(folder)
+    return folder if config.train_data_dir is not None or is_plain else None
+
+
+def load_folder(folder: ImageFolder, config: DataConfig, needs_labels: bool) -> LabelledImages:
+    """Load the images in a folder. Log the files that cannot be read. Raise UserError if they are too many."""
+    dataset, left_out = read_folder(folder, config, needs_labels)
+    total = len(dataset) + len(left_out)
+    if len(left_out) > config.max_unreadable_fraction * total:
+        raise UserError(
+            f"{len(left_out)} of the {total} files in {folder.root} are no images that PIL can read "
+            f"({count_kinds(left_out)}), more than --max_unreadable_fraction {config.max_unreadable_fraction} allows: "
+            f"{listed(left_out, 5)}. Convert them to PNG or JPEG, remove them, or raise --max_unreadable_fraction."
+        )
+    if left_out:
+        logger.warning("%d files left out: %s", len(left_out), count_kinds(left_out))
+    opened = dataset.to_iterable_dataset() if config.streaming else dataset
+    images = make_images(FolderImages, opened, config, needs_labels)
+    if isinstance(images, ImageStream):
+        images.num_images = len(dataset)
+    else:
+        images.left_out = left_out
+    return images
+
+
+def make_images(
+    kind: type[DatasetImages],
+    dataset: datasets.Dataset | datasets.IterableDataset,
+    config: DataConfig,
+    needs_labels: bool,
+) -> LabelledImages:
+    """Return the images of a dataset, without labels if they are not needed and there are none."""
     label_column = config.label_column
-    if not needs_labels and label_column not in (dataset.features or {}):
+    if not needs_labels and not has_column(dataset.features, label_column):
         logger.info("The dataset has no column %r (--label_column), so its images are unlabelled.", label_column)
         label_column = None
     if isinstance(dataset, datasets.IterableDataset):
-        with named_errors(source):
-            return ImageStream(dataset, config, label_column)
-    return DatasetImages(dataset, config.image_column, label_column)
+        return ImageStream(dataset, config, label_column)
+    return kind(dataset, config, label_column)
 
 
-def load_folder(
-    source: str, config: DataConfig, needs_labels: bool = True
-) -> datasets.Dataset | datasets.IterableDataset:
-    """Load the images in a folder. Raise UserError if labels are needed and the folder has no class folders."""
-    folder = Path(source)
-    if not folder.is_dir():
-        raise UserError(f"--train_data_dir {folder} is not a folder. Pass an existing folder of images.")
-    if needs_labels and not any(path.is_dir() for path in folder.iterdir()):
-        raise UserError(f"--train_data_dir {folder} has no subfolders. Pass a folder with one subfolder per class.")
-    with named_errors(folder):
-        return load_split(config, "imagefolder", data_dir=str(folder))
+def is_saved_to_disk(source: str) -> bool:
+    """Return whether a folder was written by `save_to_disk`."""
+    return any((Path(source) / name).is_file() for name in ("dataset_dict.json", "state.json"))
 
 
 def load_dataset(source: str, config: DataConfig) -> datasets.Dataset | datasets.IterableDataset:
     """Load a dataset from the Hub, a local folder or file, or a folder written by `save_to_disk`."""
-    saved_to_disk = any((Path(source) / name).is_file() for name in ("dataset_dict.json", "state.json"))
-    if config.streaming and saved_to_disk:
-        raise UserError(f"{source} was written by save_to_disk, which cannot be streamed. Leave out --streaming.")
-    with named_errors(source):
-        if saved_to_disk:
-            dataset = datasets.load_from_disk(source)
-            return dataset[config.dataset_split] if isinstance(dataset, datasets.DatasetDict) else dataset
-        return load_split(config, source, config.dataset_config_name)
-
-
-def load_split(
-    config: DataConfig, path: str, name: str | None = None, data_dir: str | None = None
-) -> datasets.Dataset | datasets.IterableDataset:
-    """Load the split that the settings name with `datasets.load_dataset`, streamed with `--streaming`."""
     split, cache_dir = config.dataset_split, config.cache_dir
+    if is_saved_to_disk(source):
+        if config.streaming:
+            raise UserError(f"{source} was written by save_to_disk, which cannot be streamed. Leave out --streaming.")
+        dataset = datasets.load_from_disk(source)
+        if isinstance(dataset, datasets.Dataset):
+            return dataset
+        if split not in dataset:
+            raise UserError(f"{source} has no split {split!r}. Set --dataset_split to one of {[*dataset]}.")
+        return dataset[split]
+    name = config.dataset_config_name
     if config.streaming:  # a literal in each call, from which type checkers infer the returned class
-        return datasets.load_dataset(path, name, data_dir, split=split, cache_dir=cache_dir, streaming=True)
-    return datasets.load_dataset(path, name, data_dir, split=split, cache_dir=cache_dir, streaming=False)
+        return datasets.load_dataset(source, name, split=split, cache_dir=cache_dir, streaming=True)
+    return datasets.load_dataset(source, name, split=split, cache_dir=cache_dir, streaming=False)
 
 
 @contextmanager
-def named_errors(source: str | Path) -> Iterator[None]:
-    """Convert errors that `datasets` raises in the block to a UserError that names the dataset."""
+def named_errors(source: str | None) -> Iterator[None]:
+    """Convert the errors that `datasets` raises in the block, which are of many types, to a UserError."""
     try:
         yield
     except UserError:
         raise
-    except (OSError, KeyError, ValueError) as error:
-        raise UserError(f"The dataset {str(source)!r} cannot be loaded: {error}") from error
-
-
-def class_ids(labels: list, names: list[str] | None) -> tuple[np.ndarray, dict[int, str]]:
-    """
-    Map the labels of a dataset to class ids without gaps.
-
-    Args:
-        labels (`list`): integers, strings or booleans; -1 and None mean unlabelled.
-        names (`list[str]`, *optional*): the names of the integers 0, 1, …, if the dataset has names.
-
-    Returns:
-        The ids, int64 `(len(labels),)`, and the name of each id.
-
-    Raises:
-        UserError: if the labels have an unsupported type, such as float, or an integer has no name.
-    """
-    present = {label for label in labels if label is not None and label != UNLABELLED}
-    kinds = {type(label) for label in present}
-    if len(kinds) > 1 or not kinds <= {int, str, bool}:
-        examples = sorted(map(repr, present))[:3]
-        raise UserError(
-            f"The labels must be integers or strings, but are {', '.join(sorted(k.__name__ for k in kinds))} "
-            f"({', '.join(examples)}, …). Cast the column to integers or to ClassLabel, or choose a different "
-            "--label_column."
-        )
-    if kinds == {int} and names is not None:
-        if min(present) >= 0 and max(present) == len(names):
-            raise UserError(f"The largest label is {max(present)}, {off_by_one_hint(len(names))}")
-        if not all(0 <= label < len(names) for label in present):
-            raise UserError(f"The labels range from {min(present)} to {max(present)}, {unnamed_label_hint(len(names))}")
-        values = list(range(len(names)))
-    else:
-        values = sorted(present)
-        names = [str(value) for value in values]
-        if values != list(range(len(values))):
-            shown = ", ".join(f"{value!r} -> {i}" for i, value in enumerate(values[:10]))
-            logger.warning("Labels were mapped to class ids: %s%s", shown, ", …" if len(values) > 10 else "")
-
-    ids = {value: i for i, value in enumerate(values)}
-    class_labels = np.array([ids.get(label, UNLABELLED) for label in labels], dtype=np.int64)
-    unlabelled = int((class_labels == UNLABELLED).sum())
-    if unlabelled:
-        logger.warning("%d of %d images have no label.", unlabelled, len(labels))
-    return class_labels, dict(enumerate(names))
+    except Exception as error:
+        causes = [error, *([error.__cause__] if error.__cause__ is not None else [])]
+        reason = " ".join(str(cause) or type(cause).__name__ for cause in causes)
+        raise UserError(f"The dataset {source!r} cannot be loaded: {reason}") from error

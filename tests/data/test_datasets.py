@@ -23,7 +23,7 @@ from diffusers_cfg.data.datasets import (
     warn_about_unreadable,
 )
 from diffusers_cfg.data.decoding import to_array
-from diffusers_cfg.data.sources import Digits, LabelledImages, load_labelled_images
+from diffusers_cfg.data.sources import Digits, load_labelled_images
 from diffusers_cfg.settings import DataConfig
 from tests.support.images import SPLITS_CARD, open_stream, save_shards, save_three_classes
 from tests.support.odd_images import READABLE, UNREADABLE
@@ -188,31 +188,19 @@ def test_fingerprint_of_cached_images_covers_all_pixels_and_labels():
     assert fingerprint(dataset) != name
 
 
-class CountedImages(LabelledImages):
-    """The digits, with a list of the indices that are opened."""
-
-    def __init__(self):
-        self.digits, self.opened = Digits(), []
-        super().__init__(self.digits.class_labels, self.digits.id2label)
-
-    def open_image(self, index: int) -> Image.Image:
-        self.opened.append(index)
-        return self.digits.open_image(index)
-
-
-def test_fingerprint_of_lazy_images_covers_a_sample_and_all_labels():
-    images = CountedImages()
-    name = fingerprint(LazyImages(images, 8, 1, True))
-    assert len(images.opened) == 1000
-    assert images.opened[::999] == [0, 1796]
-    assert fingerprint(LazyImages(images, 8, 1, True)) == name
-    assert fingerprint(LazyImages(images, 4, 1, True)) != name
-    unseen = next(index for index in range(1797) if index not in images.opened)
-    images.class_labels[unseen] = -1
-    assert fingerprint(LazyImages(images, 8, 1, True)) != name
-    images.class_labels[unseen] = images.digits.class_labels[unseen] = 0
-    images.digits.images[images.opened[500]] += 1
-    assert fingerprint(LazyImages(images, 8, 1, True)) != name
+def test_fingerprint_of_lazy_images_covers_all_labels_and_the_decoding():
+    """See test_folders.py and test_sources.py for the images."""
+    images = Digits()
+    names = [
+        fingerprint(LazyImages(images, *args)) for args in [(8, 1, True), (4, 1, True), (8, 3, True), (8, 1, False)]
+    ]
+    assert fingerprint(LazyImages(Digits(), 8, 1, True)) == names[0]
+    images.class_labels[1234] = -1
+    names.append(fingerprint(LazyImages(images, 8, 1, True)))
+    images = Digits()
+    images.images[1234, 0, 0] += 1
+    names.append(fingerprint(LazyImages(images, 8, 1, True)))
+    assert len(set(names)) == len(names)
 
 
 def test_description_of_data_in_memory():

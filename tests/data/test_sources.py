@@ -15,7 +15,6 @@ from diffusers_cfg.data.sources import (
     DatasetImages,
     ImageStream,
     LabelledImages,
-    class_ids,
     load_labelled_images,
     require_classes,
 )
@@ -160,7 +159,7 @@ def test_dataset_without_images_is_refused(tmp_path):
     with pytest.raises(UserError, match=message):
         ImageStream(datasets.IterableDataset.from_generator(list, features=features), DataConfig(), "label")
     with pytest.raises(UserError, match=message):
-        DatasetImages(dataset, "image", "label")
+        DatasetImages(dataset, DataConfig(), "label")
 
 
 def test_a_stream_of_plain_labels_is_refused(tmp_path):
@@ -170,7 +169,9 @@ def test_a_stream_of_plain_labels_is_refused(tmp_path):
         (save_shards(tmp_path / "plain", 6, feature=datasets.Value("int64")), {}),
     ]
     for source, columns in cases:
-        with pytest.raises(UserError, match="holds plain values. Leave out --streaming.*ClassLabel.*README"):
+        with pytest.raises(
+            UserError, match="holds plain values. Pass .* --class_names .*leave out --streaming.*ClassLabel.*README"
+        ):
             open_stream(source, **columns)
 
 
@@ -247,44 +248,6 @@ def test_optional_labels_are_read(tmp_path, streaming):
     folders = load(tmp_path, needs_labels=False, train_data_dir=save_class_folders(tmp_path / "folders"))
     assert folders.id2label == {0: "ant", 1: "bee"}
     assert load_labelled_images(DataConfig(resolution=8), needs_labels=False).id2label[3] == "three"
-
-
-@pytest.mark.parametrize(
-    ("labels", "names", "ids", "id2label", "warning"),
-    [
-        ([0, 1, 1], ["a", "b"], [0, 1, 1], {0: "a", 1: "b"}, ""),
-        ([0, 2, 1], None, [0, 2, 1], {0: "0", 1: "1", 2: "2"}, ""),
-        ([1, 2], None, [0, 1], {0: "1", 1: "2"}, "1 -> 0, 2 -> 1"),
-        ([3, 7, 3], None, [0, 1, 0], {0: "3", 1: "7"}, "3 -> 0, 7 -> 1"),
-        (["b", "a"], None, [1, 0], {0: "a", 1: "b"}, "'a' -> 0, 'b' -> 1"),
-        ([True, False], None, [1, 0], {0: "False", 1: "True"}, ""),
-        ([0, -1, None, 1], None, [0, -1, -1, 1], {0: "0", 1: "1"}, "2 of 4 images have no label"),
-    ],
-)
-def test_labels_are_mapped_to_ids(labels, names, ids, id2label, warning, caplog):
-    class_labels, actual = class_ids(labels, names)
-    assert class_labels.tolist() == ids
-    assert class_labels.dtype == np.int64
-    assert actual == id2label
-    assert warning in caplog.text
-    assert bool(caplog.text) == bool(warning)
-
-
-@pytest.mark.parametrize(
-    ("labels", "names", "message"),
-    [
-        ([0.0, 1.0], None, r"but are float \(0.0, 1.0"),
-        ([0, "a"], None, "int, str"),
-        ([0, 5], ["a", "b"], "range from 0 to 5, but the dataset names 2 classes"),
-        ([0, 2, 5], ["a", "b"], "range from 0 to 5, but the dataset names 2 classes"),
-        ([-2, 2], ["a", "b"], "range from -2 to 2, but the dataset names 2 classes"),
-        ([1, 2], ["a", "b"], r"label is 2, but the 2 classes are numbered from 0 to 1\. .*counted from 1\?.*-1 marks"),
-        ([0, -1, 2], ["a", "b"], r"counted from 1\?.*-1 marks an unlabelled image"),
-    ],
-)
-def test_invalid_labels_are_refused(labels, names, message):
-    with pytest.raises(UserError, match=message):
-        class_ids(labels, names)
 
 
 @pytest.mark.parametrize("streaming", [False, True])
