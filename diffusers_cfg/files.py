@@ -1,15 +1,77 @@
-"""Write files atomically, delete them without following links, and hash their contents."""
+"""Check and lock folders, write files atomically, delete them without following links, and hash their contents."""
 
+import fcntl
 import hashlib
+import logging
 import os
 import shutil
+import socket
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import IO
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
+
+from diffusers_cfg.config import UserError
+
+logger = logging.getLogger(__name__)
+
+LOCK_FILE = ".lock"
+
+
+def check_writable(folder: Path, flag: str) -> None:
+    """Raise UserError if files cannot be written to the folder of a flag, which need not exist. Write nothing."""
+    try:
+        folders = folder.absolute(), *folder.absolute().parents
+        existing = next(path for path in folders if path.exists() or path.is_symlink())
+        if existing.is_dir():
+            tempfile.TemporaryFile(dir=existing).close()
+    except (OSError, ValueError) as error:  # ValueError: a null character
+        raise UserError(f"{flag} {str(folder)!r} cannot be written: {error}. Pass a different folder.") from error
+    if not existing.is_dir():
+        raise UserError(f"{flag} {folder} cannot be a folder, because {existing} is not one. Pass a folder.")
+
+
+@contextmanager
+def locked(folder: Path, flag: str) -> Iterator[None]:
+    """
+    Lock the folder of a flag inside the block. The system releases the lock when the process ends, however it ends.
+
+    Raises:
+        UserError: if another process holds the lock. The message names the process and its host.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / LOCK_FILE).open("a+") as file:
+        lock(file, folder, flag)
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {socket.gethostname()}")
+        file.flush()
+        yield
+
+
+def check_unlocked(folder: Path, flag: str) -> None:
+    """Raise UserError if another process has locked the folder of a flag."""
+    if (folder / LOCK_FILE).exists():
+        with (folder / LOCK_FILE).open("r+") as file:
+            lock(file, folder, flag)
+
+
+def lock(file: IO[str], folder: Path, flag: str) -> None:
+    """Lock a file, with a POSIX lock: it also works on NFS, and the workers that a process forks do not inherit it."""
+    try:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError):
+        file.seek(0)
+        raise UserError(
+            f"{flag} {folder} is in use by {file.read() or 'another process'}. Wait until it has ended, stop it, or "
+            "pass a different folder."
+        ) from None
+    except OSError as error:
+        logger.warning("%s cannot be locked (%s). Do not let a second process write to it.", folder, error)
 
 
 @contextmanager

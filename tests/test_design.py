@@ -14,7 +14,7 @@ RULES = {
     "diffusers_cfg": {"R"},
     "config": set(),
     "randomness": set(),
-    "files": set(),
+    "files": {"config"},
     "run_settings": {"config"},
     "settings": {"config", "run_settings"},
     "R": {"R"},

@@ -1,24 +1,19 @@
-"""Check, lock and clear the output folder of a run, and save the result in it."""
+"""Check and clear the output folder of a run, and save the result in it."""
 
-import fcntl
 import logging
-import os
 import re
-import socket
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO
 
 from diffusers_cfg.config import CommandError, UserError
 from diffusers_cfg.engine.checkpoint import Checkpoint, checkpoints
-from diffusers_cfg.files import disk_errors, remove
+from diffusers_cfg.files import LOCK_FILE, check_unlocked, check_writable, disk_errors, remove
 from diffusers_cfg.settings import CONFIG_FILE, TrainConfig
 
 logger = logging.getLogger(__name__)
 
-LOCK_FILE, INDEX = ".lock", "model_index.json"
+INDEX = "model_index.json"
 # The names of all that runs and evaluations write to the folder, besides logs. --overwrite_output_dir deletes them.
 RUN_FILES = re.compile(
     rf"{CONFIG_FILE}|run\.json|evaluation|{INDEX}|pipeline_cfg\.py|unet|scheduler|vae|(old-|tmp-)?checkpoint-\d+|tmp-model"
@@ -46,17 +41,7 @@ def check_output_dir(config: TrainConfig) -> None:
             empty and the settings neither resume nor overwrite the run in it.
     """
     output_dir = Path(config.output_dir)
-    try:
-        folders = output_dir.absolute(), *output_dir.absolute().parents
-        existing = next(path for path in folders if path.exists() or path.is_symlink())
-        if existing.is_dir():
-            tempfile.TemporaryFile(dir=existing).close()
-    except (OSError, ValueError) as error:  # ValueError: a null character
-        raise UserError(
-            f"--output_dir {config.output_dir!r} cannot be written: {error}. Pass a different folder."
-        ) from error
-    if not existing.is_dir():
-        raise UserError(f"--output_dir {output_dir} cannot be a folder, because {existing} is not one. Pass a folder.")
+    check_writable(output_dir, "--output_dir")
     check_inputs(config)
     not_empty = output_dir.is_dir() and any(path.name != LOCK_FILE for path in output_dir.iterdir())
     if not_empty and config.resume_from_checkpoint is None and not config.overwrite_output_dir:
@@ -64,9 +49,7 @@ def check_output_dir(config: TrainConfig) -> None:
             f"--output_dir {output_dir} is not empty. Resume with --resume_from_checkpoint latest, restart with "
             "--overwrite_output_dir, or pass a different folder."
         )
-    if (output_dir / LOCK_FILE).exists():
-        with (output_dir / LOCK_FILE).open("r+") as file:
-            lock(file, output_dir)
+    check_unlocked(output_dir, "--output_dir")
 
 
 def check_inputs(config: TrainConfig) -> None:
@@ -86,37 +69,6 @@ def check_inputs(config: TrainConfig) -> None:
                 f"--output_dir {config.output_dir} lies in the data {value}, so samples would become training data. "
                 "Pass another folder."
             )
-
-
-@contextmanager
-def locked(output_dir: Path) -> Iterator[None]:
-    """
-    Lock an output folder inside the block. The system releases the lock when the process ends, however it ends.
-
-    Raises:
-        UserError: if another process holds the lock. The message names the process and its host.
-    """
-    output_dir.mkdir(parents=True, exist_ok=True)
-    with (output_dir / LOCK_FILE).open("a+") as file:
-        lock(file, output_dir)
-        file.truncate(0)
-        file.write(f"process {os.getpid()} on {socket.gethostname()}")
-        file.flush()
-        yield
-
-
-def lock(file: IO[str], output_dir: Path) -> None:
-    """Lock a file, with a POSIX lock: it also works on NFS, and the workers that a process forks do not inherit it."""
-    try:
-        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except (BlockingIOError, PermissionError):
-        file.seek(0)
-        raise UserError(
-            f"--output_dir {output_dir} is in use by {file.read() or 'another run'}. Wait until that run has ended, "
-            "stop it, or pass another folder."
-        ) from None
-    except OSError as error:
-        logger.warning("%s cannot be locked (%s). Do not start a second run in it.", output_dir, error)
 
 
 def prepare_output_dir(config: TrainConfig, checkpoint: Checkpoint | None) -> None:

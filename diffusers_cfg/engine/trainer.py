@@ -31,7 +31,7 @@ from diffusers_cfg.engine.checkpoint import (
 from diffusers_cfg.engine.history import check_resumed, identity_of, settings_of
 from diffusers_cfg.engine.log import Log, is_due
 from diffusers_cfg.engine.method import Batch, Method, Objective, check_method, check_terms
-from diffusers_cfg.engine.output import check_output_dir, locked, prepare_output_dir, saved_together, unfinished_error
+from diffusers_cfg.engine.output import check_output_dir, prepare_output_dir, saved_together, unfinished_error
 from diffusers_cfg.engine.plan import check_disk, describe_plan, make_plan
 from diffusers_cfg.engine.preemption import NotSaved, Preempted, Preemption
 from diffusers_cfg.engine.publishing import BackgroundPublisher, check_hub, publish_run
@@ -45,6 +45,7 @@ from diffusers_cfg.engine.state import (
     set_learning_rates,
 )
 from diffusers_cfg.engine.tracking import Trackers
+from diffusers_cfg.files import locked
 from diffusers_cfg.randomness import seed_of
 from diffusers_cfg.settings import TrainConfig
 
@@ -224,18 +225,8 @@ class Trainer:
 
     def _print_plan(self, images: LabelledImages) -> None:
         if self.accelerator.is_main_process:
-            print(
-                describe_plan(
-                    self.config,
-                    self.accelerator,
-                    self.dataset,
-                    self.method,
-                    self.plan,
-                    len(images.id2label),
-                    self.checkpoint,
-                    self.repo_id,
-                )
-            )
+            run = self.config, self.accelerator, self.dataset, self.method, self.plan, len(images.present_classes)
+            print(describe_plan(*run, self.checkpoint, self.repo_id))
 
     def _start(self, images: LabelledImages) -> None:
         """Move everything to the device, and create the state or load it from the checkpoint."""
@@ -273,7 +264,7 @@ class Trainer:
         self.facts = {"settings": settings_of(config), "identity": self.identity, "data": self.data}
 
         if accelerator.is_main_process:
-            self.stack.enter_context(locked(Path(config.output_dir)))
+            self.stack.enter_context(locked(Path(config.output_dir), "--output_dir"))
             prepare_output_dir(config, self.checkpoint)
         self.publisher = None
         if self.repo_id is not None and config.hub_strategy == "checkpoint":
@@ -287,7 +278,7 @@ class Trainer:
         logger.info(
             "%s images, %d classes, %.1f M parameters, %d steps of %d images%s on %d × %s",
             plan.num_images or "Streamed",
-            len(images.id2label),
+            len(images.present_classes),
             state.num_parameters / 1e6,
             plan.total_steps,
             plan.batch_size,
