@@ -8,9 +8,11 @@ from typing import Any
 from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
 
 from diffusers_cfg.config import UserError
+from diffusers_cfg.evaluation.records import recorded_data
 from diffusers_cfg.evaluation.reports import INTERVAL, caption, cell, new_figure, save_figure, table
-from diffusers_cfg.evaluation.sampling import call_arguments, check_call, choose_scheduler, load_pipeline
-from diffusers_cfg.evaluation.settings import EvaluationConfig
+from diffusers_cfg.evaluation.sampling import choose_scheduler, load_pipeline
+from diffusers_cfg.evaluation.settings import EvaluationConfig, format_number
+from diffusers_cfg.evaluation.sweep import check_output_dir, check_sampling
 
 PAPER_SAMPLER = "LogSNRScheduler"
 # Two distances count as equal if the larger exceeds the smaller by at most this fraction.
@@ -23,13 +25,13 @@ def dropout_table(records: dict[float, dict[str, Any]]) -> str:
     """Return a Markdown table of Fréchet distance and inception score: a row for each w, a column for each p_uncond."""
     first = next(iter(records.values()))
     metrics = [metric for metric in ("frechet_distance", "inception_score") if metric in first["results"][0]]
-    names = [f"{first['metric_names'][metric]}, p = {p:g}" for metric in metrics for p in records]
+    names = [f"{first['metric_names'][metric]}, p = {format_number(p)}" for metric in metrics for p in records]
     rows = []
     for i, row in enumerate(first["results"]):
         cells = [
             cell(record["results"][i], metric, record["best"]) for metric in metrics for record in records.values()
         ]
-        rows.append([f"{row['guidance_scale']:g}", *cells])
+        rows.append([format_number(row["guidance_scale"]), *cells])
     rows.append(["real", *(cell(record["floor"], metric) for metric in metrics for record in records.values())])
     return f"{table(['w', *names], rows)}\n\n{caption(first)}\n"
 
@@ -40,7 +42,9 @@ def plot_tradeoff(records: dict[float, dict[str, Any]], path: Path) -> None:
     (axis,) = figure.axes
     for p, record in records.items():
         distances = [row["frechet_distance"] for row in record["results"]]
-        axis.plot([row["inception_score"] for row in record["results"]], distances, "o-", label=f"p = {p:g}")
+        axis.plot(
+            [row["inception_score"] for row in record["results"]], distances, "o-", label=f"p = {format_number(p)}"
+        )
     names = next(iter(records.values()))["metric_names"]
     axis.set(xlabel=names["inception_score"], ylabel=names["frechet_distance"])
     axis.legend()
@@ -57,8 +61,8 @@ def check_settings(configs: list[EvaluationConfig]) -> None:
             pipeline.scheduler = original
             if config.scheduler is not None:
                 pipeline.scheduler = choose_scheduler(config.scheduler, pipeline)
-            for w in config.guidance_scales:
-                check_call(pipeline, **call_arguments(config, w))
+            check_sampling(config, pipeline)
+            check_output_dir(config, recorded_data(config.model, pipeline) or {})
 
 
 def combine(configs: list[EvaluationConfig], records: list[dict[str, Any]]) -> dict[str, Any]:
@@ -104,7 +108,7 @@ def label_of(row: dict[str, Any], rows: list[dict[str, Any]]) -> str:
 
 def interval_of(row: dict[str, Any]) -> str:
     """Format the guidance interval of a row for a table."""
-    return "{:g} … {:g}".format(*row["guidance_interval"]) if row["guidance_interval"] else ""
+    return " … ".join(map(format_number, row["guidance_interval"])) if row["guidance_interval"] else ""
 
 
 def samplers_table(record: dict[str, Any]) -> str:
@@ -116,7 +120,7 @@ def samplers_table(record: dict[str, Any]) -> str:
     def cells(row: dict[str, Any]) -> list[str]:
         best = {"frechet_distance": row["guidance_scale"]} if row["frechet_distance"] == smallest else {}
         settings = [label_of(row, rows), str(row["num_inference_steps"]), interval_of(row)]
-        cost = [f"{row['network_evaluations']:g}", f"{row['guidance_scale']:g}"]
+        cost = [f"{row['network_evaluations']:g}", format_number(row["guidance_scale"])]
         return [*settings, *cost, *(cell(row, metric, best) for metric in metrics)]
 
     targets = {f"best distance, {smallest:.3f}": smallest}
@@ -126,7 +130,7 @@ def samplers_table(record: dict[str, Any]) -> str:
     header = ["sampler", "steps", "interval", "evaluations", "w", *(names[metric] for metric in metrics)]
     real = ["real", "", "", "", "", *(cell(record["floor"], metric) for metric in metrics)]
     chosen = [[target, *cells(cheapest(rows, distance))] for target, distance in targets.items()]
-    scales = ", ".join(f"{w:g}" for w in record["guidance_scales"])
+    scales = ", ".join(map(format_number, record["guidance_scales"]))
     return (
         f"{table(header, [*map(cells, rows), real])}\n\n"
         f"{caption(record, f'each sampler at its best w among {scales}')}\n\n"

@@ -115,15 +115,27 @@ def small_classifier(dataset: Dataset, data_name: str, id2label: dict[int, str],
         torch.manual_seed(seed_of("classifier", "weights"))
         classifier = SmallClassifier(resolution, id2label)
     path = folder / f"classifier-{data_name}.safetensors"
-    if path.is_file():
-        with safe_open(path, "pt") as file:
-            classifier.load_state_dict({name: file.get_tensor(name) for name in file.keys()})  # noqa: SIM118
-            classifier.accuracy = float(file.metadata()["accuracy"])
-    else:
+    if not load_classifier(classifier, path):
         classifier.accuracy = train_classifier(classifier, dataset)
         write_safetensors(classifier.state_dict(), {"accuracy": str(classifier.accuracy)}, path)
     classifier.name = f"{SMALL}-{digest(classifier.state_dict())}"
     return classifier.eval().requires_grad_(False)
+
+
+def load_classifier(classifier: SmallClassifier, path: Path) -> bool:
+    """Load the weights and the accuracy of a classifier. Return False if there are none, with a warning if damaged."""
+    if not path.is_file():
+        return False
+    try:
+        with safe_open(path, "pt") as file:
+            accuracy = float(file.metadata()["accuracy"])
+            weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            classifier.load_state_dict(weights)
+    except Exception as error:  # a damaged file raises exceptions of many types
+        logger.warning("%s is damaged, so the classifier is trained again: %s", path, error)
+        return False
+    classifier.accuracy = accuracy
+    return True
 
 
 def train_classifier(classifier: SmallClassifier, dataset: Dataset, steps: int = 750, batch_size: int = 128) -> float:
@@ -135,7 +147,7 @@ def train_classifier(classifier: SmallClassifier, dataset: Dataset, steps: int =
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=5e-3, total_steps=steps)
     order = seeded_generator("cpu", "classifier", "order")
     classifier.train()
-    for _ in tqdm(range(steps), "Training the classifier of the dataset", leave=False):
+    for _ in tqdm(range(steps), "Training the classifier of the dataset", leave=False, disable=None):
         batch = dataset.__getitems__(train[torch.randint(len(train), (batch_size,), generator=order)].tolist())
         # Label smoothing keeps the features of a class from collapsing to a point.
         loss = F.cross_entropy(classifier(batch.images_rgb)[1], batch.class_labels, label_smoothing=0.1)

@@ -5,6 +5,7 @@ from accelerate import Accelerator
 from PIL import Image, ImageDraw, ImageFont
 
 from diffusers_cfg import CFGPipeline
+from diffusers_cfg.evaluation.settings import format_number
 from diffusers_cfg.randomness import seeded_generator
 
 MAX_ROWS = 10
@@ -12,7 +13,12 @@ GAP, TOP, FONT_SIZE = 4, 26, 14  # in pixels
 
 
 def sample_grid(
-    pipeline: CFGPipeline, accelerator: Accelerator, guidance_scales: list[float], num_inference_steps: int, seed: int
+    pipeline: CFGPipeline,
+    accelerator: Accelerator,
+    classes: list[int],
+    guidance_scales: list[float],
+    num_inference_steps: int,
+    seed: int,
 ) -> Image.Image:
     """
     Generate a grid of samples with a row for each of the first ten classes and a column for each w. All images of a row
@@ -21,11 +27,12 @@ def sample_grid(
     Args:
         pipeline (`CFGPipeline`): the pipeline, on the accelerator's device.
         accelerator (`Accelerator`): the processes that share the work.
+        classes (`list[int]`): the ids of the classes to sample.
         guidance_scales (`list[float]`): the paper's w, one for each column.
         num_inference_steps (`int`): T.
         seed (`int`): the seed of the noise; each row also depends on its class.
     """
-    classes = list(range(min(pipeline.unet.num_classes, MAX_ROWS)))
+    classes = classes[:MAX_ROWS]
     jobs = [(class_id, w) for class_id in classes for w in guidance_scales]
     with accelerator.split_between_processes(jobs, apply_padding=True) as process_jobs:
         assert isinstance(process_jobs, list)
@@ -40,7 +47,7 @@ def sample_grid(
     return make_grid(
         images.unflatten(0, (len(classes), len(guidance_scales))),
         rows=[pipeline.id2label.get(class_id, str(class_id)) for class_id in classes],
-        columns=[f"w = {w:g}" for w in guidance_scales],
+        columns=[f"w = {format_number(w)}" for w in guidance_scales],
     )
 
 

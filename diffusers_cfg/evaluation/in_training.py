@@ -9,9 +9,11 @@ from torch.utils.data import Dataset
 
 from diffusers_cfg import CFGPipeline
 from diffusers_cfg.config import CACHE_DIR
+from diffusers_cfg.evaluation.class_labels import balanced_class_labels, classes_of
 from diffusers_cfg.evaluation.features import SMALL, pretrained_extractor
 from diffusers_cfg.evaluation.measure import measure
 from diffusers_cfg.evaluation.sampling import draw_images
+from diffusers_cfg.evaluation.settings import format_number
 from diffusers_cfg.evaluation.statistics import BATCH_SIZE, RealStatistics, labelled_images
 from diffusers_cfg.settings import TrainConfig
 
@@ -48,7 +50,7 @@ def training_evaluation(
         return lambda _: {}
     id2label = method.pipeline.id2label
     real = RealStatistics(accelerator, dataset, id2label, config.feature_extractor, config.num_eval_samples, CACHE_DIR)
-    class_labels = torch.arange(config.num_eval_samples) % len(id2label)
+    class_labels = balanced_class_labels(classes_of(dataset.class_labels), config.num_eval_samples)
     batches = torch.arange(config.num_eval_samples).split(BATCH_SIZE)
     process_batches = batches[accelerator.process_index :: accelerator.num_processes]
 
@@ -64,7 +66,9 @@ def training_evaluation(
             summary.reduce(accelerator)
             if accelerator.is_main_process:
                 row = measure(summary, real.reference, real.extractor.id2label)
-                metrics |= {f"{name}/w={w:g}": value for name, value in row.items() if isinstance(value, float)}
+                metrics |= {
+                    f"{name}/w={format_number(w)}": value for name, value in row.items() if isinstance(value, float)
+                }
         return metrics
 
     return evaluate

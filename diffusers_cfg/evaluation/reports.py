@@ -5,9 +5,12 @@ from pathlib import Path
 from typing import Any
 
 from matplotlib.figure import Figure
+from PIL import Image
 
+from diffusers_cfg.evaluation.settings import format_number
 from diffusers_cfg.files import atomic_write
 
+METRICS_FILE = "metrics.json"
 LOWER_IS_BETTER = ("frechet_distance", "kernel_distance")
 # Half the width of a 95 % interval, in standard errors.
 INTERVAL = 1.96
@@ -40,8 +43,15 @@ def new_figure(
 
 
 def save_figure(figure: Figure, path: Path) -> None:
-    """Write a figure as a PNG file."""
-    figure.savefig(path, dpi=100)
+    """Write a figure as a PNG file atomically."""
+    with atomic_write(path) as unfinished:
+        figure.savefig(unfinished, dpi=100, format="png")
+
+
+def save_image(image: Image.Image, path: Path) -> None:
+    """Write an image as a PNG file atomically."""
+    with atomic_write(path) as unfinished:
+        image.save(unfinished, "PNG")
 
 
 def metric_names(feature_extractor: str) -> dict[str, str]:
@@ -72,7 +82,7 @@ def sweep_table(record: dict[str, Any]) -> str:
     rows = []
     for row in record["results"]:
         cells = [cell(row, metric, record["best"]) for metric in names]
-        rows.append([f"{row['guidance_scale']:g}", *cells, f"{row['network_evaluations']:g}"])
+        rows.append([format_number(row["guidance_scale"]), *cells, f"{row['network_evaluations']:g}"])
     rows.append(["real", *(cell(record["floor"], metric) for metric in names), ""])
     return f"{table(['w', *names.values(), 'evaluations'], rows)}\n\n{caption(record)}\n"
 
@@ -136,14 +146,13 @@ def plot_curves(record: dict[str, Any], path: Path) -> None:
         axis.errorbar(w, [row[metric] for row in results], errors, marker="o", capsize=3)
         axis.axhline(floor[metric], color="gray", linestyle=":", label="real images")
         best = record["best"][metric]
-        axis.axvline(best, color="tab:orange", linewidth=0.8, label=f"best: w = {best:g}")
+        axis.axvline(best, color="tab:orange", linewidth=0.8, label=f"best: w = {format_number(best)}")
         axis.set(xlabel="guidance scale w", ylabel=names[metric])
         axis.legend()
     axes[2].plot([row[quality] for row in results], [row["frechet_distance"] for row in results], marker="o")
     for row in results:
-        axes[2].annotate(
-            f"{row['guidance_scale']:g}", (row[quality], row["frechet_distance"]), (4, 4), textcoords="offset points"
-        )
+        w, point = format_number(row["guidance_scale"]), (row[quality], row["frechet_distance"])
+        axes[2].annotate(w, point, (4, 4), textcoords="offset points")
     axes[2].set(xlabel=names[quality], ylabel=names["frechet_distance"], title="labelled by w")
     extractor = record["feature_extractor"]["name"]
     figure.suptitle(f"{record['num_samples']} samples for each w, features of {extractor}", fontsize=10)
@@ -159,7 +168,7 @@ def write_report(output_dir: Path, record: dict[str, Any], feature_extractor: st
     """
     names = metric_names(feature_extractor)
     record = {**record, "metric_names": names, "best": best_scales(record["results"], names)}
-    write_json(record, output_dir / "metrics.json")
+    write_json(record, output_dir / METRICS_FILE)
     write_text(sweep_table(record), output_dir / "metrics.md")
     plot_curves(record, output_dir / "curves.png")
     return record

@@ -1,22 +1,37 @@
 """Store sets of samples on disk in shards, so that sampling can resume, and convert them to other formats."""
 
 import json
+import logging
+import re
+import unicodedata
 import zipfile
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from accelerate import Accelerator
 from PIL import Image
 
 from diffusers_cfg import CFGPipeline
 from diffusers_cfg.config import UserError
 from diffusers_cfg.evaluation.grids import make_grid
-from diffusers_cfg.files import atomic_write
+from diffusers_cfg.evaluation.reports import save_image
+from diffusers_cfg.files import LOCK_FILE, atomic_write, locked
+
+logger = logging.getLogger(__name__)
 
 # Images per shard. A killed process loses at most one shard.
 SHARD_SIZE = 500
-SETTINGS_FILE = "settings.json"
+SETTINGS_FILE, SHARDS = "settings.json", "shard-*.npz"
+# The bytes that a file name can have.
+MAX_NAME_BYTES = 255
+# Characters that some systems do not allow in file names.
+FORBIDDEN = re.compile(r'[<>:"/\\|?*\x00-\x1f\x7f\ud800-\udfff]')
+# Names of folders that --train_data_dir leaves out, or takes as signs of a training run.
+RESERVED = re.compile(r"\..*|__MACOSX|__pycache__|model_index\.json|run\.json|train_config\.yaml|checkpoint-\d+")
 
 
 class Shard(NamedTuple):
@@ -47,12 +62,17 @@ class SampleSet:
         """Return the path of a shard."""
         return self.folder / f"shard-{shard.start // SHARD_SIZE:05}.npz"
 
-    def has(self, shard: range, class_labels: np.ndarray | torch.Tensor) -> bool:
-        """Return whether a shard exists, is intact and has these class labels."""
-        try:
-            return self.load(shard).class_labels.tolist() == class_labels.tolist()
-        except (OSError, ValueError, KeyError, zipfile.BadZipFile):
+    def has(self, shard: range, class_labels: np.ndarray | torch.Tensor, size: tuple[int, ...]) -> bool:
+        """Return whether a shard exists, is intact, and has these class labels and images of this (height, width)."""
+        if not self.path(shard).is_file():
             return False
+        try:
+            images, labels, evaluations = self.load(shard)
+            intact = images.dtype == np.uint8 and images.shape[1:] == (*size, 3) and np.isfinite(evaluations)
+        except Exception as error:  # a damaged file raises exceptions of many types
+            logger.warning("%s is damaged (%s) and drawn again.", self.path(shard), error)
+            return False
+        return bool(intact) and len(images) == len(shard) and labels.tolist() == class_labels.tolist()
 
     def save(self, shard: range, content: Shard) -> None:
         """Write a shard atomically."""
@@ -61,7 +81,7 @@ class SampleSet:
             np.savez_compressed(file, arr_0=images, arr_1=class_labels, network_evaluations=evaluations)
 
     def load(self, shard: range) -> Shard:
-        """Read a shard. Raise `OSError`, `ValueError`, `KeyError` or `BadZipFile` if it is missing or damaged."""
+        """Read a shard. A missing or damaged one raises an exception of any type."""
         with np.load(self.path(shard)) as file:
             images, class_labels = (file[name][: len(shard)] for name in ("arr_0", "arr_1"))
             return Shard(images, class_labels, float(file["network_evaluations"]))
@@ -72,35 +92,117 @@ class SampleSet:
         images = torch.cat([torch.from_numpy(self.load(shard).images) for shard in shards])
         return images[:count].movedim(-1, 1) / 255
 
+    def delete(self) -> None:
+        """Delete the shards, the settings and the folder, but no other file in it."""
+        for pattern in ("shard-*", "settings.*", "samples.npz", LOCK_FILE):  # also files of a killed process
+            for path in self.folder.glob(pattern):
+                path.unlink()
+        if not any(self.folder.iterdir()):
+            self.folder.rmdir()
+
 
 def claim_folder(folder: Path, settings: dict[str, Any]) -> None:
-    """Record the sampling settings of a folder. Raise `UserError` if it holds samples with different settings."""
-    path, settings = folder / SETTINGS_FILE, json.loads(json.dumps(settings))
+    """
+    Record the sampling settings of a folder. Samples in it whose settings are not known are deleted, with a warning.
+
+    Raises:
+        UserError: if the folder holds samples with different settings.
+    """
+    path, settings, known = folder / SETTINGS_FILE, json.loads(json.dumps(settings)), None
     if path.is_file():
-        known = json.loads(path.read_text(encoding="utf-8"))
-        changed = [name for name in settings if known.get(name) != settings[name]]
-        if changed:
-            changes = ", ".join(f"{name} {known.get(name)!r}, now {settings[name]!r}" for name in changed)
-            raise UserError(
-                f"{folder} holds samples with different settings ({changes}). Choose a different --output_dir, or "
-                "delete the samples."
-            )
-    else:
+        try:
+            known = dict(json.loads(path.read_text(encoding="utf-8")))
+        except (OSError, ValueError, TypeError, RecursionError) as error:
+            logger.warning("%s is damaged: %s", path, error)
+    if known is None:
+        if unknown := sorted(folder.rglob(SHARDS)):
+            logger.warning("%d shards in %s have unknown settings and are drawn again.", len(unknown), folder)
+        for shard in unknown:
+            shard.unlink()
         with atomic_write(path) as unfinished:
             unfinished.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+        return
+    changed = [name for name in settings if known.get(name) != settings[name]]
+    if changed:
+        changes = ", ".join(f"{name} {known.get(name)!r}, now {settings[name]!r}" for name in changed)
+        raise UserError(
+            f"{folder} holds samples with different settings ({changes}). Choose a different --output_dir, or delete "
+            "the samples."
+        )
+
+
+@contextmanager
+def claimed(folder: Path, settings: dict[str, Any], accelerator: Accelerator) -> Iterator[None]:
+    """
+    Lock a folder of samples in the block and record its settings, on the main process.
+
+    Raises:
+        UserError: if another process uses the folder, it holds samples with different settings, or a file cannot be
+            written in the block. The message then says which samples are kept, and how to go on.
+    """
+    try:
+        with ExitStack() as stack:
+            if accelerator.is_main_process:
+                stack.enter_context(locked(folder, "--output_dir"))
+                claim_folder(folder, settings)
+            yield
+    except OSError as error:
+        raise UserError(
+            f"A file cannot be written: {error}. The images drawn so far are kept in {folder}. Repeat the command to "
+            "go on from them, after freeing disk space if the disk is full."
+        ) from error
+
+
+def folder_names(names: dict[int, str]) -> dict[int, str]:
+    """
+    Return a name for the folder of each class: its own if all systems allow that name and no other class has it (in any
+    case, which some systems ignore). Other names are cleaned, and end in the id of the class.
+
+    Args:
+        names (`dict[int, str]`): the names of the classes by id, the one that keeps its name first.
+    """
+    folders: dict[int, str] = {}
+    taken: set[str] = set()
+    for class_id, name in names.items():
+        fits = not (FORBIDDEN.search(name) or RESERVED.fullmatch(name)) and name == name.rstrip(" .")
+        if name and fits and len(name.encode()) <= MAX_NAME_BYTES and comparable(name) not in taken:
+            folders[class_id] = name
+            taken.add(comparable(name))
+    for class_id in [class_id for class_id in names if class_id not in folders]:
+        cleaned = FORBIDDEN.sub("_", names[class_id]).strip(" .").encode()[: MAX_NAME_BYTES // 2]
+        name = f"{cleaned.decode(errors='ignore')}_{class_id}".lstrip("_")
+        while comparable(name) in taken:
+            name += "_"
+        folders[class_id] = name
+        taken.add(comparable(name))
+    return folders
+
+
+def comparable(name: str) -> str:
+    """Return a text that is equal for names that some file systems do not distinguish."""
+    return unicodedata.normalize("NFC", name).casefold()
 
 
 def write_png(samples: SampleSet, folder: Path, pipeline: CFGPipeline) -> None:
-    """Write `CLASS/INDEX.png` files, the layout that `--train_data_dir` reads."""
+    """
+    Write `CLASS/INDEX.png` files, the layout that `--train_data_dir` reads. If a class has a different name than its
+    folder, metadata.jsonl holds the names of the classes, which `--train_data_dir` then reads instead.
+    """
     mode = "L" if pipeline.image_shape[0] == 1 else "RGB"
-    names = {-1: "unconditional", **{i: str(i) for i in range(pipeline.unet.num_classes)}, **pipeline.id2label}
+    names = {**{i: str(i) for i in range(pipeline.unet.num_classes)}, **pipeline.id2label, -1: "unconditional"}
+    folders, rows = folder_names(names), []
     for shard in samples.shards:
         content = samples.load(shard)
         for index, image, class_id in zip(shard, content.images, content.class_labels.tolist(), strict=True):
-            # Class names may contain characters that folder names must not.
-            path = folder / names[class_id].replace("/", "_").strip(".") / f"{index:06}.png"
+            path = folder / folders[class_id] / f"{index:06}.png"
             path.parent.mkdir(exist_ok=True)
             Image.fromarray(image).convert(mode).save(path)
+            rows.append((class_id, path.relative_to(folder).as_posix()))
+    if any(folders[class_id] != names[class_id] for class_id in {class_id for class_id, _ in rows}):
+        with atomic_write(folder / "metadata.jsonl") as unfinished, unfinished.open("w", encoding="utf-8") as file:
+            for class_id, path in rows:
+                label = names[class_id] if class_id >= 0 else None
+                file.write(json.dumps({"file_name": path, "label": label}) + "\n")
 
 
 def write_grid(samples: SampleSet, folder: Path, pipeline: CFGPipeline) -> None:
@@ -109,7 +211,8 @@ def write_grid(samples: SampleSet, folder: Path, pipeline: CFGPipeline) -> None:
     columns = min(10, len(images))
     padding = torch.ones(-len(images) % columns, *images.shape[1:])
     rows = torch.cat([images, padding]).unflatten(0, (-1, columns))
-    make_grid(rows, [str(row * columns) for row in range(len(rows))], [""] * columns).save(folder / "grid.png")
+    grid = make_grid(rows, [str(row * columns) for row in range(len(rows))], [""] * columns)
+    save_image(grid, folder / "grid.png")
 
 
 def write_npz(samples: SampleSet, folder: Path, pipeline: CFGPipeline) -> None:

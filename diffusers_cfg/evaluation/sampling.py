@@ -2,11 +2,10 @@
 
 import dataclasses
 import logging
-import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import diffusers
 import torch
@@ -17,13 +16,18 @@ from tqdm.auto import tqdm
 
 from diffusers_cfg import CFGPipeline, LogSNRScheduler
 from diffusers_cfg.config import UserError
-from diffusers_cfg.evaluation.sample_sets import WRITERS, SampleSet, Shard, claim_folder
-from diffusers_cfg.evaluation.settings import SampleConfig, SamplingConfig
-from diffusers_cfg.files import digest
+from diffusers_cfg.evaluation.class_labels import parse_class_labels
+from diffusers_cfg.evaluation.records import recorded_data, refuse_data_folder
+from diffusers_cfg.evaluation.sample_sets import SETTINGS_FILE, WRITERS, SampleSet, Shard, claimed
+from diffusers_cfg.evaluation.settings import SampleConfig, SamplingConfig, format_number
+from diffusers_cfg.files import check_writable, digest
 from diffusers_cfg.loading import load_guide_unet
 from diffusers_cfg.randomness import seeded_generator
 
 logger = logging.getLogger(__name__)
+
+# The folder of the unfinished samples in the output folder of `sample.py`. No class has a folder of this name.
+UNFINISHED = ".samples"
 
 C = TypeVar("C", bound=SamplingConfig)
 
@@ -39,6 +43,7 @@ def load_pipeline(config: SamplingConfig, device: torch.device | str) -> CFGPipe
         pipeline = CFGPipeline.from_pretrained(config.model, variant=config.variant)
         if config.guide_model is not None:
             pipeline.guide_unet = load_guide_unet(config.guide_model)
+            check_guide_classes(config.guide_model, pipeline)
     except (OSError, ValueError) as error:
         guide = f" or --guide_model {config.guide_model}" if config.guide_model is not None else ""
         raise UserError(f"--model {config.model}{guide} cannot be loaded: {error}") from error
@@ -49,6 +54,20 @@ def load_pipeline(config: SamplingConfig, device: torch.device | str) -> CFGPipe
         pipeline.scheduler = choose_scheduler(config.scheduler, pipeline)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline.to(device)
+
+
+def check_guide_classes(guide_model: str, pipeline: CFGPipeline) -> None:
+    """Raise UserError if a guide model has other classes than the model. A checkpoint does not name its classes."""
+    try:
+        index = cast(dict[str, Any], CFGPipeline.load_config(guide_model))
+    except (OSError, ValueError):
+        return
+    names = {int(class_id): name for class_id, name in (index.get("id2label") or {}).items()}
+    if names and pipeline.id2label and (differing := sorted(names.items() ^ pipeline.id2label.items())):
+        raise UserError(
+            f"The model and its guide name their classes differently: {differing[:4]}. A guide must be trained on the "
+            "same classes."
+        )
 
 
 def choose_scheduler(name: str, pipeline: CFGPipeline) -> SchedulerMixin:
@@ -68,32 +87,6 @@ def make_scheduler(name: str, scheduler: SchedulerMixin, **settings: Any) -> Sch
 def with_model_defaults(config: C, pipeline: CFGPipeline) -> C:
     """Return the settings with the model's own number of steps if they set none."""
     return dataclasses.replace(config, num_inference_steps=config.num_inference_steps or pipeline.num_inference_steps)
-
-
-def parse_class_labels(names: list[str] | None, pipeline: CFGPipeline) -> list[int]:
-    """
-    Return the ids of classes that are given by name or id. A name takes precedence over an id.
-
-    Args:
-        names (`list[str]`, *optional*): the names or ids, where -1 is the null class. By default all classes.
-        pipeline (`CFGPipeline`): the pipeline with the classes.
-
-    Raises:
-        UserError: if a class is unknown.
-    """
-    num_classes = pipeline.unet.num_classes
-    if names is None:
-        return list(range(num_classes))
-    label2id = {name: class_id for class_id, name in pipeline.id2label.items()}
-    ids = {str(class_id): class_id for class_id in range(-1, num_classes)} | label2id
-    unknown = [name for name in names if name not in ids]
-    if unknown:
-        hint = " Ids start at 0, and the null class is -1." if str(num_classes) in unknown else ""
-        raise UserError(
-            f"--class_labels has unknown classes: {' '.join(unknown)}. The classes are {', '.join(list(ids)[:50])}."
-            + hint
-        )
-    return [ids[name] for name in names]
 
 
 def guidance_arguments(config: SamplingConfig, w: float) -> dict[str, Any]:
@@ -240,20 +233,24 @@ def draw_sets(
         class_labels (`torch.Tensor` of shape `(num_samples,)`): class ids, -1 for the null class.
     """
     accelerator.wait_for_everyone()  # so that all processes find the same shards missing
+    size = pipeline.image_shape[1:]
     missing = [
         (w, shard)
         for w, samples in sets.items()
         for shard in samples.shards
-        if not samples.has(shard, class_labels[list(shard)])
+        if not samples.has(shard, class_labels[list(shard)], size)
     ]
     accelerator.wait_for_everyone()
     assigned = missing[accelerator.process_index :: accelerator.num_processes]
     # A guided image takes two passes of the network per step. Progress counts passes, for an accurate time estimate.
     passes = {w: 1 if w in (0, -1) else 2 for w in sets}
     total = sum(passes[w] * len(shard) for w, shard in assigned)
-    progress = tqdm(total=total, unit="pass", desc="Sampling", disable=not accelerator.is_main_process or not assigned)
-    for w, shard in assigned:
-        progress.set_postfix_str(f"w = {w:g}")
+    disable = None if accelerator.is_main_process and assigned else True  # None hides the bar unless in a terminal
+    progress = tqdm(total=total, unit="pass", desc="Sampling", disable=disable)
+    for number, (w, shard) in enumerate(assigned, 1):
+        progress.set_postfix_str(f"w = {format_number(w)}")
+        if progress.disable:
+            logger.info("Sampling shard %d of %d, w = %s", number, len(assigned), format_number(w))
         drawn = []
         for indices in torch.tensor(shard).split(config.batch_size):
             call = call_arguments(config, w)
@@ -274,22 +271,25 @@ def draw_to_folder(config: SampleConfig, accelerator: Accelerator) -> None:
         accelerator (`Accelerator`): the processes that share the work.
 
     Raises:
-        UserError: if the settings do not fit the model, or the folder is not empty.
+        UserError: if the settings do not fit the model, the folder is not empty, or a file cannot be written.
     """
     pipeline = load_pipeline(config, accelerator.device)
     config = with_model_defaults(config, pipeline)
     labels = parse_class_labels(config.class_labels, pipeline)
     class_labels = torch.tensor(labels)[torch.arange(config.num_samples) % len(labels)]
-    output_dir, shards = Path(config.output_dir), Path(config.output_dir) / "shards"
-    if output_dir.is_dir() and {path.name for path in output_dir.iterdir()} - {shards.name}:
-        raise UserError(f"--output_dir {output_dir} is not empty. Choose a different folder.")
     check_call(pipeline, **call_arguments(config, config.guidance_scale))
-
-    samples = SampleSet(shards, config.num_samples)
-    settings = {"class_labels": labels, "guidance_scale": config.guidance_scale, **sampling_settings(config, pipeline)}
+    output_dir = Path(config.output_dir)
+    samples = SampleSet(output_dir / UNFINISHED, config.num_samples)
+    refuse_data_folder(output_dir, recorded_data(config.model, pipeline) or {})
     if accelerator.is_main_process:
-        claim_folder(shards, settings)
-    draw_sets(config, accelerator, pipeline, {config.guidance_scale: samples}, class_labels)
-    if accelerator.is_main_process:
-        WRITERS[config.format](samples, output_dir, pipeline)
-        shutil.rmtree(shards)
+        check_writable(output_dir, "--output_dir")
+        # An interrupted command may have written a part of its images, and goes on.
+        interrupted = (samples.folder / SETTINGS_FILE).is_file() and not samples.folder.is_symlink()
+        if output_dir.is_dir() and any(output_dir.iterdir()) and not interrupted:
+            raise UserError(f"--output_dir {output_dir} is not empty. Choose a different folder.")
+    settings = {"class_labels": labels, "guidance_scale": config.guidance_scale, "format": config.format}
+    with claimed(samples.folder, {**settings, **sampling_settings(config, pipeline)}, accelerator):
+        draw_sets(config, accelerator, pipeline, {config.guidance_scale: samples}, class_labels)
+        if accelerator.is_main_process:
+            WRITERS[config.format](samples, output_dir, pipeline)
+            samples.delete()

@@ -9,6 +9,15 @@ from diffusers_cfg.run_settings import MIN_SAMPLES
 
 PAPER_SCALES = [0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 1.0, 2.0, 3.0, 4.0]
 
+# Far more than any use needs. Larger values are mistakes, which would fill the memory before an image is drawn.
+MAX_STEPS, MAX_SAMPLES = 100_000, 100_000_000
+
+
+def format_number(value: float) -> str:
+    """Format a number as short as possible without losing a digit, so that different numbers have different texts."""
+    text = f"{value:g}"
+    return text if float(text) == value else repr(value)
+
 
 @dataclass(frozen=True, kw_only=True)
 class SamplingConfig(Config):
@@ -18,7 +27,9 @@ class SamplingConfig(Config):
 
     model: str = flag(help="The output folder of a training run, or a Hub repository.")
     variant: str | None = flag(None, "The variant of the weights to load, such as ema999.")
-    num_inference_steps: int | None = flag(None, "Number of sampling steps T; defaults to the model's own.", at_least=1)
+    num_inference_steps: int | None = flag(
+        None, "Number of sampling steps T; defaults to the model's own.", at_least=1, at_most=MAX_STEPS
+    )
     scheduler: str | None = flag(
         None, "A scheduler class of diffusers, or LogSNRScheduler; defaults to the model's own."
     )
@@ -62,7 +73,7 @@ class SampleConfig(SamplingConfig):
 
     class_labels: list[str] | None = flag(None, "Class names or ids to cycle through; defaults to all classes.")
     guidance_scale: float = flag(1.0, "Guidance scale w, as defined in the paper.")
-    num_samples: int = flag(20, "Number of images.", at_least=1)
+    num_samples: int = flag(20, "Number of images.", at_least=1, at_most=MAX_SAMPLES)
     output_dir: str = flag("images", "Output folder.")
     format: Literal["png", "grid", "npz"] = flag(
         "png",
@@ -80,7 +91,9 @@ class EvaluationConfig(SamplingConfig):
     group = "evaluation; the data defaults to the training data"
 
     guidance_scales: list[float] = flag(PAPER_SCALES, "Guidance scales w, as defined in the paper.")
-    num_samples: int = flag(2000, "Number of samples for each w; the paper uses 50,000.", at_least=MIN_SAMPLES)
+    num_samples: int = flag(
+        2000, "Number of samples for each w; the paper uses 50,000.", at_least=MIN_SAMPLES, at_most=MAX_SAMPLES
+    )
     class_labels: Literal["balanced", "random", "data"] = flag(
         "balanced", "Sample classes equally often, uniformly at random, or in the proportions of the data."
     )
@@ -97,3 +110,8 @@ class EvaluationConfig(SamplingConfig):
     train_data_dir: str | None = flag(None, "A folder with one subfolder of images per class, named after the class.")
     image_column: str | None = flag(None, "The dataset column with the images.")
     label_column: str | None = flag(None, "The dataset column with the class labels.")
+
+    def check(self) -> None:
+        super().check()
+        if len(set(self.guidance_scales)) < len(self.guidance_scales):
+            raise UserError(f"guidance_scales must not repeat a value, but is {self.guidance_scales}.")

@@ -1,6 +1,5 @@
 """Accumulate feature statistics of samples and real images, and cache those of the real images on disk."""
 
-import json
 import logging
 from collections.abc import Iterable
 from functools import cached_property
@@ -200,7 +199,7 @@ class RealStatistics:
         num_real (`int`), num_held_out (`int`): the numbers of all images and of held-out images.
 
     Raises:
-        UserError: if there are too few images, the extractor cannot be loaded, or the cache is for different data.
+        UserError: if there are too few images, or the extractor cannot be loaded.
     """
 
     def __init__(
@@ -233,9 +232,7 @@ class RealStatistics:
         }
         identity = {"data": data_name, "feature_extractor": self.extractor.name, "held_out": str(self.num_held_out)}
         path = statistics_dir / f"statistics-{seed_of(*identity.values()):016x}.safetensors"
-        if path.is_file():
-            read_summaries(path, identity, summaries)
-        else:
+        if not read_summaries(path, identity, summaries):
             for name, indices in subsets.items():
                 self._summarize(dataset, indices, summaries[name])
             if accelerator.is_main_process:
@@ -255,7 +252,7 @@ class RealStatistics:
     def _summarize(self, dataset: Dataset, indices: torch.Tensor, summary: Summary) -> None:
         rank, world_size = self.accelerator.process_index, self.accelerator.num_processes
         batches = torch.arange(len(indices)).split(BATCH_SIZE)
-        for rows in tqdm(batches[rank::world_size], "Real images", leave=False, disable=rank != 0):
+        for rows in tqdm(batches[rank::world_size], "Real images", leave=False, disable=None if rank == 0 else True):
             batch = dataset.__getitems__(indices[rows].tolist())
             self.summarizer.add(summary, rows, batch.images_rgb, batch.class_labels)
         summary.reduce(self.accelerator)
@@ -314,16 +311,28 @@ def write_summaries(path: Path, identity: dict[str, str], summaries: dict[str, S
     write_safetensors(tensors, identity, path)
 
 
-def read_summaries(path: Path, identity: dict[str, str], summaries: dict[str, Summary]) -> None:
-    """Read a file written by `write_summaries` into summaries. Raise `UserError` if its identity differs."""
-    with safe_open(path, "pt") as file:
-        found = file.metadata()
-        if found != identity:
-            raise UserError(
-                f"{path} belongs to different data or a different feature extractor: it has {json.dumps(found)} "
-                f"instead of {json.dumps(identity)}. Delete the file."
-            )
+def read_summaries(path: Path, identity: dict[str, str], summaries: dict[str, Summary]) -> bool:
+    """
+    Read a file written by `write_summaries` into summaries. Return False if there is none, and with a warning if it is
+    damaged or has a different identity.
+    """
+    if not path.is_file():
+        return False
+    try:
+        with safe_open(path, "pt") as file:
+            if (found := file.metadata()) != identity:
+                raise ValueError(f"it belongs to {found} instead of {identity}")
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         for subset, summary in summaries.items():
-            summary.sums = {name: file.get_tensor(f"{subset}.{name}") for name in summary.sums}
-            features = file.get_tensor(f"{subset}.features")
-            summary.kept = [(torch.arange(len(features)), features)]
+            if any(tensors[f"{subset}.{name}"].shape != value.shape for name, value in summary.sums.items()):
+                raise ValueError("it has statistics of different shapes")
+            if len(tensors[f"{subset}.features"]) != min(summary.num_images, MAX_NEIGHBOURS):
+                raise ValueError("it has the features of a different number of images")
+    except Exception as error:  # a damaged file raises exceptions of many types
+        logger.warning("%s cannot be used, so the statistics are computed again: %s", path, error)
+        return False
+    for subset, summary in summaries.items():
+        features = tensors[f"{subset}.features"]
+        summary.sums = {name: tensors[f"{subset}.{name}"] for name in summary.sums}
+        summary.kept = [(torch.arange(len(features)), features)]
+    return True

@@ -1,12 +1,9 @@
 """Evaluate a model over guidance scales w: generate samples for each w and compare them with the model's data."""
 
-import json
-from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from accelerate import Accelerator
 from torch.utils.data import Dataset
 from tqdm.auto import tqdm
@@ -16,10 +13,12 @@ from diffusers_cfg.config import UserError
 from diffusers_cfg.data.datasets import training_dataset
 from diffusers_cfg.data.naming import local_name
 from diffusers_cfg.data.sources import LabelledImages, load_labelled_images
+from diffusers_cfg.evaluation.class_labels import choose_class_labels, classes_of
 from diffusers_cfg.evaluation.grids import make_grid
 from diffusers_cfg.evaluation.measure import measure, measure_floor
-from diffusers_cfg.evaluation.reports import write_report
-from diffusers_cfg.evaluation.sample_sets import SampleSet, claim_folder
+from diffusers_cfg.evaluation.records import recorded_data, refuse_data_folder
+from diffusers_cfg.evaluation.reports import METRICS_FILE, save_image, write_report
+from diffusers_cfg.evaluation.sample_sets import SETTINGS_FILE, SampleSet, claimed
 from diffusers_cfg.evaluation.sampling import (
     call_arguments,
     check_call,
@@ -28,11 +27,13 @@ from diffusers_cfg.evaluation.sampling import (
     sampling_settings,
     with_model_defaults,
 )
-from diffusers_cfg.evaluation.settings import EvaluationConfig
+from diffusers_cfg.evaluation.settings import EvaluationConfig, format_number
 from diffusers_cfg.evaluation.statistics import RealStatistics
-from diffusers_cfg.randomness import seeded_generator
-from diffusers_cfg.settings import CONFIG_FILE, DataConfig
+from diffusers_cfg.files import check_writable
+from diffusers_cfg.settings import DataConfig
 
+# The folder of the samples in the output folder.
+SAMPLES = "samples"
 DATA_SETTINGS = [
     *("dataset_name", "dataset_config_name", "dataset_split"),
     *("train_data_dir", "image_column", "label_column"),
@@ -53,38 +54,56 @@ def run_sweep(config: EvaluationConfig, accelerator: Accelerator) -> dict[str, A
         processes an empty dictionary.
 
     Raises:
-        UserError: if the settings do not fit the model, the data or the existing samples.
+        UserError: if the settings do not fit the model, the data or the existing samples, or a file cannot be written.
     """
     pipeline = load_pipeline(config, accelerator.device)
     config = with_model_defaults(config, pipeline)
+    check_sampling(config, pipeline)
+    given = {name: getattr(config, name) for name in DATA_SETTINGS if getattr(config, name) is not None}
+    output_dir = output_folder(config)
+    check_output_dir(config, {**(recorded_data(config.model, pipeline) or {}), **given})
+    if accelerator.is_main_process:
+        check_writable(output_dir, "--output_dir")
+        check_writable(Path(config.statistics_dir), "--statistics_dir")
+    with accelerator.main_process_first():
+        dataset, id2label, data_name = load_data(config.model, given, pipeline, accelerator.is_main_process)
+    settings = {"class_labels": config.class_labels, **sampling_settings(config, pipeline)}
+    with claimed(output_dir / SAMPLES, settings, accelerator):
+        real = RealStatistics(
+            accelerator, dataset, id2label, config.feature_extractor, config.num_samples, Path(config.statistics_dir)
+        )
+        floor = measure_floor(real) if accelerator.is_main_process else {}
+        class_labels = choose_class_labels(config, dataset.class_labels)
+        folders = {w: output_dir / SAMPLES / f"w={format_number(w)}" for w in config.guidance_scales}
+        sets = {w: SampleSet(folder, config.num_samples) for w, folder in folders.items()}
+        draw_sets(config, accelerator, pipeline, sets, class_labels)
+        results = measure_sets(accelerator, real, sets)
+        if not accelerator.is_main_process:
+            return {}
+        record = {"dataset": data_name, **real.record(), "floor": floor, **sampling_record(config, pipeline)}
+        record = write_report(output_dir, {**record, "results": results}, config.feature_extractor)
+        columns = [id2label[class_id] for class_id in class_labels[: min(len(classes_of(class_labels)), 10)].tolist()]
+        rows = [samples.first_images(len(columns)) for samples in sets.values()]
+        grid = make_grid(torch.stack(rows), [f"w = {format_number(w)}" for w in sets], columns)
+        save_image(grid, output_dir / "grid.png")
+    return record
+
+
+def check_sampling(config: EvaluationConfig, pipeline: CFGPipeline) -> None:
+    """Raise `UserError` for settings that do not fit the model or that its pipeline rejects."""
     check_scales(config, pipeline)
     for w in config.guidance_scales:
         check_call(pipeline, **call_arguments(config, w))
-    given = {name: getattr(config, name) for name in DATA_SETTINGS if getattr(config, name) is not None}
-    with accelerator.main_process_first():
-        dataset, id2label, data_name = load_data(config.model, given, pipeline, accelerator.is_main_process)
-    real = RealStatistics(
-        accelerator, dataset, id2label, config.feature_extractor, config.num_samples, Path(config.statistics_dir)
-    )
-    floor = measure_floor(real) if accelerator.is_main_process else {}
 
+
+def check_output_dir(config: EvaluationConfig, data: dict[str, Any]) -> None:
+    """Raise `UserError` if the output folder has files that no sweep wrote, or lies in the folder of the data."""
     output_dir = output_folder(config)
-    class_labels = choose_class_labels(config, dataset.class_labels, pipeline.unet.num_classes)
-    sets = {w: SampleSet(output_dir / "samples" / f"w={w:g}", config.num_samples) for w in config.guidance_scales}
-    if accelerator.is_main_process:
-        settings = {"class_labels": config.class_labels, **sampling_settings(config, pipeline)}
-        claim_folder(output_dir / "samples", settings)
-    draw_sets(config, accelerator, pipeline, sets, class_labels)
-    results = measure_sets(accelerator, real, sets)
-    if not accelerator.is_main_process:
-        return {}
-
-    record = {"dataset": data_name, **real.record(), "floor": floor, **sampling_record(config, pipeline)}
-    record = write_report(output_dir, {**record, "results": results}, config.feature_extractor)
-    columns = [id2label[class_id] for class_id in class_labels[: min(pipeline.unet.num_classes, 10)].tolist()]
-    rows = [samples.first_images(len(columns)) for samples in sets.values()]
-    make_grid(torch.stack(rows), [f"w = {w:g}" for w in sets], columns).save(output_dir / "grid.png")
-    return record
+    if config.output_dir is not None:  # the default lies in the model's folder
+        refuse_data_folder(output_dir, data)
+    own = [output_dir / METRICS_FILE, output_dir / SAMPLES / SETTINGS_FILE]
+    if output_dir.is_dir() and any(output_dir.iterdir()) and not any(path.is_file() for path in own):
+        raise UserError(f"--output_dir {output_dir} has files of something else. Choose a different folder.")
 
 
 def output_folder(config: EvaluationConfig) -> Path:
@@ -97,7 +116,9 @@ def output_folder(config: EvaluationConfig) -> Path:
 def measure_sets(accelerator: Accelerator, real: RealStatistics, sets: dict[float, SampleSet]) -> list[dict[str, Any]]:
     """Return a row of metrics for each w, on the main process only. The processes share the shards."""
     results = []
-    for w, samples in tqdm(sets.items(), "Measuring", leave=False, disable=not accelerator.is_main_process):
+    for w, samples in tqdm(
+        sets.items(), "Measuring", leave=False, disable=None if accelerator.is_main_process else True
+    ):
         summary = real.summarizer.new_summary(samples.num_samples)
         for shard in samples.shards[accelerator.process_index :: accelerator.num_processes]:
             content = samples.load(shard)
@@ -162,6 +183,10 @@ def load_data(
     """
     is_other_data = "dataset_name" in given or "train_data_dir" in given
     settings = {} if is_other_data else recorded_data(model, pipeline)
+    if settings is None:
+        raise UserError(
+            f"The training data of {model} is unknown or not public. Pass --dataset_name or --train_data_dir."
+        )
     channels, resolution, _ = pipeline.image_shape
     config = DataConfig(**{**settings, **given, "resolution": resolution, "streaming": False})
     images = load_labelled_images(config)
@@ -186,26 +211,6 @@ def load_data(
     return training_dataset(images, config, channels, show_progress), images.id2label, local_name(config)
 
 
-def recorded_data(model: str, pipeline: CFGPipeline) -> dict[str, Any]:
-    """Return the data settings of the training run, from its config or its record. Raise `UserError` if unknown."""
-    names = {setting.name for setting in fields(DataConfig)}
-    settings = Path(model) / CONFIG_FILE
-    if settings.is_file():
-        # The data settings have the same names in the configs of all methods.
-        try:
-            known = yaml.safe_load(settings.read_text(encoding="utf-8"))
-        except yaml.YAMLError as error:
-            raise UserError(f"{settings} is not valid YAML: {error}") from error
-        return {name: value for name, value in known.items() if name in names}
-    record = Path(pipeline.name_or_path) / "run.json"
-    known = json.loads(record.read_text(encoding="utf-8")) if record.is_file() else {}
-    if "data" not in known:
-        raise UserError(
-            f"The training data of {model} is unknown or not public. Pass --dataset_name or --train_data_dir."
-        )
-    return {name: value for name, value in known["data"].items() if name in names}
-
-
 def first_names(id2label: dict[int, str]) -> str:
     """Return the names of the first five classes, for a message."""
     return ", ".join([name for _, name in sorted(id2label.items())][:5]) + (", …" if len(id2label) > 5 else "")
@@ -215,26 +220,3 @@ def smaller_size(images: LabelledImages, resolution: int) -> tuple[int, int] | N
     """Return the size of the first image if it is smaller than the resolution, otherwise `None`."""
     size = images.open_image(0).size
     return size if min(size) < resolution else None
-
-
-def choose_class_labels(config: EvaluationConfig, data_labels: torch.Tensor, num_classes: int) -> torch.Tensor:
-    """
-    Choose the class of each sample by `config.class_labels`. The classes are the same for every w.
-
-    Args:
-        config (`EvaluationConfig`): the settings, of which `class_labels`, `num_samples` and `seed` are used.
-        data_labels (`torch.Tensor` of shape `(images,)`): the labels of the real images, -1 for unlabelled images.
-        num_classes (`int`): the number of classes of the model.
-
-    Returns:
-        `torch.Tensor` of shape `(num_samples,)`: class ids, int64.
-    """
-    indices = torch.arange(config.num_samples)
-    if config.class_labels == "balanced":
-        return indices % num_classes
-    labels = data_labels[data_labels >= 0] if config.class_labels == "data" else torch.arange(num_classes)
-    chosen = [
-        torch.randint(len(labels), (), generator=seeded_generator("cpu", config.seed, "class label", index))
-        for index in indices.tolist()
-    ]
-    return labels[torch.stack(chosen)]

@@ -23,8 +23,9 @@ class ClassifierFreeGuidance(GuidedMethod):
 
     config: CFGConfig
 
-    def __init__(self, config: CFGConfig, pipeline: CFGPipeline) -> None:
+    def __init__(self, config: CFGConfig, pipeline: CFGPipeline, present_classes: list[int] | None = None) -> None:
         self.config, self.pipeline = config, pipeline
+        self.present_classes = present_classes or list(range(pipeline.unet.num_classes))
         self.scheduler = noise_process(pipeline)
         self.modules, self.averaged = {"unet": pipeline.unet}, ("unet",)
         self.objectives = [Objective("unet", ("unet",), self.loss)]
@@ -35,7 +36,7 @@ class ClassifierFreeGuidance(GuidedMethod):
     def build(cls, config: CFGConfig, images: LabelledImages) -> Self:
         """Return the method with a new or pretrained pipeline. Raise UserError if it does not fit the data."""
         require_classes(images)
-        return cls(config, build_pipeline(config, images))
+        return cls(config, build_pipeline(config, images), images.present_classes)
 
     def loss(self, networks: Networks, batch: Batch) -> Terms:
         """Return the loss of each sample of a batch (x, c), by Algorithm 1."""
@@ -59,16 +60,14 @@ class ClassifierFreeGuidance(GuidedMethod):
         Return by how many standard errors the mean error is lower with correct labels than with wrong labels. Warn
         below 3: the network then ignores its labels, and guidance has no effect.
         """
-        num_classes, gains = self.pipeline.unet.num_classes, []
+        present, gains = torch.tensor(self.present_classes), []
         generator = seeded_generator("cpu", self.config.seed, "wrong labels")
         for batch in batches:
             x, labels, draws = batch.x, batch.class_labels, batch.draws
-            offset = torch.randint(1, num_classes, labels.shape, generator=generator).to(labels.device)
+            offset = torch.randint(1, len(present), labels.shape, generator=generator)
+            wrong = present[(torch.searchsorted(present, labels.cpu()) + offset) % len(present)].to(labels.device)
             u, noise = draws.uniform("time"), draws.normal("noise", *x.shape[1:])
-            wrong_error, error = (
-                self.denoising_error(self.pipeline.unet, x, c, u, noise)
-                for c in ((labels + offset) % num_classes, labels)
-            )
+            wrong_error, error = (self.denoising_error(self.pipeline.unet, x, c, u, noise) for c in (wrong, labels))
             gains.append(wrong_error - error)
         gain = torch.cat(gains)
         if len(gain) < 2:  # no standard error

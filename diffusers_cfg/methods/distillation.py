@@ -31,9 +31,12 @@ class GuidanceDistillation(GuidedMethod):
 
     config: DistillationConfig
 
-    def __init__(self, config: DistillationConfig, teacher: CFGPipeline) -> None:
+    def __init__(
+        self, config: DistillationConfig, teacher: CFGPipeline, present_classes: list[int] | None = None
+    ) -> None:
         check_teacher(config, teacher.unet)
         self.config, self.teacher = config, teacher
+        self.present_classes = present_classes or list(range(teacher.unet.num_classes))
         self.scheduler, self.student_steps = noise_process(teacher), config.student_steps
         self.max_guidance_scale = teacher.unet.max_guidance_scale or config.max_guidance_scale or 4.0
         teacher.unet.requires_grad_(False)
@@ -61,7 +64,7 @@ class GuidanceDistillation(GuidedMethod):
     def build(cls, config: DistillationConfig, images: LabelledImages) -> Self:
         """Return the method with a student of `--teacher`. Raise UserError if the teacher does not fit."""
         require_classes(images)
-        return cls(config, load_pretrained(config, images, "--teacher"))
+        return cls(config, load_pretrained(config, images, "--teacher"), images.present_classes)
 
     def loss(self, networks: Networks, batch: Batch) -> Terms:
         """Return the student's squared error against the guided teacher, for each sample of a batch (x, c)."""

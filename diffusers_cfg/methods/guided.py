@@ -18,11 +18,13 @@ class GuidedMethod(Method):
 
     Attributes:
         scheduler (`LogSNRScheduler`): the noise process used in training.
+        present_classes (`list[int]`): the ids of the classes that have images; only these are sampled and recommended.
         guidance_scales (`list[float]`), num_inference_steps (`int`): settings of the samples drawn during training.
     """
 
     pipeline: CFGPipeline
     scheduler: LogSNRScheduler
+    present_classes: list[int]
     guidance_scales: list[float]
     num_inference_steps: int
 
@@ -31,23 +33,31 @@ class GuidedMethod(Method):
         return self.pipeline
 
     def preview(self, accelerator: Accelerator) -> Image.Image:
-        """Return a grid of samples, with a row for each of the first ten classes and a column for each w."""
+        """Return a grid of samples, with a row for each of the first ten present classes and a column for each w."""
         return sample_grid(
-            self.sampling_pipeline(), accelerator, self.guidance_scales, self.num_inference_steps, self.config.seed
+            self.sampling_pipeline(),
+            accelerator,
+            self.present_classes,
+            self.guidance_scales,
+            self.num_inference_steps,
+            self.config.seed,
         )
 
     def example(self) -> str:
-        """Return a line of code that generates an image of the first class and saves it."""
-        label = json.dumps(self.pipeline.id2label[0], ensure_ascii=False)
+        """Return a line of code that generates an image of the first present class and saves it."""
+        name = self.pipeline.id2label[self.present_classes[0]]
+        label = json.dumps(name, ensure_ascii=False)
         scale = min(0.5, self.pipeline.unet.max_guidance_scale or 0.5)
-        file = re.sub(r"\W+", "-", self.pipeline.id2label[0])
+        file = re.sub(r"\W+", "-", name)
         return f'pipe(class_labels={label}, guidance_scale={scale}).images[0].save("{file}.png")'
 
     def facts(self) -> dict[str, Any]:
-        """Return the prediction type and the probability that a label is dropped."""
+        """Return the prediction type, the probability that a label is dropped, and the classes without images."""
+        absent = sorted(self.pipeline.id2label.keys() - self.present_classes)
         return {
             "prediction_type": self.scheduler.config.prediction_type,
             "conditioning_dropout_prob": self.pipeline.config.conditioning_dropout_prob,
+            **({"classes_without_images": absent} if absent else {}),
         }
 
     def identity(self) -> dict[str, Any]:

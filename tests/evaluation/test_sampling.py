@@ -11,6 +11,7 @@ from PIL import Image
 from diffusers_cfg import LogSNRScheduler
 from diffusers_cfg.config import UserError, parse_config
 from diffusers_cfg.evaluation import sample_sets
+from diffusers_cfg.evaluation.class_labels import parse_class_labels
 from diffusers_cfg.evaluation.sample_sets import SampleSet, Shard
 from diffusers_cfg.evaluation.sampling import (
     call_arguments,
@@ -18,7 +19,6 @@ from diffusers_cfg.evaluation.sampling import (
     draw_to_folder,
     load_pipeline,
     make_scheduler,
-    parse_class_labels,
     with_model_defaults,
 )
 from diffusers_cfg.evaluation.settings import SampleConfig
@@ -140,10 +140,10 @@ def test_rgb_model_writes_rgb_images(tmp_path):
 
 def test_shard_with_different_classes_is_not_reused(tmp_path):
     samples, shard = SampleSet(tmp_path, 4), range(4)
-    assert not samples.has(shard, np.arange(4))
+    assert not samples.has(shard, np.arange(4), (8, 8))
     samples.save(shard, Shard(np.zeros((4, 8, 8, 3), np.uint8), np.arange(4), 2.0))
-    assert samples.has(shard, np.arange(4))
-    assert not samples.has(shard, np.array([0, 1, 2, 2]))
+    assert samples.has(shard, np.arange(4), (8, 8))
+    assert not samples.has(shard, np.array([0, 1, 2, 2]), (8, 8))
 
 
 @pytest.mark.parametrize(
@@ -151,10 +151,13 @@ def test_shard_with_different_classes_is_not_reused(tmp_path):
     [
         (["--class_labels", "two", "ten"], r"unknown classes: ten\. The classes are -1, 0, 1, 2, zero, one, two\."),
         (["--class_labels", "4"], "--class_labels has unknown classes: 4"),
-        (["--num_samples", "0"], "num_samples must be at least 1, but is 0"),
+        (["--num_samples", "0"], r"num_samples must lie in \[1, 100000000\], but is 0"),
         (["--guidance_scale", "nan"], "guidance_scale must be finite"),
         (["--guidance_interval", "5", "0.2"], r"0 ≤ σ_lo < σ_hi, but is \(5.0, 0.2\)"),
-        (["--variant", "ema1"], "--model .*model cannot be loaded: .*variant=ema1"),
+        (
+            ["--variant", "ema1"],
+            "--model .*model cannot be loaded: .*model has no variants. Leave out the variant 'ema1'",
+        ),
         (["--guide_model", "/nowhere/at/all"], "--guide_model /nowhere/at/all cannot be loaded"),
         (["--scheduler", "Nonsense"], "--scheduler Nonsense is not supported.*UniPCMultistepScheduler"),
         (["--guider", "Nonsense"], "--guider Nonsense is not a guider of diffusers"),

@@ -1,11 +1,15 @@
 """Test feature statistics: accumulation, caching, validation, and the metrics computed from them."""
 
+import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
+import safetensors.torch
 import torch
 from accelerate import Accelerator
+from safetensors import safe_open
 from torch.utils.data import Dataset
 
 from diffusers_cfg.config import UserError
@@ -13,6 +17,7 @@ from diffusers_cfg.data.datasets import CachedImages
 from diffusers_cfg.evaluation import features, measure, statistics
 from diffusers_cfg.evaluation.measure import measure_floor
 from diffusers_cfg.evaluation.statistics import RealStatistics, Reference, Summary, stratified_order
+from tests.support.runs import assert_same_tensors
 
 DIGIT_NAMES = {i: str(i) for i in range(10)}
 
@@ -150,15 +155,44 @@ def test_statistics_are_cached(digits, tmp_path, monkeypatch):
         real_statistics(digits, tmp_path, num_samples=300)  # a different held-out set
 
 
-def test_cached_statistics_of_different_data_raise(digits, tmp_path):
+@pytest.fixture(scope="module")
+def cache(digits, tmp_path_factory) -> dict[str, Path]:
+    """Return the cached files of the digits, and those of mirrored digits."""
+    folder = tmp_path_factory.mktemp("cache")
+    real_statistics(digits, folder)
+    own = {path.name.split("-")[0]: path for path in folder.iterdir()}
+    real_statistics(CachedImages(digits.images.flip(-1), digits.class_labels), folder)
+    (other,) = set(folder.glob("statistics-*")) - {own["statistics"]}
+    return {**own, "other": other}
+
+
+def with_other_tensors(path: Path) -> bytes:
+    """Return the content of a file, with the same metadata and other tensors."""
+    with safe_open(path, "pt") as file:
+        return safetensors.torch.save({"x": torch.zeros(1)}, file.metadata())
+
+
+DAMAGES: dict[str, Callable[[dict[str, Path], Path], bytes]] = {
+    "truncated": lambda _, path: path.read_bytes()[:-100],
+    "empty": lambda *_: b"",
+    "noise": lambda *_: b"x" * 1000,
+    "other tensors": lambda _, path: with_other_tensors(path),
+    "no metadata": lambda *_: safetensors.torch.save({}),
+    "other data": lambda cache, _: cache["other"].read_bytes(),
+}
+
+
+@pytest.mark.parametrize("kind", ["statistics", "classifier"])
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_damaged_cache_is_computed_again(digits, cache, tmp_path, caplog, kind, damage):
+    for path in cache.values():
+        shutil.copy(path, tmp_path)
+    path = tmp_path / cache[kind].name
+    path.write_bytes(DAMAGES[damage](cache, path))
     real_statistics(digits, tmp_path)
-    (first,) = tmp_path.glob("statistics-*")
-    other = CachedImages(digits.images.flip(-1), digits.class_labels)
-    real_statistics(other, tmp_path)
-    (second,) = set(tmp_path.glob("statistics-*")) - {first}
-    first.replace(second)
-    with pytest.raises(UserError, match=f"{second.name} belongs to different data or a different feature extractor"):
-        real_statistics(other, tmp_path)
+    assert f"{path.name} " in caplog.text
+    assert " again: " in caplog.text
+    assert_same_tensors(path, cache[kind])
 
 
 def test_unlabelled_images_are_skipped(digits, tmp_path):

@@ -17,9 +17,10 @@ from diffusers_cfg import LogSNRScheduler
 from diffusers_cfg.config import UserError, parse_config
 from diffusers_cfg.data.sources import Digits
 from diffusers_cfg.evaluation import features, reports, sample_sets, sampling
+from diffusers_cfg.evaluation.class_labels import choose_class_labels
 from diffusers_cfg.evaluation.reports import metric_names, sweep_table
 from diffusers_cfg.evaluation.settings import EvaluationConfig
-from diffusers_cfg.evaluation.sweep import choose_class_labels, output_folder, run_sweep
+from diffusers_cfg.evaluation.sweep import output_folder, run_sweep
 from tests.support.extractors import DINOV2, VIT, save_extractor
 from tests.support.models import make_pipeline, make_unet
 
@@ -195,7 +196,7 @@ def labels_of(
     how: Literal["balanced", "random", "data"], data_labels: torch.Tensor, num_classes: int, num_samples: int
 ) -> torch.Tensor:
     config = EvaluationConfig(model="m", class_labels=how, num_samples=num_samples)
-    return choose_class_labels(config, data_labels, num_classes)
+    return choose_class_labels(config, data_labels)
 
 
 @pytest.mark.parametrize("how", ["random", "data"])
@@ -216,7 +217,7 @@ def test_data_labels_have_the_proportions_of_the_data():
     ("argv", "message"),
     [
         (["--guidance_scales", "nan"], r"guidance_scales must be finite, but is \[nan\]"),
-        (["--num_samples", "0"], "num_samples must be at least 20, but is 0"),
+        (["--num_samples", "0"], r"num_samples must lie in \[20, 100000000\], but is 0"),
         (["--batch_size", "-1"], "batch_size must be at least 1, but is -1"),
         (["--model", "/nowhere/at/all"], "--model /nowhere/at/all cannot be loaded"),
         (["--scheduler", "Nonsense"], "--scheduler Nonsense is not supported.*UniPCMultistepScheduler"),

@@ -1,0 +1,52 @@
+"""Read what a training run recorded next to its model."""
+
+import json
+import logging
+from collections.abc import Callable
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from diffusers_cfg import CFGPipeline
+from diffusers_cfg.config import UserError
+from diffusers_cfg.settings import CONFIG_FILE, DataConfig
+
+logger = logging.getLogger(__name__)
+
+
+def run_record(pipeline: CFGPipeline) -> dict[str, Any]:
+    """Return the contents of the run.json of a model, empty if there is none. Warn if it is damaged."""
+    return read(Path(pipeline.name_or_path) / "run.json", json.loads) if pipeline.name_or_path else {}
+
+
+def recorded_data(model: str, pipeline: CFGPipeline) -> dict[str, Any] | None:
+    """Return the data settings of the training run, from its config or its record, or `None` if they are unknown."""
+    # The data settings have the same names in the configs of all methods.
+    known = read(Path(model) / CONFIG_FILE, yaml.safe_load) or run_record(pipeline).get("data")
+    if not isinstance(known, dict):
+        return None
+    names = {setting.name for setting in fields(DataConfig)}
+    return {name: value for name, value in known.items() if name in names}
+
+
+def read(path: Path, parse: Callable[[str], Any]) -> dict[str, Any]:
+    """Return the contents of a JSON or YAML file, empty if there is no file. Warn if it is damaged."""
+    if not path.is_file():
+        return {}
+    try:
+        return dict(parse(path.read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError, RecursionError, yaml.YAMLError) as error:
+        logger.warning("%s is damaged and not used: %s", path, error)
+        return {}
+
+
+def refuse_data_folder(output_dir: Path, data: dict[str, Any]) -> None:
+    """Raise UserError if an output folder lies in the folder of the data, whose readers would take it as data."""
+    for source in (data.get("train_data_dir"), data.get("dataset_name")):
+        if source and Path(source).is_dir() and output_dir.resolve().is_relative_to(Path(source).resolve()):
+            raise UserError(
+                f"--output_dir {output_dir} lies in the data folder {source}, where its images would be read as data. "
+                "Choose a different folder."
+            )
