@@ -82,11 +82,11 @@ class DataConfig(Config):
         if self.dataset_name is not None and self.train_data_dir is not None:
             raise UserError("Pass either --dataset_name or --train_data_dir, not both.")
         if self.dataset_name is None and self.train_data_dir is None:
-            for name in ("streaming", "class_names"):
-                if getattr(self, name):
+            for name in ("dataset_split", "streaming", "image_column", "label_column", "class_names"):
+                if getattr(self, name) != getattr(DataConfig, name):
                     raise UserError(f"--{name} needs a dataset. Pass --dataset_name or --train_data_dir.")
         if self.dataset_config_name is not None and self.dataset_name is None:
-            raise UserError("--dataset_config_name chooses a configuration of --dataset_name, which is missing.")
+            raise UserError("--dataset_config_name names a configuration of --dataset_name, which is missing.")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -367,5 +367,5 @@ def named_errors(source: str | None) -> Iterator[None]:
         raise
     except Exception as error:
         causes = [error, *([error.__cause__] if error.__cause__ is not None else [])]
-        reason = " ".join(str(cause) or type(cause).__name__ for cause in causes)
+        reason = ". ".join(f"{type(cause).__name__}: {cause}" for cause in causes)
         raise UserError(f"The dataset {source!r} cannot be loaded: {reason}") from error

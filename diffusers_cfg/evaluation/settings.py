@@ -110,6 +110,7 @@ class EvaluationConfig(SamplingConfig):
     train_data_dir: str | None = flag(None, "A folder with one subfolder of images per class, named after the class.")
     image_column: str | None = flag(None, "The dataset column with the images.")
     label_column: str | None = flag(None, "The dataset column with the class labels.")
+    class_names: str | None = flag(None, "Names of the classes of plain labels, as for training.", relative=True)
 
     def check(self) -> None:
         super().check()

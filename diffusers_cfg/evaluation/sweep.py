@@ -36,7 +36,7 @@ from diffusers_cfg.settings import DataConfig
 SAMPLES = "samples"
 DATA_SETTINGS = [
     *("dataset_name", "dataset_config_name", "dataset_split"),
-    *("train_data_dir", "image_column", "label_column"),
+    *("train_data_dir", "image_column", "label_column", "class_names"),
 ]
 
 

@@ -1,6 +1,9 @@
 """Test the loading of labelled images from datasets of every layout, in memory and streamed."""
 
 import logging
+import re
+import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -8,9 +11,11 @@ import datasets
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from diffusers_cfg.config import UserError
-from diffusers_cfg.data.datasets import stack_images
+from diffusers_cfg.data import sources
+from diffusers_cfg.data.datasets import LazyImages, fingerprint, stack_images
 from diffusers_cfg.data.sources import (
     DatasetImages,
     ImageStream,
@@ -22,6 +27,7 @@ from diffusers_cfg.settings import DataConfig
 from tests.support.images import (
     SPLITS_CARD,
     WEBDATASET_CARD,
+    numbered,
     numbers_of,
     open_stream,
     save_class_folders,
@@ -260,3 +266,150 @@ def test_labels_without_a_name_are_refused(tmp_path, streaming):
     of_row = "row 3 of shard 0 .* is 7" if streaming else "from 0 to 7"
     with pytest.raises(UserError, match=f"{of_row}, but the dataset names 2 classes"):
         load(tmp_path, dataset_name=save_unchecked_label(tmp_path / "seven", 7), **settings)
+
+
+def break_parquet(folder: Path) -> None:
+    path = folder / "train-00000-of-00001.parquet"
+    path.write_bytes(path.read_bytes()[:-50])
+
+
+def break_column(folder: Path) -> None:
+    path = folder / "train-00000-of-00001.parquet"
+    content = path.read_bytes()
+    path.write_bytes(content[:40] + b"\xff" * 260 + content[300:])
+
+
+def card(text: str) -> Callable[[Path], object]:
+    return lambda folder: (folder / "README.md").write_text(f"---\n{text}\n---\n")
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (card("foo: ["), "while parsing a flow node"),
+        (card("dataset_info:\n  features:\n  - {name: image, dtype: foo}"), "Feature type 'Foo' not found"),
+        (card("configs: 5"), "ValueError: Expected configs to be a list"),
+        (break_parquet, "ArrowInvalid: Parquet magic bytes not found"),
+        (break_column, "ArrowInvalid: Invalid or truncated"),
+        (lambda folder: (folder / "state.json").write_text("{"), "(written by save_to_disk|cannot be loaded)"),
+    ],
+)
+def test_damaged_datasets_are_named(tmp_path, streaming, damage, message):
+    """`datasets` raises exceptions of many types."""
+    source = save_shards(tmp_path / "data", 6)
+    damage(tmp_path / "data")
+    with pytest.raises(UserError, match=f"{source}.*{message}"):
+        load(tmp_path, dataset_name=source, streaming=streaming)
+
+
+def test_a_stream_that_breaks_later_is_named(tmp_path):
+    source = save_shards(tmp_path / "data", 6, 6)
+    stream = load(tmp_path, dataset_name=source, streaming=True, shuffle_buffer_size=6)
+    assert isinstance(stream, ImageStream)
+    for path in (tmp_path / "data").glob("*.parquet"):
+        path.write_bytes(b"broken")
+    with pytest.raises(UserError, match=f"The dataset '{source}' cannot be loaded: ArrowInvalid"):
+        [*stream.rows(0, 0), *stream.rows(1, 0)]
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_null_images_are_unreadable(tmp_path, caplog, streaming):
+    source = save_null_image(tmp_path / "data")
+    images = load(tmp_path, dataset_name=source, streaming=streaming)
+    data = stack_images(images, DataConfig(resolution=8, max_unreadable_fraction=0.2), 1, show_progress=False)
+    assert len(data) == 5
+    assert re.search(r"Skipped unreadable image row 2( of shard 0)?: The image is null", caplog.text)
+    with pytest.raises(UserError, match="1 of 6 images cannot be read.*: row 2"):
+        stack_images(images, DataConfig(resolution=8), 1, show_progress=False)
+
+
+def test_null_images_of_lazy_images_are_unreadable(tmp_path):
+    images = load(tmp_path, dataset_name=save_null_image(tmp_path / "data"))
+    batch = LazyImages(images, 8, 1, center_crop=True).__getitems__([1, 2])
+    assert batch.unreadable == ["row 2"]
+    assert batch.images[:, 0, 0, 0].tolist() == [1, 3]
+
+
+def save_null_image(folder: Path) -> str:
+    """Write six numbered images, of which number 2 is null."""
+    folder.mkdir()
+    rows = {"image": [{"bytes": numbered(i), "path": None} if i != 2 else None for i in range(6)], "label": [0, 1] * 3}
+    features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=["ant", "bee"])})
+    dataset = datasets.Dataset.from_dict(rows, features=features)
+    dataset.to_parquet(folder / "train-00000-of-00001.parquet")
+    return str(folder)
+
+
+def test_a_split_that_save_to_disk_did_not_write_is_refused(tmp_path):
+    dataset = datasets.load_dataset(save_shards(tmp_path / "data", 6), cache_dir=str(tmp_path / "cache"))
+    dataset.save_to_disk(tmp_path / "all")
+    with pytest.raises(UserError, match=r"has no split 'test'. Set --dataset_split to one of \['train'\]"):
+        load(tmp_path, dataset_name=str(tmp_path / "all"), dataset_split="test")
+
+
+def test_fingerprint_of_a_dataset_covers_every_image(tmp_path):
+    """The dataset is too large to decode at the start of a run."""
+
+    def name(folder: str, **settings) -> str:
+        images = load(tmp_path, dataset_name=folder, **settings)
+        return fingerprint(LazyImages(images, 8, 1, center_crop=True))
+
+    source = save_shards(tmp_path / "data", 40, 40)
+    names = [name(source), name(source, dataset_split="train[:50%]")]
+    assert name(source, cache_dir=str(tmp_path / "another")) == names[0]
+    save_shards(tmp_path / "changed", 40, 40, broken=[57])
+    shutil.copy(next((tmp_path / "changed").glob("train-00001*")), tmp_path / "data")
+    names.append(name(source))
+    assert len(set(names)) == 3
+
+
+# The colors of 200 images, of which a sample of 32 sees every sixth, and the resulting number of channels
+COLORS = {
+    "gray": ([], "L", (9, 9, 9), 1),
+    "one color": ([100], "RGB", (200, 0, 0), 3),
+    "one palette": ([100], "P", (200, 0, 0), 3),
+    "one transparent color": ([100], "RGBA", (200, 0, 0), 3),
+    "one gray image with three channels": ([100], "RGB", (9, 9, 9), 1),
+    "one almost gray image": ([100], "RGB", (9, 12, 7), 1),
+    "the first is gray with three channels": ([0], "RGB", (9, 9, 9), 3),
+}
+
+
+def write_colors(folder: Path, name: str) -> Path:
+    indices, mode, color, _ = COLORS[name]
+    for i in range(200):
+        path = folder / "ab"[i >= 100] / f"{i:03}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        image = Image.new("RGB", (4, 4), color).convert(mode) if i in indices else Image.new("L", (4, 4), 9)
+        image.save(path)
+    return folder
+
+
+@pytest.mark.parametrize("name", COLORS)
+def test_color_in_a_part_of_the_images_counts(tmp_path, name):
+    images = load(tmp_path, train_data_dir=str(write_colors(tmp_path / "data", name)))
+    assert images.channels == COLORS[name][3]
+
+
+@pytest.mark.parametrize("kind", ["cached", "lazy", "streamed"])
+def test_color_that_is_lost_is_logged(tmp_path, caplog, monkeypatch, kind):
+    """The search for color stops at a limit, and at the start of a stream."""
+    monkeypatch.setattr(sources, "MAX_COLOR_SEARCH", 32)
+    monkeypatch.setattr(sources, "PROBE_SIZE", 10)
+    folder = str(write_colors(tmp_path / "data", "one color"))
+    if kind == "streamed":
+        stream = open_stream(None, train_data_dir=folder, train_batch_size=200)
+        assert stream.images.channels == 1
+        next(iter(stream))
+    else:
+        images = load(tmp_path, train_data_dir=folder)
+        assert images.channels == 1
+        if kind == "cached":
+            stack_images(images, DataConfig(resolution=4), 1, show_progress=False)
+        else:
+            LazyImages(images, 4, 1, center_crop=True).__getitems__([*range(200), 100])
+    lost = [message for message in caplog.messages if "color, which is lost" in message]
+    assert len(lost) == 1
+    assert f"{folder}/b/100.png" in lost[0]
+    assert lost[0].startswith("1 images have color" if kind == "cached" else "Some images have color")
