@@ -127,13 +127,23 @@ class CFGPipeline(DiffusionPipeline):
     @classmethod
     def from_pipe(cls, pipeline: DiffusionPipeline, **kwargs: Any) -> "CFGPipeline":
         """
-        Create a pipeline with the components and settings of another one. The arguments are those of
-        `DiffusionPipeline.from_pipe`, which converts the components to `dtype`, by default float32.
+        Create a pipeline with the components and settings of another one.
+
+        Args:
+            pipeline (`DiffusionPipeline`): The other pipeline. Both share its components.
+            **kwargs: Components and settings that replace those of `pipeline`, and `dtype`, which converts the shared
+                components. By default they are not converted, unlike in `DiffusionPipeline.from_pipe`.
+
+        Returns:
+            `CFGPipeline`: The pipeline.
         """
-        # diffusers takes over only the networks whose class is exactly the annotated one, so pass them all.
-        expected, _ = cls._get_signature_keys(cls)
-        components = {name: value for name, value in pipeline.components.items() if name in expected}
-        return super().from_pipe(pipeline, **{**components, **kwargs})
+        dtype = kwargs.pop("dtype", None) or kwargs.pop("torch_dtype", None)
+        known = {**pipeline.config, **pipeline.components}
+        components, settings = cls._get_signature_keys(cls)
+        kept = {name: value for name, value in known.items() if name in {*components, *settings}}
+        created = cls(**{**kept, **kwargs})
+        created.register_to_config(_name_or_path=pipeline.config.get("_name_or_path"))
+        return created if dtype is None else created.to(dtype=dtype)
 
     @property
     def id2label(self) -> dict[int, str]:
@@ -147,7 +157,7 @@ class CFGPipeline(DiffusionPipeline):
 
     @property
     def guidance_scale(self) -> float | Sequence[float] | torch.Tensor | Callable[[float], Any] | None:
-        """The guidance scale of the last call; `None` if a guider set it."""
+        """The guidance scale of the last call; `None` with a guider. For one that changes, pass a function of λ."""
         return self._guidance_scale
 
     @property
@@ -542,7 +552,10 @@ class CFGPipeline(DiffusionPipeline):
             "unet": (is_network, "a UNet2DCFGModel"),
             "guide_unet": (is_network or is_none, "a UNet2DCFGModel or None"),
             "scheduler": (isinstance(component, SchedulerMixin), "a scheduler object, not a class"),
-            "vae": (isinstance(component, torch.nn.Module) or is_none, "an autoencoder or None"),
+            "vae": (
+                isinstance(getattr(component, "_orig_mod", component), AutoencoderKL) or is_none,
+                "an AutoencoderKL or None",
+            ),
             "guider": (isinstance(component, BaseGuidance) or is_none, "a diffusers guider object or None"),
         }
         if name in types:
@@ -651,7 +664,7 @@ class CFGPipeline(DiffusionPipeline):
                 "generator": (
                     generator,
                     generator is None or is_generator,
-                    "torch.Generator().manual_seed(0) or a list with one torch.Generator for each image",
+                    "a torch.Generator, such as torch.Generator().manual_seed(0), or a list with one for each image",
                 ),
                 "latents": (
                     latents,
@@ -968,7 +981,10 @@ class CFGPipeline(DiffusionPipeline):
         """Return w at each λ and for each image, float32 `(steps, images)` on the CPU; 0 outside the interval."""
         if callable(guidance_scale):
             rows = [
-                self._scale_per_image(guidance_scale(x), num_images, num_images_per_label) for x in log_snr.tolist()
+                self._scale_per_image(
+                    guidance_scale(x), num_images, num_images_per_label, "What guidance_scale returns"
+                )
+                for x in log_snr.tolist()
             ]
         else:
             if guidance_scale is None:  # a guider sets it
@@ -992,11 +1008,11 @@ class CFGPipeline(DiffusionPipeline):
             )
         return scales
 
-    def _scale_per_image(self, guidance_scale: Any, num_images: int, num_images_per_label: int) -> torch.Tensor:
+    def _scale_per_image(
+        self, guidance_scale: Any, num_images: int, num_images_per_label: int, name: str = "guidance_scale"
+    ) -> torch.Tensor:
         """Expand w, a number or one number per label or per image, to float32 `(images,)` on the CPU."""
-        w = self._numbers(
-            "guidance_scale", guidance_scale, "a number, or a list with one per label or per image"
-        ).float()
+        w = self._numbers(name, guidance_scale, "a number, or a list with one per label or per image").float()
         num_labels = num_images // num_images_per_label
         if w.ndim == 0:
             w = w.expand(num_images)
@@ -1004,12 +1020,12 @@ class CFGPipeline(DiffusionPipeline):
             w = w.repeat_interleave(num_images_per_label)
         elif w.shape != (num_images,):
             raise ValueError(
-                f"guidance_scale has shape {tuple(w.shape)}, but must be one number, one per label ({num_labels}) or "
+                f"{name} has shape {tuple(w.shape)}, but must be one number, one per label ({num_labels}) or "
                 f"one per image ({num_images})."
             )
         wrong = [value for value in w.tolist() if not math.isfinite(value)]
         if wrong:
-            raise ValueError(f"guidance_scale must be finite, but contains {wrong}.")
+            raise ValueError(f"{name} must be finite, but contains {wrong}.")
         return w
 
     def log_snr(self) -> torch.Tensor:

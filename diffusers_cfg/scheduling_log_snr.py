@@ -115,8 +115,13 @@ class LogSNRScheduler(SchedulerMixin, ConfigMixin):
         lambda_min_clipped: float = -5.1,
         trained_betas: list[float] | None = None,
     ) -> None:
-        if num_train_timesteps < 2:
-            raise ValueError(f"num_train_timesteps must be at least 2, but is {num_train_timesteps}.")
+        if type(num_train_timesteps) is not int or not 2 <= num_train_timesteps <= 1_000_000:
+            raise ValueError(f"num_train_timesteps must be in 2 … 1000000, but is {num_train_timesteps!r}.")
+        numbers = {"log_snr_min": log_snr_min, "log_snr_max": log_snr_max}
+        numbers |= {"variance_interpolation": variance_interpolation, "sigma_max": sigma_max}
+        for name, value in numbers.items():
+            if not isinstance(value, (int, float)) or isinstance(value, bool):
+                raise ValueError(f"{name} must be a number, but is {value!r}.")
         if not -60 <= log_snr_min < log_snr_max <= 60:
             raise ValueError(
                 f"log_snr_min must be less than log_snr_max and both must be within ±60, where α and σ fit in float32, "
@@ -140,14 +145,15 @@ class LogSNRScheduler(SchedulerMixin, ConfigMixin):
 
         alpha, _ = self.alpha_sigma(self.u(torch.arange(num_train_timesteps, dtype=torch.float64)))
         self.alphas_cumprod = (alpha**2).float()
-        # diffusers does not pass arguments with default values on to a different scheduler class. Here the defaults
-        # define the process, so no value may count as a default.
         self.register_to_config(
             thresholding=thresholding and clip_sample,
             sigma_max=min(sigma_max, math.exp(-log_snr_min / 2)),
             trained_betas=self._betas((alpha**2).tolist()),
-            _use_default_values=[],
         )
+        if "_use_default_values" in self.config:
+            # diffusers does not pass arguments with default values on to a different scheduler class. Here the
+            # defaults define the process, so no value may count as a default.
+            self.register_to_config(_use_default_values=[])
 
     @staticmethod
     def _betas(alphas_cumprod: list[float]) -> list[float]:
@@ -247,10 +253,11 @@ class LogSNRScheduler(SchedulerMixin, ConfigMixin):
             device (`str` or `torch.device`, *optional*): Device of `timesteps`.
 
         Raises:
-            ValueError: If `num_inference_steps` is less than 1.
+            ValueError: If `num_inference_steps` is not an integer of at least 1.
         """
-        if num_inference_steps < 1:
-            raise ValueError(f"num_inference_steps must be at least 1, but is {num_inference_steps}.")
+        is_integer = hasattr(num_inference_steps, "__index__") and not isinstance(num_inference_steps, bool)
+        if not is_integer or num_inference_steps < 1:
+            raise ValueError(f"num_inference_steps must be an integer of at least 1, but is {num_inference_steps!r}.")
         u = torch.linspace(1, 0, num_inference_steps, dtype=torch.float64)
         self.num_inference_steps = num_inference_steps
         self.timesteps = self.timestep(u).to(device=device, dtype=torch.float32)

@@ -126,7 +126,9 @@ class UNet2DCFGModel(UNet2DModel):
                 f"{self.max_num_class_embeds}, but is {num_class_embeds!r}."
             )
         if max_guidance_scale is not None and (
-            type(max_guidance_scale) not in (int, float) or not 0 < max_guidance_scale < float("inf")
+            not isinstance(max_guidance_scale, (int, float))
+            or isinstance(max_guidance_scale, bool)
+            or not 0 < max_guidance_scale < float("inf")
         ):
             raise ValueError(f"max_guidance_scale must be a positive number, but is {max_guidance_scale!r}.")
 

@@ -1,14 +1,18 @@
 """Test `UNet2DCFGModel` against `UNet2DModel`: outputs, labels, settings and the guidance input."""
 
 import inspect
+import json
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from diffusers import UNet2DModel
+from diffusers import DiffusionPipeline, UNet2DModel
 from diffusers.utils import logging as diffusers_logging
+from safetensors.torch import load_file, save_file
 
 from diffusers_cfg import UNet2DCFGModel
-from tests.support.models import make_unet
+from tests.support.models import make_pipeline, make_unet
 
 Z = torch.randn(2, 1, 8, 8, generator=torch.Generator().manual_seed(1))
 T = torch.tensor(500.0)
@@ -234,6 +238,20 @@ def test_student_starts_as_its_teacher_and_can_depend_on_w(unet, tmp_path):
     torch.testing.assert_close(again(Z, T, labels, guidance_scale=w).sample, guided)
 
 
+@pytest.mark.parametrize("w", [[9.0, 0.0], [-1.0, 0.0], [float("nan"), 0.0], [1.0], 1.0, [[1.0, 1.0]]])
+def test_guidance_scale_outside_the_range_is_refused(unet, w):
+    student, w = with_guidance_input(unet), torch.tensor(w)
+    with pytest.raises(ValueError, match=r"one w per sample, shape \(2,\), in 0 … 4, the range"):
+        student(Z, T, guidance_scale=w)
+    if w.shape == (2,):  # reading a value on the meta device raises
+        student.to("meta")(Z.to("meta"), T.to("meta"), guidance_scale=w.to("meta"))
+
+
+def test_attention_backend_without_effect_is_refused(unet):
+    with pytest.raises(ValueError, match=r"set_attention_backend\('flex'\) would have no effect"):
+        unet.set_attention_backend("flex")
+
+
 def test_dtype_is_the_compute_dtype(unet):
     assert unet.dtype == torch.float32
     assert unet.to(torch.bfloat16).dtype == torch.bfloat16
@@ -245,3 +263,120 @@ def test_dtype_is_the_compute_dtype(unet):
         rough = unet(Z.bfloat16(), T, class_labels=given).sample
         assert rough.dtype == torch.bfloat16
         assert (rough - exact).abs().max() < 0.5 * exact.abs().max()
+
+
+@pytest.fixture
+def folder(unet, tmp_path) -> Path:
+    unet.save_pretrained(tmp_path)
+    return tmp_path
+
+
+def rewrite(path: Path, change) -> None:
+    """Change the tensors of a safetensors file."""
+    save_file(change(load_file(path)), path)
+
+
+def without(tensors: dict, *names: str) -> dict:
+    return {name: value for name, value in tensors.items() if name not in names}
+
+
+WEIGHTS = "diffusion_pytorch_model.safetensors"
+DAMAGES = {
+    "no class embedding": (lambda x: without(x, "class_embedding.weight"), r"1 missing \(class_embedding.weight\)"),
+    "another tensor": (lambda x: {**x, "other": torch.ones(1)}, r"1 unexpected \(other\)"),
+    "empty file": (lambda x: {}, r"145 missing \(class_embedding.weight, conv_in.bias, conv_in.weight\)"),
+    "renamed": (
+        lambda x: {f"module.{name}": value for name, value in x.items()},
+        r"145 missing .*145 unexpected \(module.class_embedding.weight, ",
+    ),
+    "empty tensor": (lambda x: {**x, "conv_in.bias": torch.empty(0)}, r"conv_in.bias.*\[8\].*\[0\]"),
+    "another shape": (lambda x: {**x, "conv_out.bias": torch.ones(2)}, r"conv_out.bias.*\[1\].*\[2\]"),
+}
+
+
+@pytest.mark.parametrize("low_cpu_mem_usage", [True, False])
+@pytest.mark.parametrize("name", DAMAGES)
+def test_incomplete_weights_are_refused(folder, name, low_cpu_mem_usage):
+    """diffusers leaves missing tensors on the meta device, or random."""
+    change, message = DAMAGES[name]
+    rewrite(folder / WEIGHTS, change)
+    for path, settings in ((folder, {}), (folder.parent, {"subfolder": folder.name})):
+        with pytest.raises(ValueError, match=rf"(?s){folder}.*{message}"):
+            UNet2DCFGModel.from_pretrained(path, low_cpu_mem_usage=low_cpu_mem_usage, **settings)
+
+
+@pytest.mark.parametrize("low_cpu_mem_usage", [True, False])
+def test_incomplete_shard_is_refused(unet, tmp_path, low_cpu_mem_usage):
+    """The index of the shards names the missing tensor, so that diffusers counts it as loaded."""
+    unet.save_pretrained(tmp_path, max_shard_size="20kB")
+    loaded = UNet2DCFGModel.from_pretrained(tmp_path, low_cpu_mem_usage=low_cpu_mem_usage)
+    torch.testing.assert_close(loaded(Z, T).sample, unet(Z, T).sample)
+    index = json.loads((tmp_path / f"{WEIGHTS}.index.json").read_text())["weight_map"]
+    rewrite(tmp_path / index["class_embedding.weight"], lambda x: without(x, "class_embedding.weight"))
+    with pytest.raises(ValueError, match=r"1 missing \(class_embedding.weight\)"):
+        UNet2DCFGModel.from_pretrained(tmp_path, low_cpu_mem_usage=low_cpu_mem_usage)
+
+
+def test_incomplete_variant_is_refused(unet, tmp_path):
+    unet.save_pretrained(tmp_path, variant="fp16")
+    assert UNet2DCFGModel.from_pretrained(tmp_path, variant="fp16").num_classes == 3
+    rewrite(tmp_path / "diffusion_pytorch_model.fp16.safetensors", lambda x: without(x, "conv_in.bias"))
+    with pytest.raises(ValueError, match=r"1 missing \(conv_in.bias\)"):
+        UNet2DCFGModel.from_pretrained(tmp_path, variant="fp16")
+
+
+@pytest.mark.parametrize("missing", [WEIGHTS, "config.json"])
+def test_missing_file_is_named(folder, missing):
+    (folder / missing).unlink()
+    torch.save({}, folder / "diffusion_pytorch_model.bin")  # a pickle is not loaded instead
+    with pytest.raises(OSError, match=missing):
+        UNet2DCFGModel.from_pretrained(folder)
+
+
+@pytest.mark.parametrize("content", [b"", b"abc", b"\x80\x04."])
+def test_damaged_file_is_named(folder, content):
+    (folder / WEIGHTS).write_bytes(content)
+    with pytest.raises(OSError, match=str(folder / WEIGHTS)):
+        UNet2DCFGModel.from_pretrained(folder)
+
+
+def test_pickles_are_refused(folder):
+    with pytest.raises(ValueError, match="use_safetensors=False is not supported"):
+        UNet2DCFGModel.from_pretrained(folder, use_safetensors=False)
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        *[(config, "config.json must contain the settings of a UNet2DCFGModel") for config in ([], None, 5)],
+        ({"num_class_embeds": "4"}, "num_class_embeds must be .*'4'"),
+        ({"num_class_embeds": 10**9}, "num_class_embeds must be .*1000000000"),
+        ({"max_guidance_scale": 4.0}, r"4 missing \(guidance_embedding"),
+        ({"down_block_types": ["Other", "Other"]}, "Other does not exist"),
+    ],
+)
+def test_invalid_config_is_refused(folder, config, message):
+    path = folder / "config.json"
+    config = {**json.loads(path.read_text()), **config} if isinstance(config, dict) else config
+    path.write_text(json.dumps(config))
+    with pytest.raises(ValueError, match=f"{folder}.*{message}"):
+        UNet2DCFGModel.from_pretrained(folder)
+
+
+def test_missing_folder_says_so(tmp_path):
+    with pytest.raises(OSError, match=f"{tmp_path / 'none'} does not exist"):
+        UNet2DCFGModel.from_pretrained(tmp_path / "none")
+
+
+def test_incomplete_weights_are_refused_by_remote_code(tmp_path):
+    make_pipeline().save_pretrained(tmp_path)
+    rewrite(tmp_path / "unet" / WEIGHTS, lambda x: without(x, "class_embedding.weight"))
+    with pytest.raises(ValueError, match=r"1 missing \(class_embedding.weight\)"):
+        DiffusionPipeline.from_pretrained(tmp_path, trust_remote_code=True)
+
+
+def test_loading_info_and_mismatched_sizes_are_those_of_diffusers(folder):
+    loaded: Any = UNet2DCFGModel.from_pretrained(folder, output_loading_info=True)
+    assert loaded[1]["missing_keys"] == []
+    settings: dict[str, Any] = {"ignore_mismatched_sizes": True, "low_cpu_mem_usage": False}
+    assert UNet2DCFGModel.from_pretrained(folder, num_class_embeds=6, **settings).num_classes == 5
