@@ -322,5 +322,5 @@ def results_section(folder: Path) -> str:
 LIMITS = """## Intended use and limits
 
 This model is intended for research and education. It reproduces the gaps and biases of its training data. A larger w
-makes samples more typical of their class and less diverse. `from_pipe` and `device_map="balanced"` are not supported if
-the model is loaded with remote code."""
+makes samples more typical of their class and less diverse. `device_map="balanced"` is not supported if the model is
+loaded with remote code."""
