@@ -38,7 +38,7 @@ COMPANIONS |= {"readme", "license", "thumbs", "desktop"}  # Thumbs.db and deskto
 # Files that `datasets` reads.
 DATASET_FILES = {".parquet", ".arrow", ".tar"}
 # Contents of the output folder of a run.
-RUN_FILES = re.compile(r"model_index\.json|run\.json|train_config\.yaml|checkpoint-\d+")
+RUN_FILES = re.compile(r"model_index\.json|train_config\.yaml|checkpoint-\d+")
 
 
 @cache

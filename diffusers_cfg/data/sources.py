@@ -38,7 +38,7 @@ PROBE_SIZE = 256
 # Number of images that are decoded to determine whether a dataset is grayscale.
 CHANNELS_SAMPLE_SIZE = 32
 # Number of images of a grayscale sample's dataset that are searched for color.
-MAX_COLOR_SEARCH = 20_000
+MAX_COLOR_SEARCH = 10_000
 
 
 class LabelledImages:
@@ -171,13 +171,12 @@ class FolderImages(DatasetImages):
 
     def fingerprint(self) -> str:
         """Return a hash of the names, sizes and times of all files. It stays the same if the folder is moved."""
-        paths = [content and content["path"] for content in self.encoded[self.column][:]]
-        root = os.path.commonpath([path for path in paths if path])
-        digest = hashlib.sha256()
+        paths = [content["path"] for content in self.encoded[self.column][:] if content]
+        root, digest = os.path.commonpath([min(paths), max(paths)]), hashlib.sha256()
         for path in paths:
-            with suppress(OSError, TypeError):  # a file that is missing, or a row without one
+            with suppress(OSError):  # a missing file
                 status = os.stat(path)
-                digest.update(f"{os.path.relpath(path, root)} {status.st_size} {status.st_mtime_ns}\n".encode())
+                digest.update(f"{path.removeprefix(root)} {status.st_size} {status.st_mtime_ns}\n".encode())
         return digest.hexdigest()
 
 

@@ -335,7 +335,7 @@ REFUSED = {
         {},
         "names 'http://x/y.png'",
     ),
-    "a folder of a run": (["a/0.png", "b/0.png", "run.json"], {}, "{root} is the output folder of a run"),
+    "a folder of a run": (["a/0.png", "b/0.png", "train_config.yaml"], {}, "{root} is the output folder of a run"),
     "no such split": (["a/0.png", "b/0.png"], {"dataset_split": "test"}, r"Unknown split .test.*\['train'\]"),
     "no such split among splits": (["train/a/0.png", "test/a/0.png"], {"dataset_split": "val"}, "Unknown split .val"),
     "two folders for a split": (["test/a/0.png", "eval/a/0.png"], {}, r"Unknown split .train.*\['eval', 'test'\]"),
