@@ -10,9 +10,9 @@ from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
 from diffusers_cfg.config import UserError
 from diffusers_cfg.evaluation.records import recorded_data
 from diffusers_cfg.evaluation.reports import INTERVAL, caption, cell, new_figure, save_figure, table
-from diffusers_cfg.evaluation.sampling import choose_scheduler, load_pipeline
+from diffusers_cfg.evaluation.sampling import load_pipeline
 from diffusers_cfg.evaluation.settings import EvaluationConfig, format_number
-from diffusers_cfg.evaluation.sweep import check_output_dir, check_sampling
+from diffusers_cfg.evaluation.sweep import check_folders, check_sampling
 
 PAPER_SAMPLER = "LogSNRScheduler"
 # Two distances count as equal if the larger exceeds the smaller by at most this fraction.
@@ -56,13 +56,9 @@ def check_settings(configs: list[EvaluationConfig]) -> None:
     for _, group in groupby(configs, key=lambda config: config.model):
         model_configs = list(group)
         pipeline = load_pipeline(replace(model_configs[0], scheduler=None), "cpu")
-        original = pipeline.scheduler
         for config in model_configs:
-            pipeline.scheduler = original
-            if config.scheduler is not None:
-                pipeline.scheduler = choose_scheduler(config.scheduler, pipeline)
             check_sampling(config, pipeline)
-            check_output_dir(config, recorded_data(config.model, pipeline) or {})
+            check_folders(config, recorded_data(config.model, pipeline) or {})
 
 
 def combine(configs: list[EvaluationConfig], records: list[dict[str, Any]]) -> dict[str, Any]:

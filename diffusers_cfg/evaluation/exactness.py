@@ -1,6 +1,8 @@
 """Compare guidance and its samplers with a known exact solution, and guidance rules on a trained model."""
 
 import math
+from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -8,9 +10,10 @@ import diffusers
 import numpy as np
 import torch
 from accelerate import Accelerator
-from diffusers import DDIMScheduler, UniPCMultistepScheduler
+from diffusers import DDIMScheduler
 
 from diffusers_cfg import CFGPipeline
+from diffusers_cfg.evaluation.class_labels import balanced_class_labels, classes_of
 from diffusers_cfg.evaluation.grids import make_grid
 from diffusers_cfg.evaluation.measure import measure
 from diffusers_cfg.evaluation.mixture import (
@@ -21,11 +24,12 @@ from diffusers_cfg.evaluation.mixture import (
     rms_distance,
     sliced_wasserstein,
 )
-from diffusers_cfg.evaluation.reports import new_figure, save_figure, table
-from diffusers_cfg.evaluation.sampling import draw_images
+from diffusers_cfg.evaluation.reports import new_figure, save_figure, save_image, table
+from diffusers_cfg.evaluation.sampling import check_call, draw_images, load_pipeline
+from diffusers_cfg.evaluation.settings import EvaluationConfig, format_number
 from diffusers_cfg.evaluation.statistics import BATCH_SIZE, RealStatistics
-from diffusers_cfg.evaluation.sweep import load_data
-from diffusers_cfg.loading import load_guide_unet
+from diffusers_cfg.evaluation.sweep import check_scales, load_data
+from diffusers_cfg.files import check_writable
 
 # Solvers of the probability flow, and their nominal orders of convergence.
 SOLVERS = {
@@ -184,45 +188,43 @@ def network_error(output_dir: Path, size: float = 0.01) -> str:
     )
 
 
-def rules(
-    output_dir: Path,
-    accelerator: Accelerator,
-    statistics_dir: Path,
-    model: str,
-    guide_model: str | None = None,
-    guidance_scale: float = 2.0,
-    num_samples: int = 1000,
-    num_inference_steps: int = 20,
-    seed: int = 0,
-) -> str:
+def check_rules(config: EvaluationConfig) -> None:
+    """Raise `UserError` if the rules cannot be compared on the model with these settings."""
+    pipeline = load_rules_pipeline(config, "cpu")
+    check_writable(Path(config.statistics_dir), "--statistics_dir")
+    check_scales(config, pipeline)
+    for _, call in rules_of(config, pipeline):
+        check_call(pipeline, **call)
+    load_data(config.model, {}, pipeline, show_progress=False)
+
+
+def load_rules_pipeline(config: EvaluationConfig, device: torch.device | str) -> CFGPipeline:
+    """Load the models, with a solver of the probability flow."""
+    return load_pipeline(replace(config, scheduler="UniPCMultistepScheduler"), device)
+
+
+def rules(output_dir: Path, accelerator: Accelerator, config: EvaluationConfig) -> str:
     """
     Compare guidance rules at the same w on a trained model.
 
     Args:
         output_dir (`Path`): the folder for `rules.png`.
         accelerator (`Accelerator`): a single process.
-        statistics_dir (`Path`): the folder that caches the statistics of the real images.
-        model (`str`): the output folder of a training run.
-        guide_model (`str`, *optional*): the output folder of a weaker model of the same data, for autoguidance.
-        guidance_scale (`float`): w.
-        num_samples (`int`), num_inference_steps (`int`), seed (`int`): the sampling settings of each rule.
+        config (`EvaluationConfig`): the models, the only w, and the sampling settings of each rule.
 
     Returns:
         The table, in Markdown.
     """
-    pipeline = CFGPipeline.from_pretrained(model)
-    pipeline.set_progress_bar_config(disable=True)
-    pipeline.scheduler = UniPCMultistepScheduler.from_config(pipeline.scheduler.config)
-    dataset, id2label, _ = load_data(model, {}, pipeline, show_progress=True)
+    pipeline = load_rules_pipeline(config, accelerator.device)
+    dataset, id2label, _ = load_data(config.model, {}, pipeline, show_progress=True)
+    num_samples, statistics_dir = config.num_samples, Path(config.statistics_dir)
     real = RealStatistics(accelerator, dataset, id2label, "small", num_samples, statistics_dir)
-    class_labels = torch.arange(num_samples) % len(id2label)
+    classes = classes_of(dataset.class_labels)
+    class_labels = balanced_class_labels(classes, num_samples)
     metrics, rows, tiles = ["frechet_distance", "class_accuracy", "precision", "recall"], [], []
-    calls = calls_of(guidance_scale, guide_model)
-    for name, call in calls.items():
-        pipeline.guide_unet = call.pop("guide_unet", None)
-        call["num_inference_steps"] = num_inference_steps
+    for name, call in rules_of(config, pipeline):
         drawn = [
-            draw_images(pipeline, class_labels[indices], indices.tolist(), seed, **call)
+            draw_images(pipeline, class_labels[indices], indices.tolist(), config.seed, **call)
             for indices in torch.arange(num_samples).split(BATCH_SIZE)
         ]
         fake = torch.cat([images for images, _ in drawn])
@@ -231,20 +233,22 @@ def rules(
         row = measure(summary, real.reference, real.extractor.id2label)
         cells = [*(f"{row[metric]:.3f}" for metric in metrics), f"{saturated(fake):.3f}", f"{drawn[0][1]:.0f}"]
         rows.append([name, *cells])
-        tiles.append(fake[: len(id2label)] / 255)
-    make_grid(torch.stack(tiles), list(calls), list(id2label.values())).save(output_dir / "rules.png")
+        tiles.append(fake[: len(classes)] / 255)
+    columns = [id2label[class_id] for class_id in class_labels[: len(classes)].tolist()]
+    save_image(make_grid(torch.stack(tiles), [name for name, *_ in rows], columns), output_dir / "rules.png")
     header = ["rule", "Fréchet distance", *metrics[1:], "saturated", "evaluations per image"]
     return (
-        f"## Rules at w = {guidance_scale:g} on {Path(model).name}\n\n{num_samples} samples, {num_inference_steps} "
-        "steps of UniPC. Saturated: the fraction of pixels that are 0 or 255; "
+        f"## Rules at w = {format_number(config.guidance_scales[0])} on {config.model_name}\n\n{num_samples} samples, "
+        f"{config.num_inference_steps} steps of UniPC. Saturated: the fraction of pixels that are 0 or 255; "
         f"{saturated(dataset.images):.3f} for the real images.\n\n" + table(header, rows)
     )
 
 
-def calls_of(w: float, guide_model: str | None) -> dict[str, dict[str, Any]]:
-    """Return the call arguments of each guidance rule. Set `guide_unet`, if present, on the pipeline instead."""
+def rules_of(config: EvaluationConfig, pipeline: CFGPipeline) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yield the name and the call arguments of each guidance rule. Only the last rule uses the guide."""
+    (w,), guide_unet = config.guidance_scales, pipeline.guide_unet
     guiders, original = diffusers.guiders, {"guidance_scale": w, "use_original_formulation": True}
-    calls = {
+    calls: dict[str, dict[str, Any]] = {
         "w = 0": {"guidance_scale": 0.0},
         "classifier-free guidance": {"guidance_scale": w},
         "interval (0.2, 5]": {"guidance_scale": w, "guidance_interval": (0.2, 5.0)},
@@ -257,9 +261,12 @@ def calls_of(w: float, guide_model: str | None) -> dict[str, dict[str, Any]]:
         },
         "TangentialClassifierFreeGuidance": {"guider": guiders.TangentialClassifierFreeGuidance(**original)},
     }
-    if guide_model is not None:
-        calls["autoguidance by --guide_model"] = {"guidance_scale": w, "guide_unet": load_guide_unet(guide_model)}
-    return calls
+    autoguidance = "autoguidance by --guide_model"
+    if guide_unet is not None:
+        calls[autoguidance] = {"guidance_scale": w}
+    for name, call in calls.items():
+        pipeline.guide_unet = guide_unet if name == autoguidance else None
+        yield name, {**call, "num_inference_steps": config.num_inference_steps}
 
 
 def saturated(images: torch.Tensor) -> float:

@@ -280,9 +280,9 @@ def draw_to_folder(config: SampleConfig, accelerator: Accelerator) -> None:
     check_call(pipeline, **call_arguments(config, config.guidance_scale))
     output_dir = Path(config.output_dir)
     samples = SampleSet(output_dir / UNFINISHED, config.num_samples)
+    check_writable(output_dir, "--output_dir")
     refuse_data_folder(output_dir, recorded_data(config.model, pipeline) or {})
     if accelerator.is_main_process:
-        check_writable(output_dir, "--output_dir")
         # An interrupted command may have written a part of its images, and goes on.
         interrupted = (samples.folder / SETTINGS_FILE).is_file() and not samples.folder.is_symlink()
         if output_dir.is_dir() and any(output_dir.iterdir()) and not interrupted:

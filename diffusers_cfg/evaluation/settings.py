@@ -1,5 +1,6 @@
 """Declare the settings of sampling and of evaluation."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar, Literal
@@ -17,6 +18,13 @@ def format_number(value: float) -> str:
     """Format a number as short as possible without losing a digit, so that different numbers have different texts."""
     text = f"{value:g}"
     return text if float(text) == value else repr(value)
+
+
+def refuse_flags(argv: list[str], hints: Mapping[str, str]) -> None:
+    """Raise UserError for flags of another command that have no effect in this one. `hints` says what to do instead."""
+    for name in (argument.split("=")[0] for argument in argv):
+        if name in hints:
+            raise UserError(f"{name} is not a flag of this command. {hints[name]}")
 
 
 @dataclass(frozen=True, kw_only=True)

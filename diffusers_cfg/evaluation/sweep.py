@@ -22,6 +22,7 @@ from diffusers_cfg.evaluation.sample_sets import SETTINGS_FILE, SampleSet, claim
 from diffusers_cfg.evaluation.sampling import (
     call_arguments,
     check_call,
+    choose_scheduler,
     draw_sets,
     load_pipeline,
     sampling_settings,
@@ -61,10 +62,7 @@ def run_sweep(config: EvaluationConfig, accelerator: Accelerator) -> dict[str, A
     check_sampling(config, pipeline)
     given = {name: getattr(config, name) for name in DATA_SETTINGS if getattr(config, name) is not None}
     output_dir = output_folder(config)
-    check_output_dir(config, {**(recorded_data(config.model, pipeline) or {}), **given})
-    if accelerator.is_main_process:
-        check_writable(output_dir, "--output_dir")
-        check_writable(Path(config.statistics_dir), "--statistics_dir")
+    check_folders(config, {**(recorded_data(config.model, pipeline) or {}), **given})
     with accelerator.main_process_first():
         dataset, id2label, data_name = load_data(config.model, given, pipeline, accelerator.is_main_process)
     settings = {"class_labels": config.class_labels, **sampling_settings(config, pipeline)}
@@ -90,15 +88,21 @@ def run_sweep(config: EvaluationConfig, accelerator: Accelerator) -> dict[str, A
 
 
 def check_sampling(config: EvaluationConfig, pipeline: CFGPipeline) -> None:
-    """Raise `UserError` for settings that do not fit the model or that its pipeline rejects."""
+    """Raise `UserError` for settings that do not fit the model or that its pipeline rejects, with their scheduler."""
     check_scales(config, pipeline)
+    original = pipeline.scheduler
+    if config.scheduler is not None:
+        pipeline.scheduler = choose_scheduler(config.scheduler, pipeline)
     for w in config.guidance_scales:
         check_call(pipeline, **call_arguments(config, w))
+    pipeline.scheduler = original
 
 
-def check_output_dir(config: EvaluationConfig, data: dict[str, Any]) -> None:
-    """Raise `UserError` if the output folder has files that no sweep wrote, or lies in the folder of the data."""
+def check_folders(config: EvaluationConfig, data: dict[str, Any]) -> None:
+    """Raise `UserError` if a folder cannot be written, or the output folder belongs to something else."""
     output_dir = output_folder(config)
+    check_writable(output_dir, "--output_dir")
+    check_writable(Path(config.statistics_dir), "--statistics_dir")
     if config.output_dir is not None:  # the default lies in the model's folder
         refuse_data_folder(output_dir, data)
     own = [output_dir / METRICS_FILE, output_dir / SAMPLES / SETTINGS_FILE]

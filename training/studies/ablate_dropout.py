@@ -17,10 +17,19 @@ from argparse import ArgumentDefaultsHelpFormatter, ArgumentParser, Namespace
 from dataclasses import replace
 from pathlib import Path
 
-from diffusers_cfg.config import parse_config, run_command
+from diffusers_cfg.config import UserError, parse_config, run_command
 from diffusers_cfg.engine.preemption import Preemption
-from diffusers_cfg.evaluation.settings import PAPER_SCALES, EvaluationConfig
+from diffusers_cfg.evaluation.settings import PAPER_SCALES, EvaluationConfig, format_number, refuse_flags
 from diffusers_cfg.settings import CFGConfig
+
+# Flags of train_cfg.py that this command sets itself or that several runs cannot share.
+REFUSED = {
+    "--conditioning_dropout_prob": "Pass --conditioning_dropout_probs.",
+    "--resume_from_checkpoint": "Runs are resumed automatically.",
+    "--overwrite_output_dir": "Pass a different --output_dir, or delete the folder of a run to repeat it.",
+    "--dry_run": "Pass it to train_cfg.py.",
+    "--push_to_hub": "Publish one of the models with publish.py.",
+}
 
 
 def parse_args(argv: list[str] | None = None) -> tuple[Namespace, list[str]]:
@@ -53,17 +62,24 @@ def main(argv: list[str] | None = None) -> None:
     """Run the command with `argv`, by default `sys.argv[1:]`."""
     preemption = Preemption().install()
     args, train_argv = parse_args(argv)
+    refuse_flags(train_argv, REFUSED)
     runs = {p: configs_of(p, args, train_argv) for p in args.conditioning_dropout_probs}
+    if len(runs) < len(args.conditioning_dropout_probs):
+        raise UserError(f"--conditioning_dropout_probs must not repeat a value: {args.conditioning_dropout_probs}.")
     # Imported here so that --help and flag errors do not wait for torch.
+    from diffusers_cfg.data.sources import load_labelled_images
     from diffusers_cfg.engine.accelerator import make_accelerator
     from diffusers_cfg.engine.trainer import Trainer
     from diffusers_cfg.evaluation.ablations import dropout_table, plot_tradeoff
     from diffusers_cfg.evaluation.in_training import training_evaluation
     from diffusers_cfg.evaluation.reports import write_text
-    from diffusers_cfg.evaluation.sweep import run_sweep
+    from diffusers_cfg.evaluation.sweep import check_folders, check_sampling, run_sweep
     from diffusers_cfg.methods.cfg import ClassifierFreeGuidance
 
-    records = {}
+    images, records = load_labelled_images(next(iter(runs.values()))[0]), {}
+    for train_config, evaluation_config in runs.values():  # all before the first run starts
+        check_sampling(evaluation_config, ClassifierFreeGuidance.build(train_config, images).pipeline)
+        check_folders(evaluation_config, vars(train_config))
     for p, (train_config, evaluation_config) in runs.items():
         if not (Path(train_config.output_dir) / "run.json").is_file():
             Trainer(train_config, ClassifierFreeGuidance, preemption, training_evaluation).run()
@@ -79,7 +95,7 @@ def main(argv: list[str] | None = None) -> None:
 
 def configs_of(p: float, args: Namespace, train_argv: list[str]) -> tuple[CFGConfig, EvaluationConfig]:
     """Return the training and evaluation settings for one p_uncond. Raise `UserError` if a setting is invalid."""
-    model = Path(args.output_dir) / f"p={p:g}"
+    model = Path(args.output_dir) / f"p={format_number(p)}"
     started = model.is_dir() and any(model.iterdir())
     train_config = replace(
         parse_config(CFGConfig, train_argv),

@@ -18,7 +18,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from diffusers_cfg.config import UserError, parse_config, run_command
-from diffusers_cfg.evaluation.settings import EvaluationConfig
+from diffusers_cfg.evaluation.settings import EvaluationConfig, format_number
 
 SAMPLERS = [
     "LogSNRScheduler:256",
@@ -114,7 +114,7 @@ def configs_of(args: Namespace, evaluation_argv: list[str]) -> list[EvaluationCo
 
 def folder_name(scheduler: str, steps: int, interval: list[float] | None) -> str:
     """Return the name of the output folder of a sampler with its steps and guidance interval."""
-    return f"{scheduler}-{steps}" + ("-interval={:g},{:g}".format(*interval) if interval else "")
+    return f"{scheduler}-{steps}" + (f"-interval={','.join(map(format_number, interval))}" if interval else "")
 
 
 def parse_sampler(text: str) -> tuple[str, list[int]]:

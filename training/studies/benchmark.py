@@ -22,9 +22,15 @@ from contextlib import redirect_stdout
 from dataclasses import replace
 from pathlib import Path
 
-from diffusers_cfg.config import parse_config, run_command
+from diffusers_cfg.config import UserError, parse_config, run_command
+from diffusers_cfg.evaluation.settings import refuse_flags
 from diffusers_cfg.settings import CFGConfig
 
+# Flags of train_cfg.py that this command sets itself.
+REFUSED = {
+    **dict.fromkeys(("--output_dir", "--resume_from_checkpoint"), "The trained models are deleted."),
+    **dict.fromkeys(("--dry_run", "--push_to_hub"), "Pass it to train_cfg.py."),
+}
 TRAIN_COMMAND = Path(__file__).parents[1] / "train_cfg.py"
 
 
@@ -42,7 +48,14 @@ def parse_args(argv: list[str] | None = None) -> tuple[Namespace, CFGConfig]:
     parser.add_argument("--repeats", type=int, default=5, help="Number of timed calls of each side.")
     parser.add_argument("--output", help="JSON file for the measurements.")
     args, train_argv = parser.parse_known_args(argv)
-    return args, replace(parse_config(CFGConfig, train_argv), report_to="none")
+    refuse_flags(train_argv, REFUSED)
+    for name in ("batch_sizes", "sampling_steps", "training_steps", "repeats"):
+        value = getattr(args, name)
+        if min(value if isinstance(value, list) else [value]) < 1:
+            raise UserError(f"--{name} must be at least 1, but is {value}.")
+    if 1000 % args.sampling_steps:
+        raise UserError(f"--sampling_steps must be a divisor of 1000, but is {args.sampling_steps}.")
+    return args, replace(parse_config(CFGConfig, train_argv), report_to="none", push_to_hub=False)
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -58,7 +71,13 @@ def main(argv: list[str] | None = None) -> None:
     from diffusers_cfg.evaluation import benchmark
     from diffusers_cfg.evaluation.reports import write_json
     from diffusers_cfg.evaluation.timing import describe_machine
+    from diffusers_cfg.files import check_writable
     from diffusers_cfg.methods.cfg import ClassifierFreeGuidance
+
+    if args.output is not None:
+        check_writable(Path(args.output).parent, "The folder of --output")
+        if Path(args.output).is_dir():
+            raise UserError(f"--output {args.output} is a folder. Pass a file.")
 
     def train() -> float:
         with tempfile.TemporaryDirectory() as folder, redirect_stdout(io.StringIO()):
@@ -81,7 +100,7 @@ def main(argv: list[str] | None = None) -> None:
         "starting": benchmark.compare_starting(TRAIN_COMMAND, repeats),
     }
     print(benchmark.tables(record))
-    if args.output:
+    if args.output is not None:
         write_json(record, Path(args.output))
 
 

@@ -18,12 +18,12 @@ from argparse import ArgumentDefaultsHelpFormatter, ArgumentParser, Namespace
 from collections.abc import Callable
 from pathlib import Path
 
-from diffusers_cfg.config import CACHE_DIR, UserError, run_command
-from diffusers_cfg.run_settings import MIN_SAMPLES
+from diffusers_cfg.config import UserError, run_command
+from diffusers_cfg.evaluation.settings import EvaluationConfig
 
 
-def parse_args(argv: list[str] | None = None) -> Namespace:
-    """Parse the flags of this command."""
+def parse_args(argv: list[str] | None = None) -> tuple[Namespace, EvaluationConfig | None]:
+    """Parse the flags of this command. Return them, and the settings of the rules on a trained model, if any."""
     parser = ArgumentParser(
         prog="exactness.py",
         description="Compare guidance and its samplers with a known exact solution, and plot the results.",
@@ -38,22 +38,30 @@ def parse_args(argv: list[str] | None = None) -> Namespace:
     parser.add_argument(
         "--seed", type=int, default=0, help="Random seed; each sample depends on the seed and its index."
     )
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    settings = {name: value for name, value in vars(args).items() if name not in ("output_dir", "model")}
+    if args.model is None:
+        if useless := [f"--{name}" for name, value in settings.items() if value != parser.get_default(name)]:
+            raise UserError(f"{', '.join(useless)} has an effect only with --model.")
+        return args, None
+    return args, EvaluationConfig(model=args.model, guidance_scales=[settings.pop("guidance_scale")], **settings)
 
 
 def main(argv: list[str] | None = None) -> None:
     """Run the command with `argv`, by default `sys.argv[1:]`."""
-    args = parse_args(argv)
-    if args.model is not None and args.num_samples < MIN_SAMPLES:
-        raise UserError(f"--num_samples must be at least {MIN_SAMPLES}, but is {args.num_samples}.")
+    args, config = parse_args(argv)
     # Imported here so that --help and flag errors do not wait for torch.
     import diffusers
 
     from diffusers_cfg.engine.accelerator import make_accelerator
     from diffusers_cfg.evaluation import exactness
     from diffusers_cfg.evaluation.reports import write_text
+    from diffusers_cfg.files import check_writable
 
     output_dir = Path(args.output_dir)
+    check_writable(output_dir, "--output_dir")
+    if config is not None:
+        exactness.check_rules(config)
     output_dir.mkdir(parents=True, exist_ok=True)
     diffusers.utils.logging.set_verbosity_error()
     experiments: list[Callable[[Path], str]] = [
@@ -62,9 +70,8 @@ def main(argv: list[str] | None = None) -> None:
         exactness.stochastic,
         exactness.network_error,
     ]
-    if args.model is not None:
-        settings = {name: value for name, value in vars(args).items() if name != "output_dir"}
-        experiments.append(lambda folder: exactness.rules(folder, make_accelerator(), CACHE_DIR, **settings))
+    if config is not None:
+        experiments.append(lambda folder: exactness.rules(folder, make_accelerator(), config))
     sections = []
     for experiment in experiments:
         sections.append(experiment(output_dir))
