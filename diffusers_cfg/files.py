@@ -26,11 +26,12 @@ LOCK_FILE = ".lock"
 def check_writable(folder: Path, flag: str) -> None:
     """Raise UserError if files cannot be written to the folder of a flag, which need not exist. Write nothing."""
     try:
+        folder.resolve()  # raises ValueError for a null character
         folders = folder.absolute(), *folder.absolute().parents
         existing = next(path for path in folders if path.exists() or path.is_symlink())
         if existing.is_dir():
             tempfile.TemporaryFile(dir=existing).close()
-    except (OSError, ValueError) as error:  # ValueError: a null character
+    except (OSError, ValueError) as error:
         raise UserError(f"{flag} {str(folder)!r} cannot be written: {error}. Pass a different folder.") from error
     if not existing.is_dir():
         raise UserError(f"{flag} {folder} cannot be a folder, because {existing} is not one. Pass a folder.")
