@@ -156,10 +156,6 @@ class CFGPipeline(pipeline_cfg.CFGPipeline):
             ValueError: If `safe_serialization=False` is passed.
             PublishError: If publishing failed.
         """
-        if not kwargs.get("safe_serialization", True):
-            raise ValueError(
-                "safe_serialization=False is not supported: loading pickled weights can run code. Leave it out."
-            )
         names = ("repo_id", "commit_message", "private", "token", "create_pr", "overwrite")
         hub_arguments = {name: kwargs.pop(name) for name in names if name in kwargs}
         super().save_pretrained(save_directory, **kwargs)

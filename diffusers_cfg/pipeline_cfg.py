@@ -1087,13 +1087,22 @@ class CFGPipeline(DiffusionPipeline):
     # trust_remote_code=True)` runs the code in the folder, which model_index.json names.
     # `CFGPipeline.from_pretrained(folder)` uses the installed package and runs no code from the folder.
 
-    def save_pretrained(self, save_directory: str | os.PathLike, *args: Any, **kwargs: Any) -> None:
+    def save_pretrained(
+        self, save_directory: str | os.PathLike, safe_serialization: bool = True, *args: Any, **kwargs: Any
+    ) -> None:
         """
         Save the pipeline to a folder, including optional components that were assigned after construction. Takes the
         arguments of `DiffusionPipeline.save_pretrained`.
+
+        Raises:
+            ValueError: If `safe_serialization=False` is passed.
         """
+        if not safe_serialization:
+            raise ValueError(
+                "safe_serialization=False is not supported: loading pickled weights can run code. Leave it out."
+            )
         self._record_optional_components()
-        super().save_pretrained(save_directory, *args, **kwargs)
+        super().save_pretrained(save_directory, safe_serialization, *args, **kwargs)
 
     def _record_optional_components(self) -> None:
         """Record optional components in the config. diffusers records them only at construction."""

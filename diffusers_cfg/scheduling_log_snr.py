@@ -145,15 +145,14 @@ class LogSNRScheduler(SchedulerMixin, ConfigMixin):
 
         alpha, _ = self.alpha_sigma(self.u(torch.arange(num_train_timesteps, dtype=torch.float64)))
         self.alphas_cumprod = (alpha**2).float()
+        # diffusers does not pass arguments with default values on to a different scheduler class. Here the defaults
+        # define the process, so no value may count as a default.
         self.register_to_config(
             thresholding=thresholding and clip_sample,
             sigma_max=min(sigma_max, math.exp(-log_snr_min / 2)),
             trained_betas=self._betas((alpha**2).tolist()),
+            _use_default_values=[],
         )
-        if "_use_default_values" in self.config:
-            # diffusers does not pass arguments with default values on to a different scheduler class. Here the
-            # defaults define the process, so no value may count as a default.
-            self.register_to_config(_use_default_values=[])
 
     @staticmethod
     def _betas(alphas_cumprod: list[float]) -> list[float]:

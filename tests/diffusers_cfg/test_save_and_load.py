@@ -300,3 +300,13 @@ def test_index_with_unknown_classes_is_refused(folder, change, message):
     (folder / "model_index.json").write_text(json.dumps({**index, **change}))
     with pytest.raises(ValueError, match=message):
         CFGPipeline.from_pretrained(folder)
+
+
+@pytest.mark.parametrize("remote_code", [False, True])
+def test_pickles_are_not_saved(folder, tmp_path, remote_code):
+    """They would not load again."""
+    loader = DiffusionPipeline if remote_code else CFGPipeline
+    loaded = loader.from_pretrained(folder, **({"trust_remote_code": True} if remote_code else {}))
+    with pytest.raises(ValueError, match="safe_serialization=False is not supported"):
+        loaded.save_pretrained(tmp_path / "pickles", safe_serialization=False)
+    assert not (tmp_path / "pickles").exists()
