@@ -37,6 +37,8 @@ COMPANIONS = {".txt", ".caption", ".json", ".jsonl", ".csv", ".tsv", ".xml", ".y
 COMPANIONS |= {"readme", "license", "thumbs", "desktop"}  # Thumbs.db and desktop.ini
 # Files that `datasets` reads.
 DATASET_FILES = {".parquet", ".arrow", ".tar"}
+# What Python puts into names in place of bytes that are not UTF-8.
+NOT_UTF8 = re.compile("[\ud800-\udfff]")
 # Contents of the output folder of a run.
 RUN_FILES = re.compile(r"model_index\.json|train_config\.yaml|checkpoint-\d+")
 
@@ -126,6 +128,9 @@ def list_folder(source: str) -> ImageFolder:
     add_files(folder, "", frozenset())
     for paths in (folder.folders, folder.images, folder.metadata, folder.others):
         paths.sort()
+    for path in (*folder.folders, *folder.images):
+        if NOT_UTF8.search(path):
+            raise UserError(f"{folder.root} contains {path!r}, whose name is not UTF-8. Rename it.")
     return folder
 
 
@@ -213,8 +218,8 @@ def find_splits(folder: ImageFolder, needs_labels: bool) -> dict[str, ImageFolde
     splits = {name: SPLIT_OF[name.lower()] for name in folder.classes if name.lower() in SPLIT_OF}
     folders = {name: folder.subfolder(name) for name in splits}
     others = [name for name in folder.classes if name not in splits]
-    has_labels = any(split.folders or split.metadata for split in folders.values())
-    if others or not splits or (needs_labels and not has_labels):
+    labelled = any(split.folders or split.metadata for split in folders.values())
+    if others or not splits or (needs_labels and not labelled):
         if len(splits) > 1:
             reason = f"{others[0]} is beside them" if others else "they have no subfolders"
             taken = "The folders %s of %s are taken as classes, not as splits, because %s."
@@ -261,7 +266,8 @@ def read_rows(folder: ImageFolder, config: DataConfig, needs_labels: bool) -> Ro
     warn_about_files_beside(folder, [*folder.images, *folder.others])
     images, others = ([path for path in paths if "/" in path] for paths in (folder.images, folder.others))
     labels = [path.partition("/")[0] for path in images]
-    if empty := [name for name in folder.classes if name not in set(labels)]:
+    present = {*labels}
+    if empty := [name for name in folder.classes if name not in present]:
         unread = count_kinds(path for path in others if path.partition("/")[0] in empty)
         raise UserError(
             f"These class folders have no image that PIL can read: {listed(folder.absolute(empty))}"

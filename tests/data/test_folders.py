@@ -376,6 +376,14 @@ def test_a_broken_link_counts_as_unreadable(tmp_path, caplog):
     assert "Skipped unreadable image" in caplog.text
 
 
+def test_names_that_are_not_utf8_are_refused(tmp_path):
+    """Archives of other systems contain such names."""
+    root = write_tree(tmp_path / "data", "a/0.png", "b/0.png")
+    (root / "a" / "0.png").rename(os.fsdecode(os.fsencode(root / "a") + b"/\xff.png"))
+    with pytest.raises(UserError, match=rf"{root} contains 'a/\\udcff.png', whose name is not UTF-8. Rename it"):
+        load(root)
+
+
 def test_a_folder_of_parquet_metadata_keeps_its_class_names(tmp_path):
     root = write_tree(tmp_path / "data", "{0..3}.png")
     label = datasets.ClassLabel(names=["no", "yes", "never"])
