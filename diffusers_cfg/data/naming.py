@@ -11,8 +11,8 @@ def is_built_in(config: DataConfig) -> bool:
 
 
 def public_name(name_or_path: str | None) -> str | None:
-    """Return the name of a repository on the Hub, or `None` for a local path and for `None`."""
-    if name_or_path is None or Path(name_or_path).exists() or name_or_path.count("/") > 1 or name_or_path[0] in "./~":
+    """Return the name of a repository on the Hub, or `None` for a local path and for an empty name."""
+    if not name_or_path or Path(name_or_path).exists() or name_or_path.count("/") > 1 or name_or_path[0] in "./~":
         return None
     return name_or_path
 

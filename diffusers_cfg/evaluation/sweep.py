@@ -1,5 +1,6 @@
 """Evaluate a model over guidance scales w: generate samples for each w and compare them with the model's data."""
 
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -221,6 +222,8 @@ def first_names(id2label: dict[int, str]) -> str:
 
 
 def smaller_size(images: LabelledImages, resolution: int) -> tuple[int, int] | None:
-    """Return the size of the first image if it is smaller than the resolution, otherwise `None`."""
-    size = images.open_image(0).size
-    return size if min(size) < resolution else None
+    """Return the size of the first readable image if it is smaller than the resolution, otherwise `None`."""
+    for index in range(len(images)):
+        with suppress(Exception):  # unreadable images are counted when the dataset is decoded
+            size = images.open_image(index).size
+            return size if min(size) < resolution else None

@@ -16,6 +16,7 @@ from diffusers_cfg.config import UserError
 from diffusers_cfg.data.datasets import LazyImages, fingerprint, stack_images
 from diffusers_cfg.data.labels import UNLABELLED
 from diffusers_cfg.data.sources import ImageStream, LabelledImages, load_labelled_images
+from diffusers_cfg.evaluation.sweep import smaller_size
 from diffusers_cfg.settings import DataConfig
 from tests.support.images import numbered
 
@@ -398,6 +399,14 @@ def test_images_of_a_class_that_cannot_be_read_are_an_error(tmp_path):
     root = write_tree(tmp_path / "data", "cat/{0..9}.png", ("dog/0.png", "broken"))
     with pytest.raises(UserError, match="No image of these classes can be read: dog"):
         stack_images(load(root), DataConfig(max_unreadable_fraction=0.5), 1, show_progress=False)
+
+
+def test_size_of_the_first_readable_image(tmp_path):
+    """An evaluation compares it with the resolution of the model."""
+    images = load(write_tree(tmp_path / "data", ("a/0.png", "broken"), "a/1.png", "b/0.png"))
+    assert [smaller_size(images, resolution) for resolution in (8, 9)] == [None, (8, 8)]
+    images = load(write_tree(tmp_path / "broken", ("a/0.png", "broken"), ("b/0.png", "broken")))
+    assert smaller_size(images, 8) is None
 
 
 def test_files_left_out_count_with_those_that_cannot_be_decoded(tmp_path):

@@ -169,6 +169,17 @@ def test_class_names_of_a_webdataset(tmp_path, streaming, column, class_names, n
     assert sorted(numbers) == list(range(6))
 
 
+def test_metadata_is_streamed_with_class_names(tmp_path):
+    for number in range(6):
+        (tmp_path / f"{number}.png").write_bytes(numbered(number))
+    rows = "".join(f"{number}.png,{number % 3}\n" for number in range(6))
+    (tmp_path / "metadata.csv").write_text(f"file_name,label\n{rows}")
+    config = DataConfig(train_data_dir=str(tmp_path), resolution=8, streaming=True, class_names="3")
+    images = load_labelled_images(config)
+    assert images.id2label == {0: "0", 1: "1", 2: "2"}
+    assert sorted(images.class_labels.tolist()) == [0, 0, 1, 1, 2, 2]
+
+
 def test_nested_labels_without_class_names(tmp_path):
     source = save_webdataset(tmp_path / "data", json=as_json)
     assert load(source, tmp_path, False, label_column="json.name").id2label == {0: "a", 1: "b", 2: "c"}
