@@ -102,7 +102,8 @@ class CFGPipeline(pipeline_cfg.CFGPipeline):
         try:
             return super().from_pretrained(str(folder), **kwargs)
         except Exception as error:  # damaged files and configs raise exceptions of many types
-            raise ValueError(f"{source} cannot be loaded: {error}") from error
+            problem = str(error) if str(folder) in str(error) else f"{source} cannot be loaded: {error}"
+            raise ValueError(problem) from error
 
     @classmethod
     def download(cls, pretrained_model_name: str | os.PathLike, **kwargs: Any) -> str:

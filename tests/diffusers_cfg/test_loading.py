@@ -119,7 +119,7 @@ DAMAGED = {
     "config is not JSON": (text("unet/config.json", "{"), "unet/config.json cannot be read as JSON"),
     "config is binary": (lambda f: (f / "unet/config.json").write_bytes(b"\xff"), "unet/config.json cannot be read"),
     "scheduler is a string": (text("scheduler/scheduler_config.json", '"x"'), "must contain a JSON object"),
-    "negative classes": (entry("unet/config.json", "num_class_embeds", -5), "model cannot be loaded"),
+    "negative classes": (entry("unet/config.json", "num_class_embeds", -5), "model/unet cannot be loaded"),
     "no weights": (removed(f"unet/{WEIGHTS}"), f"model/unet has no weights in {WEIGHTS}"),
     "pickled weights": (pickled("unet"), "only diffusion_pytorch_model.bin, which is not loaded because a pickle can"),
     "pickled autoencoder": (pickled("vae"), "model/vae has no weights .*only diffusion_pytorch_model.bin"),
