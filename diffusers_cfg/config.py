@@ -103,6 +103,8 @@ class Config:
         for setting in fields(self):
             value = convert(setting.name, getattr(self, setting.name), annotations[setting.name], setting.metadata)
             check_range(setting.name, value, setting.metadata)
+            if value == "":
+                raise UserError(f"{setting.name} must not be empty. Leave out --{setting.name}, or pass a value.")
             object.__setattr__(self, setting.name, value)
         self.check()
 

@@ -76,9 +76,6 @@ class DataConfig(Config):
 
     def check(self) -> None:
         """Check combinations of settings. Raise UserError."""
-        for name in ("dataset_name", "dataset_config_name", "train_data_dir", "class_names", "cache_dir"):
-            if getattr(self, name) == "":
-                raise UserError(f"{name} must not be empty. Leave out --{name}, or pass a value.")
         if self.dataset_name is not None and self.train_data_dir is not None:
             raise UserError("Pass either --dataset_name or --train_data_dir, not both.")
         if self.dataset_name is None and self.train_data_dir is None:

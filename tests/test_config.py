@@ -104,7 +104,7 @@ def test_shipped_settings_are_valid(path):
         ({"logging_dir": "*"}, "logging_dir must be the name of a folder"),
         ({"logging_dir": "/tmp/logs"}, "logging_dir must be the name of a folder"),
         ({"logging_dir": "a/b"}, "logging_dir must be the name of a folder"),
-        ({"logging_dir": ""}, "logging_dir must be the name of a folder"),
+        ({"logging_dir": ""}, "logging_dir must not be empty. Leave out --logging_dir, or pass a value"),
         ({"seed": 2**70}, "seed must lie in"),
         ({"block_out_channels": [0]}, "block_out_channels must be at least 1"),
         ({"max_unreadable_fraction": 7}, r"max_unreadable_fraction must lie in \[0, 1\]"),

@@ -5,7 +5,7 @@ import logging
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, TypeVar, cast
+from typing import Any, TypeVar
 
 import diffusers
 import torch
@@ -14,7 +14,7 @@ from diffusers import DiffusionPipeline, SchedulerMixin
 from diffusers.guiders import BaseGuidance
 from tqdm.auto import tqdm
 
-from diffusers_cfg import CFGPipeline, LogSNRScheduler
+from diffusers_cfg import CFGPipeline, LogSNRScheduler, UNet2DCFGModel
 from diffusers_cfg.config import UserError
 from diffusers_cfg.evaluation.class_labels import parse_class_labels
 from diffusers_cfg.evaluation.records import recorded_data, refuse_data_folder
@@ -39,11 +39,11 @@ def load_pipeline(config: SamplingConfig, device: torch.device | str) -> CFGPipe
     Raises:
         UserError: if a model cannot be loaded, or the scheduler is not supported.
     """
+    guidance_arguments(config, 0.0)  # raises UserError for an unknown guider
     try:
         pipeline = CFGPipeline.from_pretrained(config.model, variant=config.variant)
         if config.guide_model is not None:
-            pipeline.guide_unet = load_guide_unet(config.guide_model)
-            check_guide_classes(config.guide_model, pipeline)
+            pipeline.guide_unet = load_guide(config.guide_model, pipeline)
     except (OSError, ValueError) as error:
         guide = f" or --guide_model {config.guide_model}" if config.guide_model is not None else ""
         raise UserError(f"--model {config.model}{guide} cannot be loaded: {error}") from error
@@ -56,18 +56,31 @@ def load_pipeline(config: SamplingConfig, device: torch.device | str) -> CFGPipe
     return pipeline.to(device)
 
 
-def check_guide_classes(guide_model: str, pipeline: CFGPipeline) -> None:
-    """Raise UserError if a guide model has other classes than the model. A checkpoint does not name its classes."""
+def load_guide(name: str, pipeline: CFGPipeline) -> UNet2DCFGModel:
+    """
+    Load the network of a guide model.
+
+    Args:
+        name (`str`): a pipeline, or a checkpoint of a training run.
+        pipeline (`CFGPipeline`): the pipeline to guide.
+
+    Raises:
+        OSError: if it cannot be found.
+        ValueError: if it cannot be loaded, or has other classes or a different noise process than the pipeline.
+    """
     try:
-        index = cast(dict[str, Any], CFGPipeline.load_config(guide_model))
-    except (OSError, ValueError):
-        return
-    names = {int(class_id): name for class_id, name in (index.get("id2label") or {}).items()}
-    if names and pipeline.id2label and (differing := sorted(names.items() ^ pipeline.id2label.items())):
-        raise UserError(
-            f"The model and its guide name their classes differently: {differing[:4]}. A guide must be trained on the "
-            "same classes."
+        guide = CFGPipeline.from_pretrained(name)
+    except FileNotFoundError:  # A checkpoint has no classes to compare, and its network records its noise process.
+        return load_guide_unet(name)
+    ours, theirs = pipeline.id2label, guide.id2label
+    if ours and theirs and (differing := sorted(ours.items() ^ theirs.items())):
+        raise ValueError(
+            f"The guide has different classes than the model, such as {differing[:2]}. Pass a guide of the same classes."
         )
+    original, pipeline.scheduler = pipeline.scheduler, guide.scheduler
+    check_call(pipeline, guidance_scale=0.0, num_inference_steps=guide.num_inference_steps)  # checks the noise process
+    pipeline.scheduler = original
+    return guide.unet
 
 
 def choose_scheduler(name: str, pipeline: CFGPipeline) -> SchedulerMixin:

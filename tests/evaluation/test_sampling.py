@@ -167,6 +167,21 @@ def test_shard_with_different_classes_is_not_reused(tmp_path):
             "SmoothedEnergyGuidance cannot be created from a guidance scale alone",
         ),
         (["--guider", "MagnitudeAwareGuidance"], "MagnitudeAwareGuidance cannot guide this model"),
+        *(
+            (["--guider", name], f"--guider {name} cannot be created from a guidance scale alone")
+            for name in ("BaseGuidance", "AutoGuidance", "SkipLayerGuidance", "FrequencyDecoupledGuidance")
+        ),
+        (["--guider", "guider_utils"], "--guider guider_utils is not a guider of diffusers"),
+        (["--class_labels", ""], "--class_labels has unknown classes: ''"),
+        (["--variant", ""], "variant must not be empty. Leave out --variant, or pass a value"),
+        (["--model", ""], "model must not be empty"),
+        (["--num_samples", "1000000000000"], r"num_samples must lie in \[1, 100000000\], but is 1000000000000"),
+        (["--num_inference_steps", "1000000000"], r"num_inference_steps must lie in \[1, 100000\]"),
+        (["--guidance_scale", "1e300"], "guidance_scale must be finite"),
+        (["--guidance_interval", "nan", "1"], "guidance_interval must be finite"),
+        (["--batch_size", "0"], "batch_size must be at least 1, but is 0"),
+        (["--seed", "-1"], "seed must be at least 0, but is -1"),
+        (["--scheduler", "SASolverScheduler"], "--scheduler SASolverScheduler is not supported"),
     ],
 )
 def test_invalid_settings_raise_before_any_file_is_written(model, argv, message):
@@ -186,6 +201,39 @@ def test_invalid_settings_raise_before_any_file_is_written(model, argv, message)
 def test_guider_cannot_be_combined_with_the_pipelines_own_guidance(model, own):
     with pytest.raises(UserError, match=f"{own[0]} cannot be combined with --guider ClassifierFreeGuidance"):
         config_of(model, "--guider", "ClassifierFreeGuidance", *own)
+
+
+@pytest.mark.parametrize(
+    "argv", [["--seed", str(10**23)], ["--class_labels", "two", "two"], ["--batch_size", str(10**12)]]
+)
+def test_unusual_settings_are_right(model, argv):
+    assert len([*draw(model, *argv, "--num_samples", "2").rglob("*.png")]) == 2
+
+
+@pytest.mark.parametrize(
+    ("unet", "settings", "message"),
+    [
+        ({"num_class_embeds": 3}, {"id2label": {0: "zero", 1: "one"}}, r"different classes .*\(2, 'two'\)"),
+        ({"num_class_embeds": 3}, {"id2label": None}, "guide_unet has num_classes 2, but the UNet has 3"),
+        ({}, {"id2label": {0: "a", 1: "one", 2: "two"}}, r"different classes .* \[\(0, 'a'\), \(0, 'zero'\)\]"),
+        ({"in_channels": 3, "out_channels": 3}, {}, "guide_unet has in_channels 3, but the UNet has 1"),
+        ({"max_guidance_scale": 4.0}, {}, "guide_unet.max_guidance_scale must be None: a distilled network"),
+        ({}, {"scheduler": LogSNRScheduler(log_snr_min=-10.0)}, "does not match the noise process"),
+        ({}, {"scheduler": LogSNRScheduler(prediction_type="v_prediction")}, "does not match the noise process"),
+    ],
+)
+def test_guide_model_must_fit(model, tmp_path, unet, settings, message):
+    make_pipeline(make_unet(**unet), **settings).save_pretrained(tmp_path / "guide")
+    with pytest.raises(UserError, match=message):
+        draw(model, "--guide_model", str(tmp_path / "guide"))
+    assert not (tmp_path / "images").exists()
+
+
+def test_checkpoint_can_be_the_guide(trained_model, tmp_path):
+    flags = ["--model", str(trained_model), "--guide_model", str(trained_model / "checkpoint-2")]
+    config = parse_config(SampleConfig, [*flags, "--num_inference_steps", "1", "--output_dir", str(tmp_path / "out")])
+    draw_to_folder(config, Accelerator(cpu=True))
+    assert len([*(tmp_path / "out").rglob("*.png")]) == 20
 
 
 def test_non_empty_output_folder_raises(model):

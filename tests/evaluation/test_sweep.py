@@ -192,6 +192,31 @@ def test_noise_and_class_do_not_depend_on_w(model, tmp_path, evaluate):
     assert np.abs(a - b).max() <= 1
 
 
+def test_scales_that_print_alike_do_not_share_samples(model, tmp_path, evaluate):
+    rows = evaluate(model, tmp_path / "out", "--guidance_scales", "0.1234567", "0.1234568", "0.1", "100000")
+    folders = {path.name for path in (tmp_path / "out" / "samples").iterdir() if path.is_dir()}
+    assert folders == {"w=0.1234567", "w=0.1234568", "w=0.1", "w=100000"}
+    assert [row["guidance_scale"] for row in rows] == [0.1234567, 0.1234568, 0.1, 100000]
+    assert "| 0.1234567 | " in (tmp_path / "out" / "metrics.md").read_text()
+
+
+def test_full_disk_keeps_the_samples(model, swept, evaluate, monkeypatch):
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    before = shards(swept)
+    (swept / "samples" / "w=1" / "shard-00002.npz").unlink()
+    with monkeypatch.context() as patch:
+        patch.setattr(np, "savez_compressed", lambda *_, **__: full())
+        with pytest.raises(
+            UserError, match="No space left on device. The images drawn so far are kept in .*samples. R"
+        ):
+            evaluate(model, swept)
+    assert len(shards(swept)) == 5
+    evaluate(model, swept)
+    assert shards(swept) == before
+
+
 def labels_of(
     how: Literal["balanced", "random", "data"], data_labels: torch.Tensor, num_classes: int, num_samples: int
 ) -> torch.Tensor:
@@ -226,6 +251,18 @@ def test_data_labels_have_the_proportions_of_the_data():
         (["--guidance_rescale", "2"], r"guidance_rescale must lie in \[0, 1\]"),
         (["--train_data_dir", "/nowhere"], "--train_data_dir /nowhere is not a folder"),
         (["--scheduler", "DDIMScheduler", "--num_inference_steps", "3"], "DDIMScheduler cannot take 3 steps"),
+        (["--guidance_scales", "1", "0", "1.0"], r"guidance_scales must not repeat a value, but is \[1.0, 0.0, 1.0\]"),
+        (["--guider", "ClassifierFreeGuidance", "--guidance_rescale", "0.5"], "--guidance_rescale cannot be combined"),
+        (["--statistics_dir", "/dev/null"], "--statistics_dir /dev/null cannot be a folder, because /dev/null is not"),
+        (["--statistics_dir", "/proc/x"], "--statistics_dir '/proc/x' cannot be written"),
+        (["--statistics_dir", "x" * 300], "--statistics_dir 'x+' cannot be written: .*File name too long"),
+        (["--statistics_dir", ""], "statistics_dir must not be empty"),
+        (["--output_dir", "/dev/null/x"], "--output_dir /dev/null/x cannot be a folder, because /dev/null is not"),
+        (["--output_dir", "a\0b"], r"--output_dir 'a\\x00b' cannot be written"),
+        (["--output_dir", "MODEL"], "--output_dir .*model has files of something else"),
+        (["--output_dir", "MODEL/unet"], "--output_dir .*unet has files of something else"),
+        (["--output_dir", "DATA/out", "--train_data_dir", "DATA"], "--output_dir .*out lies in the data folder"),
+        (["--feature_extractor", ""], "feature_extractor must not be empty"),
     ],
 )
 def test_invalid_settings_raise_before_real_images_are_read(model, tmp_path, evaluate, monkeypatch, argv, message):
@@ -233,6 +270,8 @@ def test_invalid_settings_raise_before_real_images_are_read(model, tmp_path, eva
         raise AssertionError("the real images were read")
 
     monkeypatch.setattr(features, "small_classifier", never)
+    (tmp_path / "data").mkdir()
+    argv = [argument.replace("MODEL", str(model)).replace("DATA", str(tmp_path / "data")) for argument in argv]
     with pytest.raises(UserError, match=message):
         evaluate(model, tmp_path / "out", *argv)
     assert not (tmp_path / "out").exists()

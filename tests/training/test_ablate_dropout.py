@@ -47,6 +47,45 @@ def test_settings_are_checked_before_training(argv, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--conditioning_dropout_probs", "2"], r"conditioning_dropout_prob must lie in \[0, 1\), but is 2.0"),
+        (["--conditioning_dropout_probs", "nan"], r"conditioning_dropout_prob must lie in \[0, 1\), but is nan"),
+        (["--conditioning_dropout_probs", "0.1", "0.1"], r"must not repeat a value: \[0.1, 0.1\]"),
+        (["--conditioning_dropout_probs", "0.1", "0"], r"--guidance_scales \[1.0\] need a null class"),
+        (["--conditioning_dropout_prob", "0.3"], "--conditioning_dropout_prob is not a flag of this command. Pass"),
+        (["--push_to_hub", "--hub_token", "hf_secret"], "--push_to_hub is not a flag of this command"),
+        (["--dry_run=true"], "--dry_run is not a flag of this command"),
+        (["--resume_from_checkpoint", "latest"], "Runs are resumed automatically"),
+        (["--overwrite_output_dir"], "--overwrite_output_dir is not a flag of this command"),
+        (["--scheduler", "Nonsense"], "--scheduler Nonsense is not supported"),
+        (["--scheduler", "DDIMScheduler", "--num_inference_steps", "3"], "DDIMScheduler cannot take 3 steps"),
+        (["--num_inference_steps", "0"], r"num_inference_steps must lie in \[1, 100000\], but is 0"),
+        (["--guidance_scales", "nan"], "guidance_scales must be finite"),
+        (["--guidance_scales", "1e300"], "guidance_scale must be finite"),
+        (["--output_dir", "/dev/null"], "/dev/null is not one. Pass a folder"),
+        (["--block_out_channels", "0"], "block_out_channels"),
+    ],
+)
+def test_invalid_flags_raise_before_the_first_run(argv, tmp_path, monkeypatch, flags, message):
+    def never(*_):
+        raise AssertionError("a run was started")
+
+    monkeypatch.setattr("diffusers_cfg.engine.trainer.Trainer.run", never)
+    reset_accelerate()
+    with pytest.raises(UserError, match=message) as error:
+        ablate_dropout.main([*argv, *flags])
+    assert "hf_secret" not in str(error.value)
+    assert not (tmp_path / "out").exists()
+
+
+def test_probabilities_that_print_alike_do_not_share_a_folder(argv):
+    args, train_argv = ablate_dropout.parse_args(argv)
+    folders = {ablate_dropout.configs_of(p, args, train_argv)[0].output_dir for p in (0.1234567, 0.1234568)}
+    assert len(folders) == 2
+
+
 def test_ablation_skips_trained_models_and_writes_the_table(argv, trained_model, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(features.train_classifier, "__defaults__", (30, 64))
     # The quick classifier must not enter the user's cache.

@@ -182,6 +182,18 @@ def test_models_of_different_data_raise(tmp_path, fake_sweeps):
         ),
         (["--scheduler", "DDIMScheduler"], "--scheduler is not a flag of this command"),
         (["--num_inference_steps=5"], "--num_inference_steps is not a flag of this command"),
+        (
+            ["--guider", "ClassifierFreeGuidance", "--guidance_interval", "1", "2"],
+            "--guidance_interval cannot be combined",
+        ),
+        (["--guider", "ClassifierFreeGuidance", "--guidance_rescale", "0.5"], "--guidance_rescale cannot be combined"),
+        (["--guidance_scales", "0.1", "0.1"], "guidance_scales must not repeat a value"),
+        (["--guidance_scales", "inf"], "guidance_scales must be finite"),
+        (["--samplers", "DDIMScheduler:"], "--samplers DDIMScheduler: must have the form"),
+        (["--samplers", ""], "--samplers  must have the form"),
+        (["--samplers", "DDIMScheduler:-2"], "num_inference_steps must lie in"),
+        (["--output_dir", "/dev/null"], "/dev/null is not one. Pass a folder"),
+        (["--statistics_dir", "/proc/x"], "--statistics_dir '/proc/x' cannot be written"),
     ],
 )
 def test_invalid_settings_raise_before_the_first_sweep(tmp_path, monkeypatch, argv, message):

@@ -4,6 +4,7 @@ import json
 
 import pytest
 
+from diffusers_cfg.config import UserError
 from diffusers_cfg.evaluation import benchmark
 from diffusers_cfg.evaluation.timing import FreshProcess
 from tests.support.commands import load_command
@@ -38,6 +39,27 @@ def test_benchmark_end_to_end(argv, tmp_path, monkeypatch, capsys):
         assert min(row["seconds"].values()) > 0
     assert codes[-1] == (str(TRAIN_COMMAND), "--help")
     assert "| 2 | 1, distilled | " in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--batch_sizes", "2", "0"], r"--batch_sizes must be at least 1, but is \[2, 0\]"),
+        (["--sampling_steps", "0"], "--sampling_steps must be at least 1, but is 0"),
+        (["--sampling_steps", "3"], "--sampling_steps must be a divisor of 1000, but is 3"),
+        (["--training_steps", "-1"], "--training_steps must be at least 1, but is -1"),
+        (["--repeats", "0"], "--repeats must be at least 1, but is 0"),
+        (["--output", "/dev/null/x"], "The folder of --output /dev/null cannot be a folder"),
+        (["--output", "/dev"], "--output /dev is a folder. Pass a file"),
+        (["--output_dir", "x"], "--output_dir is not a flag of this command"),
+        (["--push_to_hub", "--hub_token", "hf_secret"], "--push_to_hub is not a flag of this command"),
+        (["--learning_rate", "nan"], "learning_rate must be"),
+    ],
+)
+def test_invalid_flags_raise_before_the_first_measurement(argv, monkeypatch, flags, message):
+    monkeypatch.setattr(benchmark, "compare_sampling", None)
+    with pytest.raises(UserError, match=message):
+        main([*argv, *flags])
 
 
 @pytest.mark.slow

@@ -105,6 +105,7 @@ def configs_of(p: float, args: Namespace, train_argv: list[str]) -> tuple[CFGCon
     )
     evaluation_config = EvaluationConfig(
         model=str(model),
+        output_dir=str(model / "evaluation"),
         guidance_scales=args.guidance_scales,
         num_samples=args.num_samples,
         num_inference_steps=args.num_inference_steps,
