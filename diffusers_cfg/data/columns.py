@@ -97,9 +97,9 @@ def check_label_feature(feature: Any, column: str) -> None:
 
 def open_encoded(content: dict[str, Any] | None) -> Image.Image:
     """Open an image that `datasets` stores as bytes, or as a path that may be on the Hub."""
-    path, data = (content["path"], content["bytes"]) if content else (None, None)
-    if path is None and data is None:
+    if not content or not (content["path"] or content["bytes"]):
         raise ValueError("The image is null.")
+    path, data = content["path"], content["bytes"]
     if data is None and "://" in path:
         return datasets.Image().decode_example(content)
     return Image.open(path if data is None else io.BytesIO(data))
