@@ -1,14 +1,16 @@
 """Check and clear the output folder of a run, and save the result in it."""
 
 import logging
+import os
 import re
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from diffusers_cfg.config import CommandError, UserError
 from diffusers_cfg.engine.checkpoint import Checkpoint, checkpoints
-from diffusers_cfg.files import LOCK_FILE, check_unlocked, check_writable, disk_errors, remove
+from diffusers_cfg.files import LOCK_FILE, atomic_write, check_unlocked, check_writable, disk_errors, remove
 from diffusers_cfg.settings import CONFIG_FILE, TrainConfig
 
 logger = logging.getLogger(__name__)
@@ -57,7 +59,7 @@ def check_inputs(config: TrainConfig) -> None:
     output_dir = Path(config.output_dir).resolve()
     for name in INPUTS:
         value = getattr(config, name)
-        if value is None or not Path(value).exists():
+        if value is None or not os.path.exists(value):
             continue
         path = Path(value).resolve()
         if path.is_relative_to(output_dir):
@@ -88,7 +90,8 @@ def prepare_output_dir(config: TrainConfig, checkpoint: Checkpoint | None) -> No
             remove(old)
             newer.rename(old)
             logger.warning("%s is newer than the resumed checkpoint and was renamed to %s.", newer, old.name)
-    config.save(output_dir / CONFIG_FILE)
+    with atomic_write(output_dir / CONFIG_FILE) as unfinished:
+        config.save(unfinished)
 
 
 def delete_run(config: TrainConfig) -> None:
@@ -131,6 +134,7 @@ def saved_together(output_dir: Path) -> Iterator[Path]:
             path.rename(output_dir / path.name)
         unfinished.rmdir()
     except OSError as error:
+        shutil.rmtree(unfinished, ignore_errors=True)
         text = f"The training has finished, but the model could not be saved: {error}."
         raise unfinished_error(output_dir, text) from error
 
@@ -142,4 +146,4 @@ def unfinished_error(output_dir: Path, what: str) -> Unfinished:
             f"{what} {existing[-1]} is safe. Solve the problem, then run the same command with "
             "--resume_from_checkpoint latest."
         )
-    return Unfinished(f"{what} There is no checkpoint.")
+    return Unfinished(f"{what} There is no checkpoint to resume.")

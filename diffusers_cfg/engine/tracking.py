@@ -15,6 +15,7 @@ from PIL import Image
 
 from diffusers_cfg.config import UserError
 from diffusers_cfg.engine.preemption import Preempted
+from diffusers_cfg.files import atomic_write
 from diffusers_cfg.settings import TrainConfig
 
 logger = logging.getLogger(__name__)
@@ -128,8 +129,8 @@ class Trackers:
     def log_samples(self, image: Image.Image, step: int) -> None:
         """Save an image of samples, and log it. Called on the main process."""
         try:
-            self.folder.mkdir(exist_ok=True)
-            image.save(self.folder / f"step-{step}.png")
+            with atomic_write(self.folder / f"step-{step}.png") as unfinished:
+                image.save(unfinished, "PNG")
         except OSError as error:
             logger.error("Failed to save the samples of step %d: %s", step, error)
         self._send(lambda tracker: SEND_IMAGE.get(tracker.name, lambda *_: None)(tracker, image, step))

@@ -264,8 +264,11 @@ class Trainer:
         self.facts = {"settings": settings_of(config), "identity": self.identity, "data": self.data}
 
         if accelerator.is_main_process:
-            self.stack.enter_context(locked(Path(config.output_dir), "--output_dir"))
-            prepare_output_dir(config, self.checkpoint)
+            try:
+                self.stack.enter_context(locked(Path(config.output_dir), "--output_dir"))
+                prepare_output_dir(config, self.checkpoint)
+            except OSError as error:
+                raise UserError(f"--output_dir {config.output_dir} cannot be written: {error}.") from error
         self.publisher = None
         if self.repo_id is not None and config.hub_strategy == "checkpoint":
             self.publisher = BackgroundPublisher(self.repo_id, config.hub_token)
