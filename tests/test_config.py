@@ -1,14 +1,20 @@
 """Test that flags and YAML files become settings, and that errors name the wrong value."""
 
 import dataclasses
+import errno
 import math
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
 from typing import Any, Literal
 
 import pytest
 
-from diffusers_cfg.config import Config, UserError, flag, parse_config
+from diffusers_cfg.config import Config, UserError, flag, parse_config, run_command
+from diffusers_cfg.engine.preemption import Preempted
 from diffusers_cfg.settings import CFGConfig
-from tests.support.runs import TRAINING
+from tests.support.runs import ROOT, TRAINING
 
 
 def test_digits_are_the_default_dataset():
@@ -105,6 +111,10 @@ def test_shipped_settings_are_valid(path):
         ({"logging_dir": "/tmp/logs"}, "logging_dir must be the name of a folder"),
         ({"logging_dir": "a/b"}, "logging_dir must be the name of a folder"),
         ({"logging_dir": ""}, "logging_dir must not be empty. Leave out --logging_dir, or pass a value"),
+        ({"tracker_project_name": "../a"}, "tracker_project_name must be the name of a folder"),
+        ({"attention_resolutions": [-1]}, "attention_resolutions must be at least 0"),
+        ({"log_snr_min": -100.0}, r"log_snr_min must lie in \[-60, 60\]"),
+        ({"log_snr_max": 61.0}, r"log_snr_max must lie in \[-60, 60\]"),
         ({"seed": 2**70}, "seed must lie in"),
         ({"block_out_channels": [0]}, "block_out_channels must be at least 1"),
         ({"max_unreadable_fraction": 7}, r"max_unreadable_fraction must lie in \[0, 1\]"),
@@ -248,3 +258,144 @@ def test_binary_file_raises(tmp_path):
     (tmp_path / "toy.yaml").write_bytes(b"\xff\xfe\x00n")
     with pytest.raises(UserError, match=r"toy.yaml is not valid YAML: "):
         parse_config(Toy, ["--config", str(tmp_path / "toy.yaml")])
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("learning_rate:\n", "learning_rate must be a number, but is None"),
+        ("learning_rate: [1]\n", r"learning_rate must be a number, but is \[1\]"),
+        ("learning_rate: true\n", "learning_rate must be a number, but is True"),
+        ("seed: 1.5\n", "seed must be an integer, but is 1.5"),
+        ("max_train_steps: true\n", "max_train_steps must be an integer, but is True"),
+        ("use_ema: 2\n", "use_ema must be true or false, but is 2"),
+        ("lr_scheduler: cosin\n", "lr_scheduler must be one of 'constant', .*'cosin'"),
+        ("prediction_type: eps\n", "prediction_type must be one of .*'eps'"),
+        ("hub_strategy: every\n", "hub_strategy must be one of 'end', 'checkpoint', but is 'every'"),
+        ("attention_resolutions: [eight]\n", "attention_resolutions must be an integer, but is 'eight'"),
+        ("block_out_channels: []\n", "block_out_channels must be a list with at least one element"),
+        ("block_out_channels: [[8]]\n", r"block_out_channels must be an integer, but is \[8\]"),
+        ("validation_guidance_scales: []\n", "validation_guidance_scales must be a list with at least one"),
+        ("train_data_dir: [a]\n", r"train_data_dir must be a string, but is \['a'\]"),
+        ("license: 2020-01-01\n", "license must be a string, but is datetime.date"),
+        ("logging_dir:\n", "logging_dir must be a string, but is None"),
+        ("train_batch_size: 0\n", "train_batch_size must be at least 1, but is 0"),
+        ("train_batch_size: .inf\n", "train_batch_size must be an integer, but is inf"),
+        ("seed: 1\nuse_ema: true\nseed: 2\n", "contains seed more than once"),
+        ("1: 2\nseed: 1\n", r"unknown settings: \['1'\]"),
+    ],
+)
+def test_wrong_values_in_a_file_raise_and_name_the_file(tmp_path, text, message):
+    path = tmp_path / "run.yaml"
+    path.write_text(text)
+    with pytest.raises(UserError, match=f"run.yaml.*{message}"):
+        parse_config(CFGConfig, ["--config", str(path)])
+
+
+@pytest.mark.parametrize(
+    ("text", "name", "value"),
+    [
+        ("attention_resolutions: ['8']\n", "attention_resolutions", [8]),
+        ("validation_guidance_scales: [1e-1, 2]\n", "validation_guidance_scales", [0.1, 2.0]),
+        ("max_train_steps: 10.0\n", "max_train_steps", 10),
+        ("ema_max_decay: ['0.99']\n", "ema_max_decay", [0.99]),
+        ("resolution: 16.0\n", "resolution", 16),
+        ("", "seed", 0),
+    ],
+)
+def test_values_in_a_file_are_converted(tmp_path, text, name, value):
+    (tmp_path / "run.yaml").write_text(text)
+    assert getattr(parse_config(CFGConfig, ["--config", str(tmp_path / "run.yaml")]), name) == value
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["--no_use_ema", "--ema_power", "1"], "ema_power: no effect without --use_ema"),
+        (["--no_use_ema", "--ema_max_decay=0.9"], "ema_max_decay: no effect without --use_ema"),
+        (["--num_eval_samples", "100"], "num_eval_samples: no effect without --eval_steps. Leave it out, or set"),
+        (["--feature_extractor", "small", "--eval_steps", "0"], "feature_extractor: no effect without --eval_steps"),
+        (["--hub_model_id", "me/model"], "hub_model_id: no effect without --push_to_hub"),
+        (["--hub_strategy", "checkpoint", "--hub_private_repo"], "hub_private_repo, hub_strategy: no effect"),
+        (["--shuffle_buffer_size", "9"], "shuffle_buffer_size: no effect without --streaming"),
+        (["--num_train_epochs", "3"], "num_train_epochs: no effect with max_train_steps 1500"),  # of the digits
+        (["--num_train_epochs", "3", "--max_train_steps", "9"], "num_train_epochs: no effect with max_train_steps 9"),
+        (["--pretrained_model_name_or_path", "m", "--log_snr_min", "-9"], "log_snr_min: the network comes from"),
+        (["--pretrained_model_name_or_path", "m", "--prediction_type", "sample"], "prediction_type: the network comes"),
+    ],
+)
+def test_flags_without_an_effect_raise(argv, message):
+    with pytest.raises(UserError, match=message):
+        parse_config(CFGConfig, argv)
+
+
+@pytest.mark.parametrize(
+    "argv", [[], ["--no_use_ema"], ["--pretrained_model_name_or_path", "m"], ["--model_config_name_or_path", "m"]]
+)
+def test_saved_settings_are_valid_and_complete(tmp_path, argv):
+    """Settings that a model replaces are not saved, since they would be wrong."""
+    config = parse_config(CFGConfig, argv)
+    config.save(tmp_path / "run.yaml")
+    assert parse_config(CFGConfig, ["--config", str(tmp_path / "run.yaml")]).public() == config.public()
+    assert ("prediction_type" in config.public()) == ("--pretrained_model_name_or_path" not in argv)
+
+
+def raises(error: BaseException) -> Callable[[], None]:
+    def main() -> None:
+        raise error
+
+    return main
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "message"),
+    [
+        (UserError("seed is wrong."), 1, "command.py: error: seed is wrong."),
+        (
+            OSError(errno.ENOSPC, "No space left on device", "a/b"),
+            1,
+            "error: [Errno 28] No space left on device: 'a/b'",
+        ),
+        (PermissionError(errno.EACCES, "Permission denied", "a"), 1, "error: [Errno 13] Permission denied: 'a'"),
+        (Preempted(), 85, "Stopped and saved."),
+        (KeyboardInterrupt(), 130, "command.py: interrupted."),
+    ],
+)
+def test_commands_end_with_one_line(monkeypatch, capsys, error, code, message):
+    monkeypatch.setattr("sys.argv", ["training/command.py"])
+    handler = signal.getsignal(signal.SIGINT)
+    with pytest.raises(SystemExit) as exit:
+        run_command(raises(error))
+    assert exit.value.code == code
+    printed = capsys.readouterr().err
+    assert message in printed
+    assert printed.count("\n") == 1
+    # A second Ctrl-C ends the process at once.
+    assert signal.getsignal(signal.SIGINT) == (signal.SIG_DFL if code == 130 else handler)
+
+
+CLOSED = """
+import sys
+from diffusers_cfg.config import run_command, say
+run_command(lambda: {call}("a line\\n" * 100_000))
+"""
+
+
+@pytest.mark.parametrize(
+    ("call", "output", "code"),
+    [
+        ("print", "| true", 141),
+        ("say", "| true", 0),  # a result that is saved, whether its message is read or not
+        ("print", ">&-", 0),
+        ("say", ">&-", 0),
+        ("say", "> /dev/full", 0),
+        ("print", "> /dev/full", 1),
+    ],
+)
+def test_closed_or_full_output(call, output, code):
+    command = f"{sys.executable} -c '{CLOSED.format(call=call)}' {output}"
+    script = f"set -o pipefail; {command}"
+    result = subprocess.run(["bash", "-c", script], capture_output=True, text=True, cwd=ROOT)
+    assert result.returncode == code, result.stderr
+    assert "Traceback" not in result.stderr
+    assert "Exception ignored" not in result.stderr

@@ -22,8 +22,9 @@ from safetensors.torch import load_file
 from diffusers_cfg.config import UserError
 from diffusers_cfg.data import datasets
 from diffusers_cfg.engine import checkpoint, trainer
+from diffusers_cfg.engine import preemption as preemption_module
 from diffusers_cfg.engine.checkpoint import checkpoints, verify_checkpoint
-from diffusers_cfg.engine.preemption import EXIT_RESUME, NotSaved, Preempted, Preemption
+from diffusers_cfg.engine.preemption import EXIT_RESUME, NotSaved, Preempted, Preemption, is_launcher
 from diffusers_cfg.methods import cfg, guided
 from tests.support.runs import ROOT, TINY, TRAINING, WEIGHTS, assert_same_tensors, scalars, start, train
 
@@ -166,14 +167,17 @@ def with_signal(original: Callable, when: int, number: int = signal.SIGTERM) -> 
     return function
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
 @pytest.mark.parametrize(
-    ("module", "name", "when", "step"),
+    ("module", "name", "when", "step", "number"),
     [
-        (cfg, "squared_error", 3, 3),  # during the third step
-        (trainer, "save_checkpoint", 1, 2),  # during a save
-        (guided, "sample_grid", 1, 3),  # during validation
-        (guided, "sample_grid", 2, 4),  # during the last validation
+        (cfg, "squared_error", 3, 3, signal.SIGTERM),  # during the third step
+        (trainer, "save_checkpoint", 1, 2, signal.SIGTERM),  # during a save
+        (guided, "sample_grid", 1, 3, signal.SIGTERM),  # during validation
+        (guided, "sample_grid", 2, 4, signal.SIGTERM),  # during the last validation
+        (cfg, "squared_error", 3, 3, signal.SIGUSR1),
+        (cfg, "squared_error", 3, 3, signal.SIGINT),
+        (cfg, "squared_error", 3, 3, signal.SIGHUP),
+        (guided, "sample_grid", 1, 3, signal.SIGINT),
     ],
 )
 def test_signal_saves_a_checkpoint(tmp_path, monkeypatch, preemption, module, name, when, step, number):
@@ -190,6 +194,57 @@ def test_signal_saves_a_checkpoint(tmp_path, monkeypatch, preemption, module, na
         assert_same_tensors(tmp_path / "out" / file, tmp_path / "whole" / file)
     grids = [(tmp_path / run / "samples" / "step-4.png").read_bytes() for run in ("out", "whole")]
     assert grids[0] == grids[1]
+
+
+@pytest.mark.parametrize("number", [signal.SIGHUP, signal.SIGINT])
+def test_ignored_signals_remain_ignored(number):
+    """nohup ignores SIGHUP, and a shell ignores SIGINT for jobs in the background."""
+    signal.signal(number, signal.SIG_IGN)
+    Preemption().install()
+    assert signal.getsignal(number) == signal.SIG_IGN
+
+
+@pytest.mark.parametrize(
+    ("command", "expected"),
+    [
+        (["/usr/bin/python", "/venv/bin/accelerate", "launch", "train_cfg.py"], True),
+        (["python", "-m", "accelerate.commands.launch", "train_cfg.py"], True),
+        (["python", "-u", "/venv/bin/torchrun", "train_cfg.py"], True),
+        (["python", "-m", "torch.distributed.run", "train_cfg.py"], True),
+        (["bash", "run.sh"], False),
+        (["/bin/bash", "/home/me/accelerate/run.sh"], False),
+        (["uv", "run", "training/train_cfg.py"], False),
+        ([], False),
+    ],
+)
+def test_launchers_are_recognised(monkeypatch, command, expected):
+    monkeypatch.setattr(preemption_module.psutil.Process, "cmdline", lambda self: command)
+    assert is_launcher(os.getpid()) == expected
+
+
+def test_process_that_has_ended_is_no_launcher():
+    process = multiprocessing.get_context("fork").Process(target=os.getpid)
+    process.start()
+    process.join()
+    assert process.pid is not None
+    assert not is_launcher(process.pid)
+
+
+def test_end_of_the_launcher_stops_the_run_like_sigterm(tmp_path, monkeypatch):
+    """`accelerate launch` of one process ends on SIGTERM, and does not pass it on."""
+    monkeypatch.setattr(preemption_module, "is_launcher", lambda pid: True)
+    preemption, original = Preemption().install(), cfg.squared_error
+
+    def end_of_launcher(*args):
+        monkeypatch.setattr(preemption_module.os, "getppid", lambda: 1)
+        while not preemption.requested:
+            time.sleep(0.01)
+        return original(*args)
+
+    monkeypatch.setattr(cfg, "squared_error", end_of_launcher)
+    with pytest.raises(Preempted):
+        start(tmp_path / "out", preemption)
+    assert names(tmp_path / "out") == ["checkpoint-1"]
 
 
 def test_workers_survive_a_signal_to_all_processes(tmp_path, monkeypatch, preemption):
@@ -304,6 +359,19 @@ def test_signal_from_another_process(tmp_path):
                                 at="Drawing samples", times=2)  # fmt: skip
     # Python may already have removed the handler when the second signal arrives.
     assert code in (EXIT_RESUME, -signal.SIGTERM)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_signal_to_accelerate_launch_saves_a_checkpoint(tmp_path, number):
+    """The launcher ends at once. The run that it has started notices this, and saves."""
+    flags = ["--max_train_steps", "100000", "--checkpointing_steps", "0"]
+    launcher = ["-m", "accelerate.commands.launch", "--num_processes", "1"]
+    _, stderr = run_and_signal(tmp_path, *flags, at="step 1 of", launcher=launcher, number=number)
+    assert "SIGTERM: finishing the step, then saving" in stderr
+    assert "Stopped and saved. Resume with the same command" in stderr
+    (path,) = checkpoints(tmp_path / "out")
+    assert verify_checkpoint(path) is None
 
 
 @pytest.mark.slow

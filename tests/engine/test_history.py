@@ -1,9 +1,12 @@
 """Test which settings a resumed run may change, and that the changes are recorded."""
 
 import json
+import re
 import shutil
+from collections.abc import Callable
 from dataclasses import fields
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,7 +15,14 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from diffusers_cfg.config import UserError
-from diffusers_cfg.engine.checkpoint import CHECKSUMS, STATE_FILE, checkpoints, write_checksums
+from diffusers_cfg.engine.checkpoint import (
+    CHECKSUMS,
+    STATE_FILE,
+    checkpoints,
+    find_checkpoint,
+    verify_checkpoint,
+    write_checksums,
+)
 from diffusers_cfg.settings import CFGConfig, DistillationConfig
 from tests.support import runs
 from tests.support.models import make_pipeline, make_unet
@@ -28,6 +38,12 @@ def run(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("run") / "out"
     train(folder)
     return folder
+
+
+@pytest.fixture
+def checkpoint(run) -> Path:
+    """Return a checkpoint of the finished run."""
+    return run / "checkpoint-2"
 
 
 @pytest.fixture
@@ -94,6 +110,9 @@ def test_use_ema_cannot_change(copy):
         (["--max_grad_norm", "1e-3"], "max_grad_norm", [1.0, 1e-3]),
         (["--ema_power", "0.1"], "ema_power", [0.75, 0.1]),
         (["--random_flip"], "random_flip", [False, True]),
+        (["--adam_beta2", "0.5"], "adam_beta2", [0.999, 0.5]),
+        (["--adam_epsilon", "1e-2"], "adam_epsilon", [1e-8, 1e-2]),
+        (["--ema_inv_gamma", "9"], "ema_inv_gamma", [1.0, 9.0]),
         (["--conditioning_dropout_prob", "0.5"], "conditioning_dropout_prob", [0.1, 0.5]),
     ],
 )
@@ -226,24 +245,98 @@ def test_checkpoint_with_a_different_layout_raises(copy, format, age):
         train(copy, *RESUME)
 
 
-def test_settings_unknown_to_one_version_are_ignored(copy, caplog):
+def test_settings_unknown_to_one_version_are_ignored_with_a_warning(copy, caplog):
     record = json.loads((copy / "checkpoint-2" / STATE_FILE).read_text())
     settings = {**record["settings"], "setting_of_a_later_version": 3}
     del settings["adam_beta1"]
     change_state(copy / "checkpoint-2", settings=settings)
     train(copy, *RESUME)
+    assert "has settings of a newer version, which are ignored: setting_of_a_later_version" in caplog.text
     assert "history" not in run_record(copy)
 
 
-def test_missing_moments_raise(copy):
-    path = copy / "checkpoint-2" / "optimizer-unet.safetensors"
-    moments = load_file(path)
-    save_file({name: value for i, (name, value) in enumerate(sorted(moments.items())) if i < 30}, path)
-    update_checksums(copy / "checkpoint-2")
-    with pytest.raises(
-        UserError, match=r"optimizer-unet.safetensors has 30 moments of 10 parameters, but \d+ of \d+ were saved"
-    ):
-        train(copy, *RESUME)
+def keep_moments(kept: Callable[[int, str], bool]) -> Callable[[Path], None]:
+    """Return a function that deletes the moments of a checkpoint for whose index and name `kept` is false."""
+
+    def change(folder: Path) -> None:
+        path = folder / "optimizer-unet.safetensors"
+        moments = load_file(path)
+        save_file({name: moments[name] for i, name in enumerate(sorted(moments)) if kept(i, name)}, path)
+
+    return change
+
+
+def with_entry(name: str, value: Any) -> Callable[[Path], None]:
+    """Return a function that replaces an entry of `state.json`, such as "data.class_names". `...` deletes it."""
+
+    def change(folder: Path) -> None:
+        record = json.loads((folder / STATE_FILE).read_text())
+        *parents, last = name.split(".")
+        parent = record
+        for key in parents:
+            parent = parent[key]
+        parent[last] = value
+        if value is ...:
+            del parent[last]
+        (folder / STATE_FILE).write_text(json.dumps(record))
+
+    return change
+
+
+@pytest.mark.parametrize(
+    ("change", "damage"),
+    [
+        (keep_moments(lambda *_: False), "has 0 moments of 0 parameters, but"),
+        (keep_moments(lambda i, _: i < 30), "has 30 moments of 10 parameters, but"),
+        (keep_moments(lambda i, _: i % 2), r"has \d+ moments of \d+ parameters, but"),
+        (keep_moments(lambda _, name: not name.endswith("exp_avg_sq")), r"has \d+ moments of \d+ parameters, but"),
+        (lambda folder: (folder / "optimizer-unet.safetensors").unlink(), "optimizer-unet.safetensors"),
+        (lambda folder: (folder / "optimizer-unet.safetensors").write_bytes(b""), "header"),
+        (lambda folder: (folder / "unet" / WEIGHTS).unlink(), f"unet/{WEIGHTS} is missing"),
+        (lambda folder: (folder / "unet_ema" / WEIGHTS).unlink(), f"unet_ema/{WEIGHTS} is missing"),
+        (lambda folder: (folder / STATE_FILE).write_text("[]"), "list"),
+        (lambda folder: (folder / STATE_FILE).write_text("{"), "Expecting"),
+        (lambda folder: (folder / STATE_FILE).unlink(), "does not list state.json"),
+        (with_entry("step", -5), "step in state.json is -5"),
+        (with_entry("step", "x"), "step in state.json is 'x'"),
+        (with_entry("step", True), "step in state.json is True"),
+        (with_entry("step", 2.5), "step in state.json is 2.5"),
+        (with_entry("step", ...), "lacks 'step'"),
+        (with_entry("batch_size", 0), "batch_size in state.json is 0"),
+        (with_entry("num_processes", None), "num_processes in state.json is None"),
+        (with_entry("seconds", float("nan")), "seconds in state.json is nan"),
+        (with_entry("settings", ...), "lacks 'settings'"),
+        (with_entry("settings", {}), r"settings in state.json is \{\}"),
+        (with_entry("data", []), r"data in state.json is \[\]"),
+        (with_entry("data.class_names", ...), "lacks 'class_names'"),
+        (with_entry("identity.method", ...), "lacks 'method'"),
+        (with_entry("optimizers", {}), r"optimizers in state.json is \{\}"),
+        (with_entry("optimizers", {"other": 3}), "lacks 'unet'"),
+    ],
+)
+def test_checkpoint_without_all_of_its_state_is_no_checkpoint(checkpoint, tmp_path, caplog, change, damage):
+    for step in (2, 4):
+        shutil.copytree(checkpoint, tmp_path / f"checkpoint-{step}")
+    change(tmp_path / "checkpoint-4")
+    update_checksums(tmp_path / "checkpoint-4")
+    assert re.search(damage, str(verify_checkpoint(tmp_path / "checkpoint-4")))
+    flags = {"output_dir": str(tmp_path), "resolution": 8, "block_out_channels": [8]}
+    found = find_checkpoint(CFGConfig(resume_from_checkpoint="latest", **flags))
+    assert found is not None
+    assert found.path.name == "checkpoint-2"
+    assert "checkpoint-4 is damaged (" in caplog.text
+    with pytest.raises(UserError, match="checkpoint-4 (is damaged|does not exist)"):
+        find_checkpoint(CFGConfig(resume_from_checkpoint="checkpoint-4", **flags))
+
+
+@pytest.mark.parametrize(
+    "checksums", ["{}", "[]", "null", "3", '"state.json"', "", '{"state.json": 3}', '["state.json"]']
+)
+def test_wrong_checksums_are_damage(checkpoint, tmp_path, checksums):
+    folder = shutil.copytree(checkpoint, tmp_path / "checkpoint-2")
+    assert verify_checkpoint(folder) is None
+    (folder / CHECKSUMS).write_text(checksums)
+    assert verify_checkpoint(folder) is not None
 
 
 def test_resuming_an_older_checkpoint_renames_newer_ones(copy, caplog):
