@@ -790,17 +790,18 @@ class CFGPipeline(DiffusionPipeline):
     @classmethod
     def _reference(cls, process: dict[str, Any]) -> tuple[str, torch.Tensor]:
         """Return the prediction type and α² at each training timestep of a noise process."""
-        prediction_type, steps, low, high = (
-            process.get(name) for name in ("prediction_type", "num_train_timesteps", "log_snr_min", "log_snr_max")
-        )
+        prediction_type, steps = process.get("prediction_type"), process.get("num_train_timesteps")
+        low, high = process.get("log_snr_min", math.nan), process.get("log_snr_max", math.nan)
         is_valid = cls._is_number(low, -60, 60) and cls._is_number(high, -60, 60) and low < high
         is_valid = is_valid and type(steps) is int and 2 <= steps <= 1_000_000 and isinstance(prediction_type, str)
         required = "a prediction_type, num_train_timesteps, and log_snr_min < log_snr_max in ±60"
         cls._require({"The noise process": (process, is_valid, required)})
+        assert isinstance(prediction_type, str)
+        assert isinstance(steps, int)
         # λ = -2 log tan(au + b), as in `LogSNRScheduler`
         b, end = math.atan(math.exp(-high / 2)), math.atan(math.exp(-low / 2))
         u = torch.arange(1, steps + 1, dtype=torch.float64) / steps
-        return prediction_type, torch.cos(torch.lerp(torch.tensor(b).double(), torch.tensor(end).double(), u)).square()
+        return prediction_type, torch.cos(b + (end - b) * u).square()
 
     @staticmethod
     def _set_timesteps(scheduler: SchedulerMixin, num_inference_steps: int, device: torch.device) -> None:

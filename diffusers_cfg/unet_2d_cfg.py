@@ -170,13 +170,14 @@ class UNet2DCFGModel(UNet2DModel):
         returns_info = kwargs.pop("output_loading_info", False)
         name = str(Path(str(pretrained_model_name_or_path), kwargs.get("subfolder") or ""))
         try:
-            network, info = super().from_pretrained(pretrained_model_name_or_path, output_loading_info=True, **kwargs)
+            loaded: Any = super().from_pretrained(pretrained_model_name_or_path, output_loading_info=True, **kwargs)
         except OSError as error:
             if os.path.exists(name):
                 raise
             raise OSError(f"{name} does not exist, and cannot be loaded from the Hub: {error}") from error
         except Exception as error:  # invalid settings raise exceptions of many types
             raise ValueError(f"{name} cannot be loaded: {error}") from error
+        network, info = loaded
         empty = [key for key, value in network.state_dict().items() if value.is_meta]
         wrong = {"missing": {*info["missing_keys"], *empty}, "unexpected": info["unexpected_keys"]}
         found = [f"{len(keys)} {kind} ({', '.join(sorted(keys)[:3])})" for kind, keys in wrong.items() if keys]

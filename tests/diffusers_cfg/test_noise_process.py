@@ -191,8 +191,10 @@ def test_guide_unet_of_another_process_is_refused(trained):
 
 def test_record_does_not_change_the_images(trained):
     plain = make_pipeline(make_unet(), make_scheduler().solver(DPMSolverMultistepScheduler))
-    draws = [p(0, num_inference_steps=3, generator=generators(0), output_type="pt").images for p in (plain, trained)]
-    assert torch.equal(*draws)
+    draws: list[Any] = [
+        p(0, num_inference_steps=3, generator=generators(0), output_type="pt") for p in (plain, trained)
+    ]
+    assert torch.equal(*(drawn.images for drawn in draws))
 
 
 @pytest.mark.parametrize("remote_code", [False, True])

@@ -244,7 +244,8 @@ def test_guidance_scale_outside_the_range_is_refused(unet, w):
     with pytest.raises(ValueError, match=r"one w per sample, shape \(2,\), in 0 … 4, the range"):
         student(Z, T, guidance_scale=w)
     if w.shape == (2,):  # reading a value on the meta device raises
-        student.to("meta")(Z.to("meta"), T.to("meta"), guidance_scale=w.to("meta"))
+        student.to(torch.device("meta"))  # pyright: ignore[reportArgumentType]
+        student(Z.to("meta"), T.to("meta"), guidance_scale=w.to("meta"))
 
 
 def test_attention_backend_without_effect_is_refused(unet):
