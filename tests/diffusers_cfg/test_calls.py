@@ -66,13 +66,19 @@ def test_call_inside_a_callback_changes_nothing(name):
     assert all(torch.equal(image, inner) for image in inside)
 
 
-def test_call_leaves_the_scheduler_and_the_guider_as_they_were(pipeline):
-    guider, scheduler = apg(), pipeline.scheduler
-    before = [{**vars(part)} for part in (guider, scheduler)]
-    draw(pipeline, 0, guider=guider)
-    assert pipeline.scheduler is scheduler
-    for part, attributes in zip((guider, scheduler), before, strict=True):
-        assert all(vars(part)[name] is value for name, value in attributes.items())
+@pytest.mark.parametrize("name", CFGPipeline.schedulers)
+def test_call_leaves_the_scheduler_and_the_guider_as_they_were(name):
+    pipeline = make_default_pipeline(name)
+    kept = (apg(), pipeline.scheduler)
+    before = [
+        {name: list(value) if isinstance(value, list) else value for name, value in vars(x).items()} for x in kept
+    ]
+    draw(pipeline, 0, guider=kept[0])
+    assert pipeline.scheduler is kept[1]
+    for part, attributes in zip(kept, before, strict=True):
+        for attribute, value in attributes.items():
+            now = getattr(part, attribute)
+            assert now == value if isinstance(value, list) else now is value, attribute
 
 
 def test_callback_can_stop_the_sampling(pipeline):
