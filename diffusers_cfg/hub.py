@@ -298,7 +298,9 @@ def example_images(folder: Path, variant: str | None = None) -> dict[int, torch.
 
 def example_image(pipe: pipeline_cfg.CFGPipeline, label: int) -> torch.Tensor:
     """Generate one image with a pipeline's default number of steps and guidance scale."""
-    return pipe(label, generator=torch.Generator().manual_seed(0), output_type="pt").images
+    images = pipe(label, generator=torch.Generator().manual_seed(0), output_type="pt").images
+    assert isinstance(images, torch.Tensor)  # because of `output_type`
+    return images
 
 
 def png(image: torch.Tensor) -> bytes:

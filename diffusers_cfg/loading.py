@@ -231,11 +231,12 @@ class CompleteAutoencoderKL(AutoencoderKL):
             raise ValueError(f"{folder} contains a {class_name}. The only supported autoencoder is AutoencoderKL.")
         check_weights(folder)
         try:
-            vae, info = AutoencoderKL.from_pretrained(
+            loaded: Any = AutoencoderKL.from_pretrained(
                 folder, **{**kwargs, "use_safetensors": True, "output_loading_info": True}
             )
         except Exception as error:  # files and configs that are damaged raise exceptions of many types
             raise ValueError(f"{folder} cannot be loaded: {error}") from error
+        vae, info = loaded
         check_loaded(folder, info)
         return vae
 
