@@ -156,7 +156,7 @@ def test_dead_worker_is_reported_with_its_image(tmp_path, monkeypatch, streaming
     """The worker dies in its first batch. In a later one, a broken connection could be reported instead."""
     monkeypatch.setenv("PYTHONPATH", str(ROOT))  # The fork server does not inherit the path from pytest.
     source = save_class_folders(tmp_path / "data")
-    flags = [*(STREAM if streaming else STREAM[1:]), "--train_data_dir", source, "--train_batch_size", "12"]
+    flags = [*(STREAM if streaming else STREAM[3:]), "--train_data_dir", source, "--train_batch_size", "12"]
     flags += ["--cache_dir", str(tmp_path / "cache"), "--dataloader_num_workers", "2", "--max_train_steps", "100"]
     error = error_in_process(train_on_fatal_image, tmp_path / "out", how, *flags, start_method="forkserver")
     message = rf"worker \(pid.*{source}/bee/7\.png.*--dataloader_num_workers.*--resume_from_checkpoint latest"
