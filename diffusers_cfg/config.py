@@ -367,11 +367,10 @@ def run_command(main: Callable[[], None]) -> None:
 
 def say(text: str, stream: TextIO | None = None) -> None:
     """Print a text to a stream, by default stdout. A closed pipe, a closed terminal or a full disk is no error."""
-    stream = stream or sys.stdout
     try:
         print(text, file=stream, flush=True)
     except OSError:
-        discard(stream)
+        discard(stream or sys.stdout)
 
 
 def discard(stream: TextIO) -> None:

@@ -309,10 +309,12 @@ class DistillationConfig(CFGConfig):
     @classmethod
     def check_given(cls, values: Mapping[str, Any], flags: set[str], in_file: set[str]) -> None:
         """Refuse settings that have no effect, such as those that the student inherits from its teacher."""
-        if useless := sorted((PROCESS_SETTINGS | {"pretrained_model_name_or_path"}) & (flags | in_file)):
-            raise UserError(
-                f"{', '.join(useless)}: the student inherits this from --teacher {values['teacher']}. Leave it out."
-            )
+        useless = PROCESS_SETTINGS & (flags | in_file)
+        if values["pretrained_model_name_or_path"] != values["teacher"]:
+            useless.add("pretrained_model_name_or_path")
+        if useless:
+            names = ", ".join(sorted(useless))
+            raise UserError(f"{names}: the student inherits this from --teacher {values['teacher']}. Leave it out.")
         super().check_given(values, flags, in_file)
         if values["student_steps"] is None and "teacher_steps" in flags | in_file:
             raise UserError("teacher_steps: no effect without --student_steps. Leave it out, or set --student_steps.")

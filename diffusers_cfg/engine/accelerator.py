@@ -57,7 +57,7 @@ def make_accelerator(config: TrainConfig | None = None) -> Accelerator:
         gradient_accumulation_steps=config.gradient_accumulation_steps,
         # Compiles a wrapper. The network that is sampled and saved is unchanged.
         dynamo_backend="inductor" if config.compile else None,
-        log_with=log_with or None,  # accelerate warns of an empty list
+        log_with=[*log_with] or None,  # accelerate warns of an empty list
         project_config=ProjectConfiguration(
             project_dir=config.output_dir, logging_dir=str(Path(config.output_dir) / config.logging_dir)
         ),

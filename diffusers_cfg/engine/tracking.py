@@ -124,7 +124,7 @@ class Trackers:
 
     def log(self, values: Mapping[str, Any], step: int) -> None:
         """Log values by name."""
-        self._send(lambda tracker: tracker.log(values, step=step))
+        self._send(lambda tracker: tracker.log(dict(values), step=step))
 
     def log_samples(self, image: Image.Image, step: int) -> None:
         """Save an image of samples, and log it. Called on the main process."""

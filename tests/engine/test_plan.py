@@ -7,6 +7,7 @@ from collections import namedtuple
 import pytest
 
 from diffusers_cfg.config import UserError
+from diffusers_cfg.evaluation import in_training
 from tests.support.runs import train
 
 Usage = namedtuple("Usage", "total used free")
@@ -60,9 +61,43 @@ def test_too_little_disk_space_raises_before_the_first_step(tmp_path, monkeypatc
     assert "--checkpoints_total_limit" not in caplog.text
 
 
-def test_dry_run_raises_the_errors_of_the_run(tmp_path):
-    with pytest.raises(UserError, match="1797 images, but a step needs 2000"):
-        train(tmp_path / "out", "--dry_run", "--train_batch_size", "2000")
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--train_batch_size", "2000"], "1797 images, but a step needs 2000"),
+        (["--eval_steps", "2", "--feature_extractor", "/nowhere"], "--feature_extractor /nowhere cannot be loaded"),
+        (["--eval_steps", "2", "--num_eval_samples", "5"], "num_eval_samples must be at least 20"),
+        (["--enable_xformers_memory_efficient_attention"], "needs a GPU and xformers"),
+        (["--report_to", "tensorbord"], "'tensorbord' is not a tracker"),
+        (["--report_to", "tensorboard,wandb"], "--report_to wandb is not installed"),
+        (["--attention_resolutions", "7"], "the levels of the UNet have 8, 4 pixels"),
+        (["--output_dir", "/proc/out"], "'/proc/out' cannot be written"),
+        (["--pretrained_vae_model_name_or_path", "/nowhere"], "/nowhere"),
+    ],
+)
+def test_dry_run_raises_the_errors_of_the_run(tmp_path, flags, message):
+    with pytest.raises(UserError, match=message):
+        train(tmp_path / "out", "--dry_run", *flags)
+
+
+def test_dry_run_of_an_evaluation_measures_nothing(tmp_path, monkeypatch):
+    def unexpected(*_):
+        raise AssertionError("The real images are measured.")
+
+    monkeypatch.setattr(in_training, "RealStatistics", unexpected)
+    train(tmp_path / "out", "--dry_run", "--eval_steps", "2")
+
+
+@pytest.mark.parametrize("value", ["0", "x", "-1", "", "1.5"])
+def test_wrong_number_of_processes_raises(tmp_path, monkeypatch, value):
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", value)
+    with pytest.raises(UserError, match=f"LOCAL_WORLD_SIZE must be a positive integer, but is '{value}'"):
+        train(tmp_path / "out", "--dry_run")
+
+
+def test_warmup_of_a_constant_learning_rate_is_reported(tmp_path, caplog):
+    train(tmp_path / "out", "--dry_run", "--lr_scheduler", "constant")
+    assert "--lr_scheduler constant has no warmup. For one, use constant_with_warmup" in caplog.text
 
 
 @pytest.mark.parametrize(("flags", "warns"), [(["--lr_warmup_steps", "4"], True), (["--lr_warmup_steps", "3"], False)])

@@ -162,17 +162,39 @@ def test_resumed_distillation_is_bit_exact(teacher, student, tmp_path):
     [
         (["--student_steps", "3"], "--student_steps must divide 1000.* but is 3"),
         (["--student_steps", "8", "--teacher_steps", "12"], "--teacher_steps 12"),
-        (["--student_steps", "0"], "but is 0"),
+        (["--student_steps", "0"], "student_steps must be at least 1, but is 0"),
         (["--max_guidance_scale", "0"], "max_guidance_scale must be a positive number, but is 0"),
         (["--block_out_channels", "8"], "block_out_channels: the network comes from --pretrained_model_name_or_path"),
         (["--prediction_type", "epsilon"], "prediction_type: the student inherits this from --teacher"),
         (["--log_snr_max", "5"], "log_snr_max: the student inherits this from --teacher"),
+        (["--teacher_steps", "16"], "teacher_steps: no effect without --student_steps"),
+        (["--student_steps", "8", "--teacher_steps", "2000"], r"teacher_steps must lie in \[1, 1000\]"),
+        (["--student_steps", "8", "--num_inference_steps", "9"], "num_inference_steps: the student samples in 8 steps"),
+        (["--pretrained_model_name_or_path", "m"], "pretrained_model_name_or_path: the student inherits this"),
         (["--learning_rat", "1"], None),
     ],
 )
 def test_invalid_flags_are_refused(teacher, argv, message):
     with pytest.raises(UserError if message else SystemExit, match=message):
         parse_config(DistillationConfig, ["--teacher", str(teacher), *argv])
+
+
+@pytest.mark.parametrize("text", ["prediction_type: epsilon\n", "log_snr_min: -9\n", "teacher_steps: 16\n"])
+def test_settings_of_the_teacher_in_a_file_are_refused(teacher, tmp_path, text):
+    (tmp_path / "run.yaml").write_text(text)
+    with pytest.raises(UserError, match=f"{text.split(':')[0]}: (the student inherits this|no effect)"):
+        parse_config(DistillationConfig, ["--teacher", str(teacher), "--config", str(tmp_path / "run.yaml")])
+
+
+def test_settings_of_a_student_say_what_was_done(student):
+    saved = (student / "train_config.yaml").read_text()
+    assert not any(name in saved for name in ("prediction_type", "log_snr_min", "block_out_channels"))
+    assert parse_config(DistillationConfig, ["--config", str(student / "train_config.yaml")]).max_guidance_scale == 3
+
+
+def test_samples_outside_the_range_of_the_student_are_named(teacher, tmp_path, caplog):
+    distill(teacher, tmp_path, "--max_guidance_scale", "3", "--validation_guidance_scales", "0", "4", "--dry_run")
+    assert "The samples leave out w = [4.0]: the student learns 0 to 3." in caplog.text
 
 
 def test_invalid_teachers_are_refused(student, tmp_path):

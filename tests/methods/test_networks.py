@@ -7,7 +7,7 @@ import torch
 
 from diffusers_cfg.config import UserError, parse_config
 from diffusers_cfg.data.sources import Digits
-from diffusers_cfg.methods.networks import build_pipeline, build_unet, noise_process
+from diffusers_cfg.methods.networks import attention, build_pipeline, build_unet, noise_process
 from diffusers_cfg.settings import CFGConfig
 from tests.support.runs import TRAINING
 
@@ -104,3 +104,23 @@ def test_every_parameter_of_a_recipe_network_gets_a_gradient():
     assert [
         name for name, grad in gradients.items() if grad is None or not grad.isfinite().all() or not grad.any()
     ] == []
+
+
+@pytest.mark.parametrize(
+    ("resolutions", "attended"),
+    [([0], []), ([8], [8]), ([4], [4]), ([8, 4], [8, 4]), ([0, 4], [4]), ([16, 8], [8])],
+)
+def test_attention_is_at_the_given_resolutions(resolutions, attended):
+    blocks = attention(resolutions, 8, [8, 16])["down_block_types"]
+    assert blocks == ["AttnDownBlock2D" if size in attended else "DownBlock2D" for size in (8, 4)]
+
+
+@pytest.mark.parametrize("resolutions", [[1000], [7], [8, 7], [16], [8, 16], [2]])
+def test_attention_at_a_resolution_without_a_level_raises(resolutions):
+    with pytest.raises(UserError, match=r"the levels of the UNet have 8, 4 pixels, not .*. Use those, or 0 for none"):
+        attention(resolutions, 8, [8, 16])
+
+
+def test_default_without_any_attention_is_reported(caplog):
+    attention([16, 8], 4, [8, 16])
+    assert "The UNet has no attention: the levels of the UNet have 4, 2 pixels" in caplog.text
