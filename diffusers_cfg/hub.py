@@ -16,24 +16,14 @@ from huggingface_hub.utils import yaml_dump
 from . import pipeline_cfg
 from .loading import (
     HUB_ARGUMENTS,
-    INDEX,
     CompleteAutoencoderKL,
     check_components,
     check_index,
     check_pipeline_folder,
     find_folder,
 )
-from .model_card import (
-    CONFIG,
-    FACTS,
-    RUN,
-    SAMPLES,
-    class_picture,
-    example_classes,
-    find_samples,
-    model_card,
-    read_json,
-)
+from .model_card import class_picture, example_classes, model_card
+from .model_files import CONFIG, FACTS, INDEX, RUN, SAMPLES, find_samples, read_json
 from .repository import PublishError, prepare_repository, read_card, retry
 
 # The only files that are uploaded. An allowlist, so that optimizer states, logs, and settings with paths and tokens are

@@ -19,10 +19,10 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 
+from .model_files import INDEX, read_object
 from .scheduling_log_snr import LogSNRScheduler
 from .unet_2d_cfg import UNet2DCFGModel
 
-INDEX = "model_index.json"
 HUB_ARGUMENTS = ("revision", "token", "cache_dir", "local_files_only", "force_download")
 WEIGHTS = ("diffusion_pytorch_model.safetensors", "diffusion_pytorch_model-*.safetensors", "*.safetensors.index.json")
 # The class of each component of a pipeline. A component of diffusers may have a subclass.
@@ -199,19 +199,6 @@ def check_weights(folder: Path) -> list[str]:
         refused = f", only {pickles[0]}, which is not loaded because a pickle can run code" if pickles else ""
         raise ValueError(f"{folder} has no weights in diffusion_pytorch_model.safetensors{refused}.")
     return names
-
-
-def read_object(path: Path) -> dict[str, Any]:
-    """Load the object in a JSON file. Raise ValueError if the file is missing or contains something else."""
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ValueError(f"{path} does not exist.") from None
-    except (OSError, ValueError, RecursionError) as error:
-        raise ValueError(f"{path} cannot be read as JSON: {error}") from error
-    if not isinstance(value, dict):
-        raise ValueError(f"{path} must contain a JSON object, but contains {json.dumps(value)[:100]}.")
-    return value
 
 
 class CompleteAutoencoderKL(AutoencoderKL):

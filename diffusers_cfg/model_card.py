@@ -9,16 +9,19 @@ from typing import Any
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
-from .loading import INDEX, read_object
-
-# Files that a training run and an evaluation write next to the pipeline.
-RUN, SAMPLES = "run.json", "samples.png"
-EVALUATION, TABLE, CURVES, GRID = (
-    f"evaluation/{name}" for name in ("metrics.json", "metrics.md", "curves.png", "grid.png")
+from .model_files import (
+    CONFIG,
+    CURVES,
+    EVALUATION,
+    GRID,
+    INDEX,
+    RUN,
+    SAMPLES,
+    TABLE,
+    find_samples,
+    read_json,
 )
-FACTS = (RUN, EVALUATION, TABLE, CURVES, GRID)
-# The settings of the run, which are published from run.json: those of the run's folder have local paths.
-CONFIG = "train_config.yaml"
+
 # The largest number of classes with a picture of their own.
 MAX_PICTURES = 8
 
@@ -109,19 +112,6 @@ def model_card(folder: Path, repo_id: str, existing: str | None = None, pictured
         before, after = "", card.text
     text = f"{before.strip()}\n\n{body}\n\n{after.strip()}".strip()
     return f"---\n{data.to_yaml()}\n---\n\n{text}\n"
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """Load the object in a JSON file; empty if the file does not exist."""
-    return read_object(path) if path.is_file() else {}
-
-
-def find_samples(folder: Path) -> Path | None:
-    """Return the path of a folder's samples.png, or of the last grid of samples from a training run."""
-    if (folder / SAMPLES).is_file():
-        return folder / SAMPLES
-    grids = (folder / "samples").glob("step-*.png")
-    return max(grids, key=lambda path: int(path.stem.removeprefix("step-")), default=None)
 
 
 def card_metadata(

@@ -9,7 +9,8 @@ from typing import Any
 from huggingface_hub import HfApi, hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, RepositoryNotFoundError
 
-from .loading import INDEX, check_token, first_line, read_object
+from .loading import check_token, first_line
+from .model_files import INDEX, read_object
 
 logger = logging.getLogger(__name__)
 

@@ -79,7 +79,7 @@ def layer(module: str) -> str:
     parts = module.split(".")
     if parts[0] != "diffusers_cfg" or len(parts) == 1:
         return parts[0]
-    return "R" if parts[1] in (*REMOTE, "hub", "loading", "model_card", "repository") else parts[1]
+    return "R" if parts[1] in (*REMOTE, "hub", "loading", "model_card", "model_files", "repository") else parts[1]
 
 
 @cache

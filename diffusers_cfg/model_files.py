@@ -1,0 +1,44 @@
+"""Name and read the files of a saved model.
+
+This module imports nothing heavy, so that a model card can be written without torch.
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+INDEX = "model_index.json"
+# Files that a training run and an evaluation write next to the pipeline.
+RUN, SAMPLES = "run.json", "samples.png"
+EVALUATION, TABLE, CURVES, GRID = (
+    f"evaluation/{name}" for name in ("metrics.json", "metrics.md", "curves.png", "grid.png")
+)
+FACTS = (RUN, EVALUATION, TABLE, CURVES, GRID)
+# The settings of the run, which are published from run.json: those of the run's folder have local paths.
+CONFIG = "train_config.yaml"
+
+
+def read_object(path: Path) -> dict[str, Any]:
+    """Load the object in a JSON file. Raise ValueError if the file is missing or contains something else."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ValueError(f"{path} does not exist.") from None
+    except (OSError, ValueError, RecursionError) as error:
+        raise ValueError(f"{path} cannot be read as JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise ValueError(f"{path} must contain a JSON object, but contains {json.dumps(value)[:100]}.")
+    return value
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Load the object in a JSON file; empty if the file does not exist."""
+    return read_object(path) if path.is_file() else {}
+
+
+def find_samples(folder: Path) -> Path | None:
+    """Return the path of a folder's samples.png, or of the last grid of samples from a training run."""
+    if (folder / SAMPLES).is_file():
+        return folder / SAMPLES
+    grids = (folder / "samples").glob("step-*.png")
+    return max(grids, key=lambda path: int(path.stem.removeprefix("step-")), default=None)
