@@ -463,6 +463,12 @@ def test_local_folders_of_datasets_are_left_to_datasets(tmp_path):
     assert counts(load(root, "dataset_name", cache_dir=str(tmp_path / "cache"))) == {"a": 1, "b": 1}
 
 
+def test_a_configuration_that_a_folder_lacks_is_refused(tmp_path):
+    root = write_tree(tmp_path / "data", "a/0.png", "b/0.png")
+    with pytest.raises(UserError, match="'x' not found"):
+        load(root, "dataset_name", dataset_config_name="x", cache_dir=str(tmp_path / "cache"))
+
+
 def test_batches_of_a_folder_are_those_of_its_files(tmp_path):
     root = write_tree(tmp_path / "data", "b/{0..2}.png", "a/x/{0..2}.png", "a/y.png")
     data = stack_images(load(root), DataConfig(resolution=8), 1, show_progress=False)
