@@ -15,6 +15,7 @@ from diffusers_cfg.evaluation.measure import measure
 from diffusers_cfg.evaluation.sampling import draw_images
 from diffusers_cfg.evaluation.settings import format_number
 from diffusers_cfg.evaluation.statistics import BATCH_SIZE, RealStatistics, labelled_images
+from diffusers_cfg.files import check_writable
 from diffusers_cfg.settings import TrainConfig
 
 
@@ -43,6 +44,7 @@ def training_evaluation(
         A function that maps a pipeline to the metrics of each w, such as `"frechet_distance/w=1"`. Only the main
         process gets metrics; the dictionaries of the other processes are empty.
     """
+    check_writable(CACHE_DIR, "XDG_CACHE_HOME")
     if config.dry_run:
         labelled_images(dataset, config.num_eval_samples)
         if config.feature_extractor != SMALL:

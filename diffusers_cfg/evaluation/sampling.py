@@ -75,7 +75,7 @@ def load_guide(name: str, pipeline: CFGPipeline) -> UNet2DCFGModel:
     ours, theirs = pipeline.id2label, guide.id2label
     if ours and theirs and (differing := sorted(ours.items() ^ theirs.items())):
         raise ValueError(
-            f"The guide has different classes than the model, such as {differing[:2]}. Pass a guide of the same classes."
+            f"The guide has different classes, such as {differing[:2]}. Pass a guide for the classes of the model."
         )
     original, pipeline.scheduler = pipeline.scheduler, guide.scheduler
     check_call(pipeline, guidance_scale=0.0, num_inference_steps=guide.num_inference_steps)  # checks the noise process

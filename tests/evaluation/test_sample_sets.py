@@ -6,6 +6,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -66,7 +67,8 @@ def draw(model: Path, *argv: str) -> Path:
 
 def labels_by_file(source: Path, flag: str) -> dict[str, str | None]:
     """Return the class of each image as training reads it."""
-    images = load_labelled_images(DataConfig(**{flag: str(source)}))
+    settings: dict[str, Any] = {flag: str(source)}
+    images = load_labelled_images(DataConfig(**settings))
     names = {-1: None, **images.id2label}
     return {
         images.name_image(i).rpartition("/")[2][:6]: names[class_id] for i, class_id in enumerate(images.class_labels)
