@@ -162,7 +162,8 @@ def test_samples_of_unknown_settings_are_drawn_again(tmp_path, content, caplog):
 @pytest.mark.parametrize(
     ("output_dir", "message"),
     [
-        ("", "--output_dir . is not empty"),
+        ("", "output_dir must not be empty"),
+        (".", "--output_dir . is not empty"),
         ("/dev/null", "--output_dir /dev/null cannot be a folder, because /dev/null is not one"),
         ("/dev/null/x", "--output_dir /dev/null/x cannot be a folder, because /dev/null is not one"),
         ("/proc/x", "--output_dir '/proc/x' cannot be written"),
