@@ -1,5 +1,6 @@
 """Test trackers: names, images, one curve over resumed runs, and failures, with stand-ins for their libraries."""
 
+import time
 import types
 from collections import namedtuple
 from collections.abc import Iterator
@@ -163,6 +164,7 @@ def test_tensorboard_shows_one_curve_after_a_kill(tmp_path):
     """The killed run has logged steps 3 and 4 after its checkpoint of step 2, and the resumed run logs them again."""
     flags = ["--report_to", "tensorboard", "--learning_rate", "1e-3"]
     train(tmp_path / "out", *flags)
+    time.sleep(1)  # TensorBoard orders files by their names, which have the time in seconds.
     train(tmp_path / "out", *flags, "--resume_from_checkpoint", "checkpoint-2", "--max_train_steps", "5")
     assert [step for step, _ in scalars(tmp_path / "out")["loss"]] == [1, 2, 3, 4, 5]
     assert [event.step for event in events(tmp_path / "out").Images("samples")] == [5]
