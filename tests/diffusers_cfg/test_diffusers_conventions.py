@@ -29,7 +29,7 @@ PIPELINES = {
 }
 
 
-def draw(pipeline: CFGPipeline, steps: int = 2, **arguments) -> torch.Tensor:
+def draw(pipeline, steps: int = 2, **arguments) -> torch.Tensor:
     arguments = {"output_type": "pt", "generator": generators(0, 1), **arguments}
     return pipeline([1, 2], num_inference_steps=steps, **arguments).images
 
