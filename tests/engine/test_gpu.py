@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
@@ -355,6 +356,18 @@ def test_bf16_images_are_finite(name):
     tolerance = rounding_tolerance(pipeline, 0.0, 6)
     torch.testing.assert_close(rounded.float(), images, rtol=0, atol=tolerance)
     assert (rounded.float() - images).abs().mean() < 0.02
+
+
+@pytest.mark.parametrize("name", SOLVERS)
+def test_threads_draw_their_own_images(name):
+    """Threads share the pipeline and the device's stream, but neither a scheduler nor its state."""
+    pipeline = pipeline_with(name).to(DEVICE)
+    steps = [4, 5, 8, 10, 2, 6]
+    expected = [draw(pipeline, seed, steps=count) for seed, count in enumerate(steps)]
+    with ThreadPoolExecutor(len(steps)) as pool:
+        images = list(pool.map(lambda seed: draw(pipeline, seed, steps=steps[seed]), range(len(steps))))
+    for image, alone, count in zip(images, expected, steps, strict=True):
+        assert_close(image, alone, pipeline, 1.0, count)
 
 
 def test_channels_last_does_not_change_images():
