@@ -278,7 +278,6 @@ class CFGPipeline(DiffusionPipeline):
             guidance_scale=guidance_scale,
             guidance_interval=guidance_interval,
             guidance_rescale=guidance_rescale,
-            guider=guider,
             generator=generator,
             latents=latents,
             output_type=output_type,
@@ -287,6 +286,7 @@ class CFGPipeline(DiffusionPipeline):
             callback_on_step_end_tensor_inputs=callback_on_step_end_tensor_inputs,
         )
         rescale = guidance_rescale or None
+        self._check_type("guider", guider)
         self._check_guider(
             guider, guidance_scale=guidance_scale, guidance_interval=guidance_interval, guidance_rescale=rescale
         )
@@ -502,13 +502,12 @@ class CFGPipeline(DiffusionPipeline):
         return getattr(self.vae.config, "shift_factor", None) or 0.0
 
     @staticmethod
-    def _require(requirements: Mapping[str, tuple[Any, bool, str]]) -> None:
-        """Raise ValueError for the first invalid value in `name: (value, whether it is valid, what it must be)`."""
-        for name, (value, is_valid, required) in requirements.items():
-            if not is_valid:
-                shown = repr(value)
-                shown = f"{shown[:200]} …" if len(shown) > 200 else shown
-                raise ValueError(f"{name} must be {required}, but is {shown}.")
+    def _require(name: str, value: Any, is_valid: bool, required: str) -> None:
+        """Raise ValueError if a value is not valid."""
+        if not is_valid:
+            shown = repr(value)
+            shown = f"{shown[:200]} …" if len(shown) > 200 else shown
+            raise ValueError(f"{name} must be {required}, but is {shown}.")
 
     @classmethod
     def _numbers(cls, name: str, value: Any, required: str = "a number") -> torch.Tensor:
@@ -521,7 +520,7 @@ class CFGPipeline(DiffusionPipeline):
                 is_real = not numbers.is_complex() and numbers.dtype != torch.bool
                 # Converted again: without a dtype, Python's floats become float32.
                 numbers = torch.as_tensor(value, dtype=torch.float64, device="cpu") if is_real else None
-        cls._require({name: (value, numbers is not None, required)})
+        cls._require(name, value, numbers is not None, required)
         assert numbers is not None
         return numbers
 
@@ -541,7 +540,7 @@ class CFGPipeline(DiffusionPipeline):
         if cls._is_number(value):
             with contextlib.suppress(TypeError):
                 integer = operator.index(value)
-        cls._require({name: (value, integer > 0, "a positive integer")})
+        cls._require(name, value, integer > 0, "a positive integer")
         return integer
 
     def _check_type(self, name: str, component: Any) -> None:
@@ -559,7 +558,7 @@ class CFGPipeline(DiffusionPipeline):
             "guider": (isinstance(component, BaseGuidance) or is_none, "a diffusers guider object or None"),
         }
         if name in types:
-            self._require({name: (component, *types[name])})
+            self._require(name, component, *types[name])
 
     def _check_components(self) -> None:
         """Check that the components fit each other, and that the scheduler has the network's noise process."""
@@ -568,14 +567,11 @@ class CFGPipeline(DiffusionPipeline):
         sides = size if isinstance(size, (list, tuple)) else (size, size)
         is_size = len(sides) == 2 and all(type(side) is int and side > 0 for side in sides)
         num_classes, out_channels = unet.num_classes, unet.config.out_channels
-        fit = {
-            "unet.config.sample_size": (size, is_size, "a positive integer, or a height and a width"),
-            "unet.config.out_channels": (out_channels, out_channels == channels, f"in_channels, {channels}"),
-        }
+        self._require("unet.config.sample_size", size, is_size, "a positive integer, or a height and a width")
+        self._require("unet.config.out_channels", out_channels, out_channels == channels, f"in_channels, {channels}")
         if vae is not None:
-            latent_channels = vae.config.latent_channels
-            fit["vae.config.latent_channels"] = (latent_channels, latent_channels == channels, f"the UNet's {channels}")
-        self._require(fit)
+            found = vae.config.latent_channels
+            self._require("vae.config.latent_channels", found, found == channels, f"the UNet's {channels}")
         if guide is not None:
             for name, ours, theirs in (
                 ("num_classes", num_classes, guide.num_classes),
@@ -584,17 +580,10 @@ class CFGPipeline(DiffusionPipeline):
             ):
                 if ours != theirs:
                     raise ValueError(f"guide_unet has {name} {theirs}, but the UNet has {ours}. They must be the same.")
-            process, theirs, largest = self._trained_process, guide.noise_process, guide.max_guidance_scale
-            self._require(
-                {
-                    "guide_unet.noise_process": (theirs, theirs in (None, process), f"{process}, as of the UNet"),
-                    "guide_unet.max_guidance_scale": (
-                        largest,
-                        largest is None,
-                        "None: a distilled network cannot guide",
-                    ),
-                }
-            )
+            ours, theirs = self._trained_process, guide.noise_process
+            self._require("guide_unet.noise_process", theirs, theirs in (None, ours), f"{ours}, as of the UNet")
+            largest, required = guide.max_guidance_scale, "None: a distilled network cannot guide"
+            self._require("guide_unet.max_guidance_scale", largest, largest is None, required)
         self._check_scheduler()
 
     def _checked_settings(
@@ -603,19 +592,16 @@ class CFGPipeline(DiffusionPipeline):
         """Return the settings of the pipeline as they are saved. Raise ValueError if one is invalid."""
         p, num_classes = conditioning_dropout_prob, self.unet.num_classes
         is_dict = id2label is None or isinstance(id2label, Mapping)
-        self._require(
-            {
-                "id2label": (id2label, is_dict, "a dictionary such as {0: 'cat', 1: 'dog'}"),
-                "conditioning_dropout_prob": (p, p is None or self._is_number(p, 0, 1), "in [0, 1] or None"),
-            }
-        )
+        is_prob = p is None or self._is_number(p, 0, 1)
+        self._require("id2label", id2label, is_dict, "a dictionary such as {0: 'cat', 1: 'dog'}")
+        self._require("conditioning_dropout_prob", p, is_prob, "in [0, 1] or None")
         if id2label is not None:
             names, ids = list(id2label.values()), [str(class_id) for class_id in id2label]
             unknown = sorted({*ids} - {str(class_id) for class_id in range(num_classes)})
             if unknown:
                 raise ValueError(f"id2label has the class ids {unknown}, but the UNet has 0 … {num_classes - 1}.")
             wrong = [name for name in names if not isinstance(name, str)]
-            self._require({"A name in id2label": (wrong and wrong[0], not wrong, "a string")})
+            self._require("A name in id2label", wrong and wrong[0], not wrong, "a string")
             for kind, values in (("names", names), ("ids", ids)):
                 repeated = sorted(value for value, count in Counter(values).items() if count > 1)
                 if repeated:
@@ -629,65 +615,54 @@ class CFGPipeline(DiffusionPipeline):
             "num_inference_steps": num_inference_steps,
         }
 
-    def _check_arguments(
-        self,
-        guidance_scale: Any,
-        guidance_interval: Any,
-        guidance_rescale: Any,
-        guider: Any,
-        generator: Any,
-        latents: Any,
-        output_type: Any,
-        return_dict: Any,
-        callback_on_step_end: Any,
-        callback_on_step_end_tensor_inputs: Any,
-    ) -> None:
+    def _check_arguments(self, **arguments: Any) -> None:
         """Check the types and ranges of the call's arguments, except labels and what depends on their number."""
-        is_interval = guidance_interval is None
-        with contextlib.suppress(TypeError, ValueError):
-            low, high = guidance_interval
-            is_interval = self._is_number(low, 0) and self._is_number(high) and bool(low < high)
-        is_interval = is_interval and not isinstance(guidance_interval, (dict, set, frozenset))
-        generators = generator if isinstance(generator, list) else [generator]
-        is_generator = all(isinstance(item, torch.Generator) for item in generators)
-        callback, names, known = callback_on_step_end, callback_on_step_end_tensor_inputs, self._callback_tensor_inputs
-        is_known = isinstance(names, (list, tuple)) and all(name in known for name in names)
-        self._require(
-            {
-                "guidance_scale": (
-                    guidance_scale,
-                    not isinstance(guidance_scale, (type, BaseGuidance)),
-                    "a number, a list of numbers or a function of the log-SNR; a guider is passed as guider",
-                ),
-                "guidance_interval": (guidance_interval, is_interval, "(σ_lo, σ_hi) with 0 ≤ σ_lo < σ_hi"),
-                "guidance_rescale": (guidance_rescale, self._is_number(guidance_rescale, 0, 1), "in [0, 1]"),
-                "generator": (
-                    generator,
-                    generator is None or is_generator,
-                    "a torch.Generator, such as torch.Generator().manual_seed(0), or a list with one for each image",
-                ),
-                "latents": (
-                    latents,
-                    latents is None or (isinstance(latents, torch.Tensor) and latents.is_floating_point()),
-                    "a floating-point torch.Tensor",
-                ),
-                "output_type": (
-                    output_type,
-                    isinstance(output_type, str) and output_type in ("pil", "np", "pt", "latent"),
-                    "'pil', 'np', 'pt' or 'latent'",
-                ),
-                "return_dict": (return_dict, isinstance(return_dict, bool), "True or False"),
-                "callback_on_step_end": (
-                    callback,
-                    callback is None or (callable(callback) and not isinstance(callback, type)),
-                    "a function",
-                ),
-                "callback_on_step_end_tensor_inputs": (names, is_known, f"a list of names in {known}"),
-            }
-        )
-        self._check_type("guider", guider)
-        scale = getattr(guider, "guidance_scale", 0.0)
-        self._require({"guider.guidance_scale": (scale, self._is_number(scale, -1e38, 1e38), "a finite number")})
+        known = self._callback_tensor_inputs
+        rules: dict[str, tuple[Callable[[Any], bool], str]] = {
+            "guidance_scale": (
+                lambda w: not isinstance(w, (type, BaseGuidance)),
+                "a number, a list of numbers or a function of the log-SNR; a guider is passed as guider",
+            ),
+            "guidance_interval": (self._is_interval, "(σ_lo, σ_hi) with 0 ≤ σ_lo < σ_hi"),
+            "guidance_rescale": (lambda rescale: self._is_number(rescale, 0, 1), "in [0, 1]"),
+            "generator": (
+                lambda g: g is None or all(isinstance(x, torch.Generator) for x in (g if isinstance(g, list) else [g])),
+                "a torch.Generator, such as torch.Generator().manual_seed(0), or a list with one for each image",
+            ),
+            "latents": (
+                lambda z: z is None or (isinstance(z, torch.Tensor) and z.is_floating_point()),
+                "a floating-point torch.Tensor",
+            ),
+            "output_type": (
+                lambda kind: isinstance(kind, str) and kind in ("pil", "np", "pt", "latent"),
+                "'pil', 'np', 'pt' or 'latent'",
+            ),
+            "return_dict": (lambda value: isinstance(value, bool), "True or False"),
+            "callback_on_step_end": (
+                lambda function: function is None or (callable(function) and not isinstance(function, type)),
+                "a function",
+            ),
+            "callback_on_step_end_tensor_inputs": (
+                lambda names: isinstance(names, (list, tuple)) and all(name in known for name in names),
+                f"a list of names in {known}",
+            ),
+        }
+        for name, value in arguments.items():
+            is_valid, required = rules[name]
+            self._require(name, value, is_valid(value), required)
+
+    @classmethod
+    def _is_interval(cls, value: Any) -> bool:
+        """Return whether a value is None or an increasing pair of numbers of at least 0."""
+        if value is None:
+            return True
+        if isinstance(value, (dict, set, frozenset)):  # without an order
+            return False
+        try:
+            low, high = value
+        except (TypeError, ValueError):
+            return False
+        return cls._is_number(low, 0) and cls._is_number(high) and bool(low < high)
 
     def _callback_latents(
         self, returned: Any, passed: Mapping[str, torch.Tensor], sample: torch.Tensor
@@ -698,12 +673,10 @@ class CFGPipeline(DiffusionPipeline):
         is_valid = isinstance(returned, Mapping) and all(
             name == "latents" or (name in passed and value is passed[name]) for name, value in returned.items()
         )
-        self._require(
-            {"What callback_on_step_end returns": (returned, is_valid, "None or a dictionary of new 'latents'")}
-        )
+        self._require("What callback_on_step_end returns", returned, is_valid, "None or a dictionary of new 'latents'")
         latents, shape = returned.get("latents", sample), tuple(sample.shape)
         is_valid = isinstance(latents, torch.Tensor) and latents.shape == shape and latents.is_floating_point()
-        self._require({"The latents of callback_on_step_end": (latents, is_valid, f"a tensor of shape {shape}")})
+        self._require("The latents of callback_on_step_end", latents, is_valid, f"a tensor of shape {shape}")
         return latents.to(sample)
 
     @staticmethod
@@ -717,6 +690,8 @@ class CFGPipeline(DiffusionPipeline):
 
     def _check_guider(self, guider: BaseGuidance | None, **own: Any) -> None:
         """Check that the guider works with these models and is not combined with the pipeline's own rule, `own`."""
+        scale = getattr(guider, "guidance_scale", 0.0)
+        self._require("guider.guidance_scale", scale, self._is_number(scale, -1e38, 1e38), "a finite number")
         given = [name for name, value in {**own, "guide_unet": self.guide_unet}.items() if value is not None]
         if guider is not None and given:
             raise ValueError(
@@ -743,22 +718,21 @@ class CFGPipeline(DiffusionPipeline):
     def _check_scheduler(self) -> None:
         """Check the scheduler. Most schedulers accept the config of any other one and then silently return noise."""
         config, name = self.scheduler.config, type(self.scheduler).__name__
+        hint = f"Create it with {name}.from_config(pipe.scheduler.config), using the model's original scheduler."
         if not any(base.__name__ in self.schedulers for base in type(self.scheduler).__mro__):
             raise ValueError(f"{name} is not supported. Supported schedulers: {', '.join(self.schedulers)}.")
         if config.get("use_flow_sigmas") or config.get("prediction_type") == "flow_prediction":
             raise ValueError(
                 f"{name} is configured for flow matching (use_flow_sigmas={config.get('use_flow_sigmas')}, "
                 f"prediction_type={config.get('prediction_type')!r}), but this model was trained with a "
-                f"variance-preserving process. Create it with {name}.from_config(pipe.scheduler.config), using the "
-                "model's original scheduler."
+                f"variance-preserving process. {hint}"
             )
 
         process = self._trained_process
         if process is None:
             raise ValueError(
                 f"The noise process of this model is not known: its UNet does not record one, and its {name} was not "
-                f"made from a LogSNRScheduler. Create it with {name}.from_config(pipe.scheduler.config), using the "
-                "model's original scheduler."
+                f"made from a LogSNRScheduler. {hint}"
             )
         prediction_type, expected = self._reference(process)
         stated, alphas_cumprod = self._stated_process(self.scheduler), self.scheduler.alphas_cumprod.double().cpu()
@@ -768,8 +742,7 @@ class CFGPipeline(DiffusionPipeline):
             raise ValueError(
                 f"{name} does not match the noise process this model was trained with (prediction_type {own_type!r} "
                 f"instead of {prediction_type!r}; alphas_cumprod differs by up to {difference:.2g}; its config states "
-                f"{stated} instead of {process}). Create it with {name}.from_config(pipe.scheduler.config), using the "
-                "model's original scheduler."
+                f"{stated} instead of {process}). {hint}"
             )
 
     @property
@@ -790,14 +763,13 @@ class CFGPipeline(DiffusionPipeline):
     @classmethod
     def _reference(cls, process: dict[str, Any]) -> tuple[str, torch.Tensor]:
         """Return the prediction type and α² at each training timestep of a noise process."""
-        prediction_type, steps = process.get("prediction_type"), process.get("num_train_timesteps")
-        low, high = process.get("log_snr_min", math.nan), process.get("log_snr_max", math.nan)
+        names = ("prediction_type", "num_train_timesteps", "log_snr_min", "log_snr_max")
+        values: list[Any] = [process.get(name) for name in names]
+        prediction_type, steps, low, high = values
         is_valid = cls._is_number(low, -60, 60) and cls._is_number(high, -60, 60) and low < high
         is_valid = is_valid and type(steps) is int and 2 <= steps <= 1_000_000 and isinstance(prediction_type, str)
         required = "a prediction_type, num_train_timesteps, and log_snr_min < log_snr_max in ±60"
-        cls._require({"The noise process": (process, is_valid, required)})
-        assert isinstance(prediction_type, str)
-        assert isinstance(steps, int)
+        cls._require("The noise process", process, is_valid, required)
         # λ = -2 log tan(au + b), as in `LogSNRScheduler`
         b, end = math.atan(math.exp(-high / 2)), math.atan(math.exp(-low / 2))
         u = torch.arange(1, steps + 1, dtype=torch.float64) / steps
@@ -868,7 +840,7 @@ class CFGPipeline(DiffusionPipeline):
                     self._check_class_id(name, label)
         else:
             is_list = not isinstance(labels, (bytes, bytearray, set, frozenset, type))
-            self._require({name: (labels, is_list, "one label or a list of labels")})
+            self._require(name, labels, is_list, "one label or a list of labels")
             is_one = isinstance(labels, (str, dict)) or getattr(labels, "ndim", None) == 0
             labels = [labels] if is_one or not hasattr(labels, "__iter__") else list(labels)
             label2id = {class_name: class_id for class_id, class_name in self.id2label.items()}
@@ -878,16 +850,8 @@ class CFGPipeline(DiffusionPipeline):
                 labels = torch.zeros(len(mixes), self.unet.num_classes + 1)
                 for row, mix in zip(labels, mixes, strict=True):
                     for class_id, weight in mix:
-                        required = "a number of at least 0"
-                        self._require(
-                            {
-                                f"The weight of class {class_id} in {name}": (
-                                    weight,
-                                    self._is_number(weight, 0),
-                                    required,
-                                )
-                            }
-                        )
+                        what = f"The weight of class {class_id} in {name}"
+                        self._require(what, weight, self._is_number(weight, 0), "a number of at least 0")
                         row[class_id] += weight
             else:
                 labels = torch.tensor([class_id for mix in mixes for class_id, _ in mix], dtype=torch.int64)
@@ -980,18 +944,11 @@ class CFGPipeline(DiffusionPipeline):
         num_images_per_label: int,
     ) -> torch.Tensor:
         """Return w at each λ and for each image, float32 `(steps, images)` on the CPU; 0 outside the interval."""
+        name, values = "guidance_scale", [1.0 if guidance_scale is None else guidance_scale]  # None: a guider sets it
         if callable(guidance_scale):
-            rows = [
-                self._scale_per_image(
-                    guidance_scale(x), num_images, num_images_per_label, "What guidance_scale returns"
-                )
-                for x in log_snr.tolist()
-            ]
-        else:
-            if guidance_scale is None:  # a guider sets it
-                guidance_scale = 1.0
-            rows = [self._scale_per_image(guidance_scale, num_images, num_images_per_label)] * len(log_snr)
-        scales = torch.stack(rows)
+            name, values = "What guidance_scale returns", [guidance_scale(x) for x in log_snr.tolist()]
+        rows = [self._scale_per_image(name, value, num_images, num_images_per_label) for value in values]
+        scales = torch.stack(rows).expand(len(log_snr), -1)
         if guidance_interval is not None:
             (low, high), sigma = self._numbers("", guidance_interval).tolist(), (-log_snr / 2).exp()
             inside = (low < sigma) & (sigma <= high)
@@ -1010,7 +967,7 @@ class CFGPipeline(DiffusionPipeline):
         return scales
 
     def _scale_per_image(
-        self, guidance_scale: Any, num_images: int, num_images_per_label: int, name: str = "guidance_scale"
+        self, name: str, guidance_scale: Any, num_images: int, num_images_per_label: int
     ) -> torch.Tensor:
         """Expand w, a number or one number per label or per image, to float32 `(images,)` on the CPU."""
         w = self._numbers(name, guidance_scale, "a number, or a list with one per label or per image").float()
