@@ -32,8 +32,8 @@ from typing import (
 
 import yaml
 
-# As a shell reports processes that SIGINT or SIGPIPE has ended.
-EXIT_INTERRUPTED, EXIT_BROKEN_PIPE = 128 + signal.SIGINT, 128 + signal.SIGPIPE
+# As a shell reports processes that SIGINT (2) or SIGPIPE (13) has ended.
+EXIT_INTERRUPTED, EXIT_BROKEN_PIPE = 128 + 2, 128 + 13
 CACHE_DIR = Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "diffusers-cfg"
 
 
@@ -244,11 +244,6 @@ def read_yaml(path: Path, cls: type[Config]) -> dict[str, Any]:
     return settings
 
 
-def is_required(setting: dataclasses.Field) -> bool:
-    """Return whether a setting has no default."""
-    return default_of(setting) is MISSING
-
-
 def default_of(setting: dataclasses.Field) -> Any:
     """Return the default of a setting, or `MISSING`."""
     return setting.default if setting.default_factory is MISSING else setting.default_factory()
@@ -326,7 +321,7 @@ def parse_config(cls: type[C], argv: list[str] | None = None) -> C:
     in_file = read_yaml(Path(path), cls) if path else {}
     parser.set_defaults(**in_file)
     values = vars(parser.parse_args(argv))
-    required = [setting.name for setting in fields(cls) if is_required(setting)]
+    required = [setting.name for setting in fields(cls) if default_of(setting) is MISSING]
     if missing := [f"--{name}" for name in required if values[name] is None]:
         parser.error(f"the following arguments are required: {', '.join(missing)}")
     if derived := cls.derived_defaults(values):

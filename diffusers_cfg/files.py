@@ -1,16 +1,15 @@
 """Check and lock folders, write files atomically, delete them without following links, and hash their contents."""
 
-import fcntl
 import hashlib
 import logging
 import os
 import shutil
 import socket
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 import torch
 from safetensors import SafetensorError
@@ -35,6 +34,16 @@ def check_writable(folder: Path, flag: str) -> None:
         raise UserError(f"{flag} {str(folder)!r} cannot be written: {error}. Pass a different folder.") from error
     if not existing.is_dir():
         raise UserError(f"{flag} {folder} cannot be a folder, because {existing} is not one. Pass a folder.")
+
+
+def refuse_data_folder(output_dir: Path, data: Mapping[str, Any]) -> None:
+    """Raise UserError if an output folder lies in the folder of the data, whose readers would take it as data."""
+    for source in (data.get("train_data_dir"), data.get("dataset_name")):
+        if source and Path(source).is_dir() and output_dir.resolve().is_relative_to(Path(source).resolve()):
+            raise UserError(
+                f"--output_dir {output_dir} lies in the data folder {source}, where its images would be read as data. "
+                "Choose a different folder."
+            )
 
 
 @contextmanager
@@ -64,6 +73,8 @@ def check_unlocked(folder: Path, flag: str) -> None:
 def lock(file: IO[str], folder: Path, flag: str) -> None:
     """Lock a file, with a POSIX lock: it also works on NFS, and the workers that a process forks do not inherit it."""
     try:
+        import fcntl  # Windows has none
+
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except (BlockingIOError, PermissionError):
         file.seek(0)
@@ -71,7 +82,7 @@ def lock(file: IO[str], folder: Path, flag: str) -> None:
             f"{flag} {folder} is in use by {file.read() or 'another process'}. Wait until it has ended, stop it, or "
             "pass a different folder."
         ) from None
-    except OSError as error:
+    except (ImportError, OSError) as error:
         logger.warning("%s cannot be locked (%s). Do not let a second process write to it.", folder, error)
 
 

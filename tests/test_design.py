@@ -56,6 +56,16 @@ def users_of(library: str) -> set[str]:
     return {name for name, path in {**modules(), **commands()}.items() if library in top_level(imported(path))}
 
 
+def test_sampling_and_evaluation_start_on_systems_other_than_posix():
+    files, found, names = {**modules(), **commands()}, set(), ["training/sample.py", "training/evaluate_cfg.py"]
+    while names:
+        found.add(name := names.pop())
+        names += (imported(files[name]) & files.keys()) - found
+    assert "diffusers_cfg.files" in found
+    assert "diffusers_cfg.engine.preemption" not in found  # has signals that Windows lacks
+    assert "fcntl" not in set().union(*(imported(files[name], nested=False) for name in found))
+
+
 @pytest.mark.parametrize("name", REMOTE)
 def test_remote_code_imports_only_torch_and_diffusers(name):
     path = PACKAGE / f"{name}.py"
@@ -123,7 +133,7 @@ def test_no_module_imports_a_command():
 
 def test_imports_are_at_the_top_of_the_file():
     """Exceptions are imports that are optional, or slow and not always needed."""
-    allowed = {"config": {"transformers.hf_argparser"}, "sources": {"sklearn.datasets"}}
+    allowed = {"config": {"transformers.hf_argparser"}, "sources": {"sklearn.datasets"}, "files": {"fcntl"}}
     allowed["features"] = {"torch_fidelity.feature_extractor_inceptionv3"}
     for name, path in modules().items():
         nested = imported(path) - imported(path, nested=False)

@@ -10,12 +10,20 @@ from pathlib import Path
 
 from diffusers_cfg.config import CommandError, UserError
 from diffusers_cfg.engine.checkpoint import Checkpoint, checkpoints
-from diffusers_cfg.files import LOCK_FILE, atomic_write, check_unlocked, check_writable, disk_errors, remove
+from diffusers_cfg.files import (
+    LOCK_FILE,
+    atomic_write,
+    check_unlocked,
+    check_writable,
+    disk_errors,
+    refuse_data_folder,
+    remove,
+)
+from diffusers_cfg.model_files import INDEX
 from diffusers_cfg.settings import CONFIG_FILE, TrainConfig
 
 logger = logging.getLogger(__name__)
 
-INDEX = "model_index.json"
 # The names of all that runs and evaluations write to the folder, besides logs. --overwrite_output_dir deletes them.
 RUN_FILES = re.compile(
     rf"{CONFIG_FILE}|run\.json|evaluation|{INDEX}|pipeline_cfg\.py|unet|scheduler|vae|(old-|tmp-)?checkpoint-\d+|tmp-model"
@@ -56,21 +64,14 @@ def check_output_dir(config: TrainConfig) -> None:
 
 def check_inputs(config: TrainConfig) -> None:
     """Raise UserError if the run reads from its output folder, or would write into its data."""
-    output_dir = Path(config.output_dir).resolve()
+    output_dir = Path(config.output_dir)
     for name in INPUTS:
         value = getattr(config, name)
-        if value is None or not os.path.exists(value):
-            continue
-        path = Path(value).resolve()
-        if path.is_relative_to(output_dir):
+        if value is not None and os.path.exists(value) and Path(value).resolve().is_relative_to(output_dir.resolve()):
             raise UserError(
-                f"--output_dir {config.output_dir} is or contains {value}, which the run reads. Pass another folder."
+                f"--output_dir {output_dir} is or contains {value}, which the run reads. Pass another folder."
             )
-        if name in ("dataset_name", "train_data_dir") and output_dir.is_relative_to(path):
-            raise UserError(
-                f"--output_dir {config.output_dir} lies in the data {value}, so samples would become training data. "
-                "Pass another folder."
-            )
+    refuse_data_folder(output_dir, vars(config))
 
 
 def prepare_output_dir(config: TrainConfig, checkpoint: Checkpoint | None) -> None:

@@ -13,8 +13,7 @@ from accelerate.tracking import GeneralTracker
 from accelerate.utils import LoggerType
 from PIL import Image
 
-from diffusers_cfg.config import UserError
-from diffusers_cfg.engine.preemption import Preempted
+from diffusers_cfg.config import CommandError, UserError
 from diffusers_cfg.files import atomic_write
 from diffusers_cfg.settings import TrainConfig
 
@@ -143,7 +142,7 @@ class Trackers:
         for tracker in list(self.accelerator.trackers):
             try:
                 send(tracker)
-            except Preempted:
+            except CommandError:  # a signal stops the run
                 raise
             except Exception as error:  # of the disk, the network or the tracker's library
                 self.accelerator.trackers.remove(tracker)

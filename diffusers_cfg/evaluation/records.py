@@ -10,7 +10,6 @@ from typing import Any
 import yaml
 
 from diffusers_cfg import CFGPipeline
-from diffusers_cfg.config import UserError
 from diffusers_cfg.settings import CONFIG_FILE, DataConfig
 
 logger = logging.getLogger(__name__)
@@ -40,13 +39,3 @@ def read(path: Path, parse: Callable[[str], Any]) -> dict[str, Any]:
     except (OSError, ValueError, TypeError, RecursionError, yaml.YAMLError) as error:
         logger.warning("%s is damaged and not used: %s", path, error)
         return {}
-
-
-def refuse_data_folder(output_dir: Path, data: dict[str, Any]) -> None:
-    """Raise UserError if an output folder lies in the folder of the data, whose readers would take it as data."""
-    for source in (data.get("train_data_dir"), data.get("dataset_name")):
-        if source and Path(source).is_dir() and output_dir.resolve().is_relative_to(Path(source).resolve()):
-            raise UserError(
-                f"--output_dir {output_dir} lies in the data folder {source}, where its images would be read as data. "
-                "Choose a different folder."
-            )

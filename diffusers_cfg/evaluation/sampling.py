@@ -17,10 +17,10 @@ from tqdm.auto import tqdm
 from diffusers_cfg import CFGPipeline, LogSNRScheduler, UNet2DCFGModel
 from diffusers_cfg.config import UserError
 from diffusers_cfg.evaluation.class_labels import parse_class_labels
-from diffusers_cfg.evaluation.records import recorded_data, refuse_data_folder
+from diffusers_cfg.evaluation.records import recorded_data
 from diffusers_cfg.evaluation.sample_sets import SETTINGS_FILE, WRITERS, SampleSet, Shard, claimed
 from diffusers_cfg.evaluation.settings import SampleConfig, SamplingConfig, format_number
-from diffusers_cfg.files import check_writable, digest
+from diffusers_cfg.files import check_writable, digest, refuse_data_folder
 from diffusers_cfg.loading import load_guide_unet
 from diffusers_cfg.randomness import seeded_generator
 

@@ -12,12 +12,13 @@ from tqdm.auto import tqdm
 from diffusers_cfg import CFGPipeline
 from diffusers_cfg.config import UserError
 from diffusers_cfg.data.datasets import training_dataset
+from diffusers_cfg.data.labels import listed
 from diffusers_cfg.data.naming import local_name
 from diffusers_cfg.data.sources import LabelledImages, load_labelled_images
 from diffusers_cfg.evaluation.class_labels import choose_class_labels, classes_of
 from diffusers_cfg.evaluation.grids import make_grid
 from diffusers_cfg.evaluation.measure import measure, measure_floor
-from diffusers_cfg.evaluation.records import recorded_data, refuse_data_folder
+from diffusers_cfg.evaluation.records import recorded_data
 from diffusers_cfg.evaluation.reports import METRICS_FILE, save_image, write_report
 from diffusers_cfg.evaluation.sample_sets import SETTINGS_FILE, SampleSet, claimed
 from diffusers_cfg.evaluation.sampling import (
@@ -31,7 +32,7 @@ from diffusers_cfg.evaluation.sampling import (
 )
 from diffusers_cfg.evaluation.settings import EvaluationConfig, format_number
 from diffusers_cfg.evaluation.statistics import RealStatistics
-from diffusers_cfg.files import check_writable
+from diffusers_cfg.files import check_writable, refuse_data_folder
 from diffusers_cfg.settings import DataConfig
 
 # The folder of the samples in the output folder.
@@ -218,7 +219,7 @@ def load_data(
 
 def first_names(id2label: dict[int, str]) -> str:
     """Return the names of the first five classes, for a message."""
-    return ", ".join([name for _, name in sorted(id2label.items())][:5]) + (", …" if len(id2label) > 5 else "")
+    return listed([name for _, name in sorted(id2label.items())], 5)
 
 
 def smaller_size(images: LabelledImages, resolution: int) -> tuple[int, int] | None:

@@ -1,9 +1,12 @@
 """Test the output folder: what a run refuses, locks, deletes and leaves behind."""
 
 import errno
+import fcntl
 import multiprocessing
 import os
+import re
 import shutil
+import sys
 import time
 from collections.abc import Callable
 from multiprocessing.synchronize import Event
@@ -96,8 +99,12 @@ def test_read_only_folder_raises(tmp_path, monkeypatch):
         ("model", {"pretrained_vae_model_name_or_path": "model/vae"}, "is or contains"),
         ("model", {"model_config_name_or_path": "model/unet.json"}, "is or contains"),
         ("photos", {"train_data_dir": "photos"}, "is or contains .*photos, which the run reads"),
-        ("photos/model", {"train_data_dir": "photos"}, "lies in the data .*photos, so samples would become training"),
-        ("photos/a/model", {"dataset_name": "photos"}, "lies in the data"),
+        (
+            "photos/model",
+            {"train_data_dir": "photos"},
+            "lies in the data folder .*photos, where its images",
+        ),
+        ("photos/a/model", {"dataset_name": "photos"}, "lies in the data folder"),
         ("photos", {"dataset_name": "photos"}, "is or contains"),
         ("model/student", {"pretrained_model_name_or_path": "model"}, None),
         ("photos-model", {"train_data_dir": "photos"}, None),
@@ -207,15 +214,18 @@ def test_second_run_in_a_folder_is_refused_until_the_first_has_ended(tmp_path):
         assert f"process {os.getpid()} on " in (tmp_path / "out" / ".lock").read_text()
 
 
-def test_folder_that_cannot_be_locked_is_used_with_a_warning(tmp_path, monkeypatch, caplog):
+@pytest.mark.parametrize("is_windows", [False, True])
+def test_folder_that_cannot_be_locked_is_used_with_a_warning(is_windows, tmp_path, monkeypatch, caplog):
     def unsupported(*_):
         raise OSError(errno.ENOLCK, "No locks available")
 
-    monkeypatch.setattr(files.fcntl, "lockf", unsupported)
+    if is_windows:
+        monkeypatch.setitem(sys.modules, "fcntl", None)
+    else:
+        monkeypatch.setattr(fcntl, "lockf", unsupported)
     with locked(tmp_path, "--output_dir"):
-        assert (
-            "cannot be locked ([Errno 37] No locks available). Do not let a second process write to it" in caplog.text
-        )
+        reason = "import of fcntl halted" if is_windows else "No locks available"
+        assert re.search(rf"cannot be locked \(.*{reason}.*\). Do not let a second process write to it", caplog.text)
 
 
 def fails(error: Exception) -> Callable[[Path], None]:
