@@ -146,11 +146,12 @@ def check_index(index: Any, source: str) -> None:
         raise ValueError(f"{INDEX} in {source} must contain a JSON object, but contains {json.dumps(index)[:100]}.")
     if index.get("_class_name") in ([], None):
         raise ValueError(f"{INDEX} in {source} names no pipeline in _class_name.")
-    for name in index.keys() | CLASSES.keys():
-        value, required = index.get(name, [None, None]), name in ("unet", "scheduler")
-        if not (name in CLASSES or isinstance(value, list)) or (value == [None, None] and not required):
+    for name in {**CLASSES, **index}:
+        kind, value = CLASSES.get(name), index.get(name, [None, None])
+        is_setting = kind is None and not isinstance(value, list)
+        is_absent = value == [None, None] and name not in ("unet", "scheduler")
+        if is_setting or is_absent:
             continue
-        kind = CLASSES.get(name)
         if not (isinstance(value, list) and len(value) == 2 and all(isinstance(part, str) for part in value)):
             expected = f"the module and the class of the {name}" if kind else f"no list as {name}"
             raise ValueError(f"{INDEX} in {source} must contain {expected}, but contains {json.dumps(value)}.")

@@ -158,10 +158,8 @@ class TrainConfig(HubConfig, RunConfig, OptimizationConfig, ModelConfig, DataCon
     def check(self) -> None:
         """Check combinations of settings. Raise UserError."""
         super().check()
-        for name in (
-            "logging_dir",
-            "tracker_project_name",
-        ):  # TensorBoard writes to the project's folder in logging_dir.
+        # TensorBoard writes to the folder of the project in logging_dir.
+        for name in ("logging_dir", "tracker_project_name"):
             if not re.fullmatch(r"\w[\w. -]*", value := getattr(self, name)):
                 raise UserError(f"{name} must be the name of a folder in --output_dir, but is {value!r}.")
         if len(set(self.ema_max_decay)) < len(self.ema_max_decay):

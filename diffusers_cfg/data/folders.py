@@ -21,6 +21,7 @@ from PIL import Image
 from diffusers_cfg.config import UserError
 from diffusers_cfg.data.labels import UNLABELLED, listed
 from diffusers_cfg.data.metadata import METADATA_FILES, has_labels, read_metadata, rows_of_metadata
+from diffusers_cfg.data.naming import RUN_FILES, is_visible
 from diffusers_cfg.settings import DataConfig
 
 logger = logging.getLogger(__name__)
@@ -39,19 +40,12 @@ COMPANIONS |= {"readme", "license", "thumbs", "desktop"}  # Thumbs.db and deskto
 DATASET_FILES = {".parquet", ".arrow", ".tar"}
 # What Python puts into names in place of bytes that are not UTF-8.
 NOT_UTF8 = re.compile("[\ud800-\udfff]")
-# Contents of the output folder of a run.
-RUN_FILES = re.compile(r"model_index\.json|train_config\.yaml|checkpoint-\d+")
 
 
 @cache
 def image_suffixes() -> set[str]:
     """Return the suffixes of the files that PIL can read, in lower case."""
     return {suffix for suffix, kind in Image.registered_extensions().items() if kind in Image.OPEN}
-
-
-def is_visible(name: str) -> bool:
-    """Return whether a file or folder is neither hidden nor an archiver's or Python's own."""
-    return not name.startswith(".") and name not in ("__MACOSX", "__pycache__")
 
 
 def sorted_names(names: Iterable[str]) -> list[str]:

@@ -1,8 +1,17 @@
-"""Name datasets in reports and published files, without local paths."""
+"""Name datasets in reports and published files, without local paths, and tell the names of data from others."""
 
+import re
 from pathlib import Path
 
 from diffusers_cfg.settings import DataConfig
+
+# Contents of the output folder of a run, which is no folder of data.
+RUN_FILES = re.compile(r"model_index\.json|train_config\.yaml|checkpoint-\d+")
+
+
+def is_visible(name: str) -> bool:
+    """Return whether a file or folder is neither hidden nor an archiver's or Python's own."""
+    return not name.startswith(".") and name not in ("__MACOSX", "__pycache__")
 
 
 def is_built_in(config: DataConfig) -> bool:

@@ -86,12 +86,9 @@ def public_command(config: TrainConfig, argv: list[str]) -> str | None:
         config (`TrainConfig`): the settings of the run, which tell which flags are secret.
         argv (`list[str]`): the script and its arguments, as in `sys.argv`.
     """
-    *_, folder, parent, name = ("", *Path(argv[0]).resolve().parts[-3:])
-    if parent == "training":
-        script = f"training/{name}"
-    elif (folder, parent) == ("training", "studies"):
-        script = f"training/studies/{name}"
-    else:
+    path = Path(argv[0]).resolve()
+    folder = path.parent.parent if path.parent.name == "studies" else path.parent
+    if folder.name != "training":
         return None
     secrets = {field.name for field in fields(config) if field.metadata.get("secret")}
     shown, flag = [], ""
@@ -104,7 +101,7 @@ def public_command(config: TrainConfig, argv: list[str]) -> str | None:
             argument = without_path(argument)
         if flag not in secrets:
             shown.append(argument)
-    return shlex.join(["python", script, *shown])
+    return shlex.join(["python", path.relative_to(folder.parent).as_posix(), *shown])
 
 
 def without_path(value: Any) -> Any:

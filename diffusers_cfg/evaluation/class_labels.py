@@ -6,6 +6,7 @@ import torch
 
 from diffusers_cfg import CFGPipeline
 from diffusers_cfg.config import UserError
+from diffusers_cfg.data.labels import listed
 from diffusers_cfg.evaluation.records import run_record
 from diffusers_cfg.evaluation.settings import EvaluationConfig
 from diffusers_cfg.randomness import seeded_generator
@@ -75,7 +76,7 @@ def parse_class_labels(names: list[str] | None, pipeline: CFGPipeline) -> list[i
         hint = " Ids start at 0, and the null class is -1." if str(num_classes) in unknown else ""
         raise UserError(
             f"--class_labels has unknown classes: {' '.join(name or repr(name) for name in unknown)}. The classes are "
-            f"{', '.join(list(ids)[:50])}.{hint}"
+            f"{listed([*ids], 50)}.{hint}"
         )
     if untrained := [name for name in names if ids[name] in absent]:
         logger.warning("The training data had no images of these classes: %s", ", ".join(untrained))

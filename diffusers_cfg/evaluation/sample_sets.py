@@ -17,6 +17,7 @@ from PIL import Image
 
 from diffusers_cfg import CFGPipeline
 from diffusers_cfg.config import UserError
+from diffusers_cfg.data.naming import RUN_FILES, is_visible
 from diffusers_cfg.evaluation.grids import make_grid
 from diffusers_cfg.evaluation.reports import save_image
 from diffusers_cfg.files import LOCK_FILE, atomic_write, locked
@@ -30,8 +31,6 @@ SETTINGS_FILE, SHARDS = "settings.json", "shard-*.npz"
 MAX_NAME_BYTES = 255
 # Characters that some systems do not allow in file names.
 FORBIDDEN = re.compile(r'[<>:"/\\|?*\x00-\x1f\x7f\ud800-\udfff]')
-# Names of folders that --train_data_dir leaves out, or takes as signs of a training run.
-RESERVED = re.compile(r"\..*|__MACOSX|__pycache__|model_index\.json|run\.json|train_config\.yaml|checkpoint-\d+")
 
 
 class Shard(NamedTuple):
@@ -164,7 +163,8 @@ def folder_names(names: dict[int, str]) -> dict[int, str]:
     folders: dict[int, str] = {}
     taken: set[str] = set()
     for class_id, name in names.items():
-        fits = not (FORBIDDEN.search(name) or RESERVED.fullmatch(name)) and name == name.rstrip(" .")
+        is_read = is_visible(name) and not RUN_FILES.fullmatch(name)  # by --train_data_dir
+        fits = is_read and not FORBIDDEN.search(name) and name == name.rstrip(" .")
         if name and fits and len(name.encode()) <= MAX_NAME_BYTES and comparable(name) not in taken:
             folders[class_id] = name
             taken.add(comparable(name))

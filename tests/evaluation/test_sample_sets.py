@@ -39,7 +39,7 @@ FOLDERS = {
     ("a\0b", "a:b", "a\\b"): ["a_b_0", "a_b_1", "a_b_2"],
     (LONG, f"{LONG}2"): ["ü" * 63 + "_0", "ü" * 63 + "_1"],
     ("x" * 255, "x" * 256): ["x" * 255, "x" * 127 + "_1"],
-    ("checkpoint-1", "run.json", "__MACOSX"): ["checkpoint-1_0", "run.json_1", "MACOSX_2"],
+    ("checkpoint-1", "model_index.json", "__MACOSX"): ["checkpoint-1_0", "model_index.json_1", "MACOSX_2"],
     ("CAFÉ\n", "?"): ["CAFÉ__0", "1"],
     ("unconditional", "x"): ["unconditional", "x"],
 }
