@@ -37,8 +37,11 @@ FORMAT = 2
 # Entries of `state.json`: numbers with their least values, and mappings with the keys that a resumed run reads.
 NUMBERS = {"step": 0, "seconds": 0.0, "batch_size": 1, "num_processes": 1}
 MAPPINGS = {
-    "optimizers": [], "settings": [], "identity": ["method"], "data": ["class_names", "num_images", "fingerprint"],
-}  # fmt: skip
+    "optimizers": [],
+    "settings": [],
+    "identity": ["method"],
+    "data": ["class_names", "num_images", "fingerprint"],
+}
 
 
 class Checkpoint(NamedTuple):
@@ -200,8 +203,8 @@ def verify_record(record: dict[str, Any], folder: Path) -> str | None:
     for name, keys in MAPPINGS.items():
         if not isinstance(record[name], dict) or not record[name]:
             return f"{name} in {STATE_FILE} is {record[name]!r}"
-        for key in keys:
-            record[name][key]
+        if missing := [key for key in keys if key not in record[name]]:
+            return f"{name} in {STATE_FILE} lacks {missing[0]!r}"
     method = record["identity"]["method"]
     averaged = method["averaged"] if record["settings"].get("use_ema") else []
     for name in [*method["modules"], *(f"{name}_ema" for name in averaged)]:

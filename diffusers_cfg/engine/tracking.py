@@ -132,7 +132,12 @@ class Trackers:
                 image.save(unfinished, "PNG")
         except OSError as error:
             logger.error("Failed to save the samples of step %d: %s", step, error)
-        self._send(lambda tracker: SEND_IMAGE.get(tracker.name, lambda *_: None)(tracker, image, step))
+
+        def send(tracker: GeneralTracker) -> None:
+            if tracker.name in SEND_IMAGE:
+                SEND_IMAGE[tracker.name](tracker, image, step)
+
+        self._send(send)
 
     def finish(self) -> None:
         """Write what is left, and close the trackers."""
