@@ -575,13 +575,12 @@ class CFGPipeline(DiffusionPipeline):
         if guide is not None:
             for name, ours, theirs in (
                 ("num_classes", num_classes, guide.num_classes),
-                ("in_channels", channels, guide.config.in_channels),
-                ("out_channels", channels, guide.config.out_channels),
+                ("config.in_channels", channels, guide.config.in_channels),
+                ("config.out_channels", channels, guide.config.out_channels),
             ):
-                if ours != theirs:
-                    raise ValueError(f"guide_unet has {name} {theirs}, but the UNet has {ours}. They must be the same.")
+                self._require(f"guide_unet.{name}", theirs, theirs == ours, f"the UNet's {ours}")
             ours, theirs = self._trained_process, guide.noise_process
-            self._require("guide_unet.noise_process", theirs, theirs in (None, ours), f"{ours}, as of the UNet")
+            self._require("guide_unet.noise_process", theirs, theirs in (None, ours), f"the UNet's {ours}")
             largest, required = guide.max_guidance_scale, "None: a distilled network cannot guide"
             self._require("guide_unet.max_guidance_scale", largest, largest is None, required)
         self._check_scheduler()
@@ -712,8 +711,7 @@ class CFGPipeline(DiffusionPipeline):
                 "second pass would be needed. Use the model that it was distilled from."
             )
         dtype, guide_dtype = self.unet.dtype, (self.guide_unet or self.unet).dtype
-        if dtype != guide_dtype:
-            raise ValueError(f"guide_unet has dtype {guide_dtype}, but the UNet has {dtype}. They must be the same.")
+        self._require("guide_unet.dtype", guide_dtype, guide_dtype == dtype, f"the UNet's {dtype}")
 
     def _check_scheduler(self) -> None:
         """Check the scheduler. Most schedulers accept the config of any other one and then silently return noise."""

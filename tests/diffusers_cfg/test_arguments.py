@@ -190,14 +190,20 @@ def test_invalid_setting_or_component_is_named(shared, name, value, message):
         (lambda: {"unet": make_unet(in_channels=3)}, "out_channels must be in_channels, 3, but is 1"),
         (lambda: {"unet": make_unet(num_class_embeds=None)}, "num_class_embeds=None"),
         (lambda: {"vae": make_vae(2)}, "vae.config.latent_channels must be the UNet's 1, but is 2"),
-        (lambda: {"guide_unet": make_unet(in_channels=3, out_channels=3)}, "guide_unet has in_channels 3"),
-        (lambda: {"guide_unet": make_unet(num_class_embeds=6)}, "guide_unet has num_classes 5"),
+        (lambda: {"guide_unet": make_unet(in_channels=3, out_channels=3)}, "guide_unet.config.in_channels must be"),
+        (lambda: {"guide_unet": make_unet(num_class_embeds=6)}, "guide_unet.num_classes must be"),
         (lambda: {"guide_unet": make_unet(max_guidance_scale=4.0)}, "guide_unet.max_guidance_scale must be None"),
     ],
 )
 def test_components_that_do_not_fit_are_refused(components, message):
     with pytest.raises(ValueError, match=message):
         CFGPipeline(**{"unet": make_unet(), "scheduler": LogSNRScheduler(), **components()})
+
+
+def test_guide_of_another_dtype_is_refused(pipeline):
+    pipeline.guide_unet = make_unet().to(torch.bfloat16)
+    with pytest.raises(ValueError, match="guide_unet.dtype must be the UNet's torch.float32, but is torch.bfloat16"):
+        call(pipeline)
 
 
 @pytest.mark.parametrize("name", ["guider", "guide_unet", "vae"])

@@ -180,7 +180,7 @@ def test_invalid_record_is_refused(trained, change):
 def test_guide_unet_of_another_process_is_refused(trained):
     guide = make_unet()
     guide.noise_process = {**PROCESS, "log_snr_min": -10.0}
-    with pytest.raises(ValueError, match=r"guide_unet.noise_process must be .*-20.*, as of the UNet, but is .*-10"):
+    with pytest.raises(ValueError, match=r"guide_unet.noise_process must be the UNet's .*-20.*, but is .*-10"):
         CFGPipeline(**{**trained.components, "guide_unet": guide})
     trained.guide_unet = guide
     with pytest.raises(ValueError, match="guide_unet.noise_process"):

@@ -342,7 +342,7 @@ def test_autoguidance_uses_the_same_classes_in_both_networks(pipeline):
 
 def test_guide_unet_for_different_classes_is_refused(pipeline):
     pipeline.guide_unet = make_unet(num_class_embeds=6)
-    with pytest.raises(ValueError, match="guide_unet has num_classes 5, but the UNet has 3"):
+    with pytest.raises(ValueError, match="guide_unet.num_classes must be the UNet's 3, but is 5"):
         draw(pipeline, 0)
 
 
