@@ -279,7 +279,6 @@ class CFGPipeline(DiffusionPipeline):
             guidance_interval=guidance_interval,
             guidance_rescale=guidance_rescale,
             generator=generator,
-            latents=latents,
             output_type=output_type,
             return_dict=return_dict,
             callback_on_step_end=callback_on_step_end,
@@ -501,13 +500,22 @@ class CFGPipeline(DiffusionPipeline):
     def _vae_shift(self) -> float:
         return getattr(self.vae.config, "shift_factor", None) or 0.0
 
-    @staticmethod
-    def _require(name: str, value: Any, is_valid: bool, required: str) -> None:
+    @classmethod
+    def _require(cls, name: str, value: Any, is_valid: bool, required: str) -> None:
         """Raise ValueError if a value is not valid."""
         if not is_valid:
-            shown = repr(value)
-            shown = f"{shown[:200]} …" if len(shown) > 200 else shown
-            raise ValueError(f"{name} must be {required}, but is {shown}.")
+            raise ValueError(f"{name} must be {required}, but is {cls._shown(value)}.")
+
+    @staticmethod
+    def _shown(value: Any) -> str:
+        """Return a value formatted for a message: in one line, of at most 100 characters."""
+        if isinstance(value, (torch.nn.Module, SchedulerMixin, BaseGuidance)):
+            return f"a {type(value).__name__}"
+        shown = repr(value)
+        if "\n" in shown:
+            shape = getattr(value, "shape", None)
+            shown = " ".join(shown.split()) if shape is None else f"a {type(value).__name__} of shape {tuple(shape)}"
+        return shown if len(shown) <= 100 else f"{shown[:100]} …"
 
     @classmethod
     def _numbers(cls, name: str, value: Any, required: str = "a number") -> torch.Tensor:
@@ -516,13 +524,18 @@ class CFGPipeline(DiffusionPipeline):
         values = value if isinstance(value, (list, tuple)) else [value]
         if not any(isinstance(number, (bool, str, bytes, bytearray)) for number in values):
             with contextlib.suppress(TypeError, ValueError, RuntimeError, OverflowError):
-                numbers = torch.as_tensor(value)
-                is_real = not numbers.is_complex() and numbers.dtype != torch.bool
-                # Converted again: without a dtype, Python's floats become float32.
-                numbers = torch.as_tensor(value, dtype=torch.float64, device="cpu") if is_real else None
+                given = torch.as_tensor(value)
+                if cls._has_values(given) and not given.is_complex() and given.dtype != torch.bool:
+                    # Converted again: without a dtype, Python's floats become float32.
+                    numbers = torch.as_tensor(value, dtype=torch.float64, device="cpu")
         cls._require(name, value, numbers is not None, required)
         assert numbers is not None
         return numbers
+
+    @staticmethod
+    def _has_values(tensor: torch.Tensor) -> bool:
+        """Return whether the values of a tensor can be read: it is neither sparse nor on the meta device."""
+        return tensor.layout == torch.strided and not tensor.is_meta
 
     @classmethod
     def _is_number(cls, value: Any, low: float = -math.inf, high: float = math.inf) -> bool:
@@ -565,9 +578,12 @@ class CFGPipeline(DiffusionPipeline):
         unet, guide, vae = self.unet, self.guide_unet, self.vae
         channels, size = unet.config.in_channels, unet.config.sample_size
         sides = size if isinstance(size, (list, tuple)) else (size, size)
-        is_size = len(sides) == 2 and all(type(side) is int and side > 0 for side in sides)
+        # Each level but the last halves the size.
+        multiple = 2 ** (max(len(network.config.block_out_channels) for network in (unet, guide or unet)) - 1)
+        is_size = len(sides) == 2 and all(type(side) is int and side > 0 and side % multiple == 0 for side in sides)
         num_classes, out_channels = unet.num_classes, unet.config.out_channels
-        self._require("unet.config.sample_size", size, is_size, "a positive integer, or a height and a width")
+        required = f"a positive multiple of {multiple}, or two of them as height and width"
+        self._require("unet.config.sample_size", size, is_size, required)
         self._require("unet.config.out_channels", out_channels, out_channels == channels, f"in_channels, {channels}")
         if vae is not None:
             found = vae.config.latent_channels
@@ -628,10 +644,6 @@ class CFGPipeline(DiffusionPipeline):
                 lambda g: g is None or all(isinstance(x, torch.Generator) for x in (g if isinstance(g, list) else [g])),
                 "a torch.Generator, such as torch.Generator().manual_seed(0), or a list with one for each image",
             ),
-            "latents": (
-                lambda z: z is None or (isinstance(z, torch.Tensor) and z.is_floating_point()),
-                "a floating-point torch.Tensor",
-            ),
             "output_type": (
                 lambda kind: isinstance(kind, str) and kind in ("pil", "np", "pt", "latent"),
                 "'pil', 'np', 'pt' or 'latent'",
@@ -655,13 +667,11 @@ class CFGPipeline(DiffusionPipeline):
         """Return whether a value is None or an increasing pair of numbers of at least 0."""
         if value is None:
             return True
-        if isinstance(value, (dict, set, frozenset)):  # without an order
-            return False
         try:
-            low, high = value
+            low, high = cls._numbers("guidance_interval", value).tolist()
+            return 0 <= low < high
         except (TypeError, ValueError):
             return False
-        return cls._is_number(low, 0) and cls._is_number(high) and bool(low < high)
 
     def _callback_latents(
         self, returned: Any, passed: Mapping[str, torch.Tensor], sample: torch.Tensor
@@ -673,10 +683,19 @@ class CFGPipeline(DiffusionPipeline):
             name == "latents" or (name in passed and value is passed[name]) for name, value in returned.items()
         )
         self._require("What callback_on_step_end returns", returned, is_valid, "None or a dictionary of new 'latents'")
-        latents, shape = returned.get("latents", sample), tuple(sample.shape)
-        is_valid = isinstance(latents, torch.Tensor) and latents.shape == shape and latents.is_floating_point()
-        self._require("The latents of callback_on_step_end", latents, is_valid, f"a tensor of shape {shape}")
+        latents = returned.get("latents", sample)
+        if latents is not sample:
+            self._check_latents("The latents of callback_on_step_end", latents, tuple(sample.shape))
         return latents.to(sample)
+
+    def _check_latents(self, name: str, latents: Any, shape: tuple[int, ...]) -> None:
+        """Check latents that a user passed: finite floating-point numbers of the right shape."""
+        is_tensor = isinstance(latents, torch.Tensor) and latents.is_floating_point() and self._has_values(latents)
+        self._require(name, latents, is_tensor, "a dense, floating-point torch.Tensor")
+        if latents.shape != shape:
+            raise ValueError(f"{name} have shape {tuple(latents.shape)}, but must have {shape}.")
+        if not latents.isfinite().all():
+            raise ValueError(f"{name} must be finite, but contain NaN or infinite values.")
 
     @staticmethod
     def _copy(component: Any) -> Any:
@@ -732,15 +751,16 @@ class CFGPipeline(DiffusionPipeline):
                 f"The noise process of this model is not known: its UNet does not record one, and its {name} was not "
                 f"made from a LogSNRScheduler. {hint}"
             )
-        prediction_type, expected = self._reference(process)
+        expected = self._reference(process)
         stated, alphas_cumprod = self._stated_process(self.scheduler), self.scheduler.alphas_cumprod.double().cpu()
         difference = (alphas_cumprod - expected).abs().max().item() if len(alphas_cumprod) == len(expected) else 1
-        own_type = config.get("prediction_type")
-        if own_type != prediction_type or stated not in (None, process) or not difference <= 1e-4:  # it may be NaN
+        stated = {"prediction_type": config.get("prediction_type"), **(stated or {})}
+        differs = [f"{key} {own!r} instead of {process[key]!r}" for key, own in stated.items() if own != process[key]]
+        if not difference <= 1e-4:  # it may be NaN
+            differs.append(f"alphas_cumprod differs by up to {difference:.2g}")
+        if differs:
             raise ValueError(
-                f"{name} does not match the noise process this model was trained with (prediction_type {own_type!r} "
-                f"instead of {prediction_type!r}; alphas_cumprod differs by up to {difference:.2g}; its config states "
-                f"{stated} instead of {process}). {hint}"
+                f"{name} does not match the noise process this model was trained with ({'; '.join(differs)}). {hint}"
             )
 
     @property
@@ -759,8 +779,8 @@ class CFGPipeline(DiffusionPipeline):
         return {**{name: config.get(name) for name in ("prediction_type", "num_train_timesteps")}, **process}
 
     @classmethod
-    def _reference(cls, process: dict[str, Any]) -> tuple[str, torch.Tensor]:
-        """Return the prediction type and α² at each training timestep of a noise process."""
+    def _reference(cls, process: dict[str, Any]) -> torch.Tensor:
+        """Return α² at each training timestep of a noise process."""
         names = ("prediction_type", "num_train_timesteps", "log_snr_min", "log_snr_max")
         values: list[Any] = [process.get(name) for name in names]
         prediction_type, steps, low, high = values
@@ -771,7 +791,7 @@ class CFGPipeline(DiffusionPipeline):
         # λ = -2 log tan(au + b), as in `LogSNRScheduler`
         b, end = math.atan(math.exp(-high / 2)), math.atan(math.exp(-low / 2))
         u = torch.arange(1, steps + 1, dtype=torch.float64) / steps
-        return prediction_type, torch.cos(b + (end - b) * u).square()
+        return torch.cos(b + (end - b) * u).square()
 
     @staticmethod
     def _set_timesteps(scheduler: SchedulerMixin, num_inference_steps: int, device: torch.device) -> None:
@@ -829,6 +849,7 @@ class CFGPipeline(DiffusionPipeline):
             `torch.Tensor`: Ids, int64 `(labels,)`, or weights, float32 `(labels, num_classes + 1)`.
         """
         if isinstance(labels, torch.Tensor):
+            self._require(name, labels, self._has_values(labels), "a dense tensor, not on the meta device")
             labels = labels.cpu().reshape(labels.shape or (1,))
             if labels.is_floating_point():
                 self._check_weights(name, labels)
@@ -910,10 +931,12 @@ class CFGPipeline(DiffusionPipeline):
         """Return the checked id of a label, `-1 … num_classes - 1`."""
         if isinstance(label, str):
             if not label2id:
-                raise ValueError(f"{name} contains the name {label!r}, but this model has no class names. Use ids.")
+                raise ValueError(
+                    f"{name} contains the name {self._shown(label)}, but this model has no class names. Use ids."
+                )
             if label not in label2id:
                 raise ValueError(
-                    f"{name} contains the unknown name {label!r}. The classes are {self._known_classes()}."
+                    f"{name} contains the unknown name {self._shown(label)}. The classes are {self._known_classes()}."
                 )
             return label2id[label]
         try:
@@ -922,7 +945,7 @@ class CFGPipeline(DiffusionPipeline):
         except (TypeError, ValueError, RuntimeError):
             class_id = None
         if class_id is None:
-            raise ValueError(f"{name} contains {label!r}, which is neither an integer id nor a name.")
+            raise ValueError(f"{name} contains {self._shown(label)}, which is neither an integer id nor a name.")
         self._check_class_id(name, class_id)
         return class_id
 
@@ -948,7 +971,7 @@ class CFGPipeline(DiffusionPipeline):
         rows = [self._scale_per_image(name, value, num_images, num_images_per_label) for value in values]
         scales = torch.stack(rows).expand(len(log_snr), -1)
         if guidance_interval is not None:
-            (low, high), sigma = self._numbers("", guidance_interval).tolist(), (-log_snr / 2).exp()
+            (low, high), sigma = self._numbers("guidance_interval", guidance_interval).tolist(), (-log_snr / 2).exp()
             inside = (low < sigma) & (sigma <= high)
             if not inside.any():
                 raise ValueError(
@@ -1023,10 +1046,8 @@ class CFGPipeline(DiffusionPipeline):
         if latents is None:
             # float32 even for a UNet in half precision: a step at the noisy end needs the precision.
             latents = randn_tensor(shape, generator=generator, device=device, dtype=torch.float32)
-        elif latents.shape != shape:
-            raise ValueError(f"latents have shape {tuple(latents.shape)}, but must have {shape}.")
-        elif not latents.isfinite().all():
-            raise ValueError("latents must be finite, but contain NaN or infinite values.")
+        else:
+            self._check_latents("latents", latents, shape)
         return latents.to(device=device, dtype=torch.float32)
 
     @staticmethod

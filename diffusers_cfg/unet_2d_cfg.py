@@ -252,12 +252,13 @@ class UNet2DCFGModel(UNet2DModel):
         if class_labels.is_floating_point():
             wrong = [row for row in class_labels.tolist() if not (min(row) >= 0 and abs(sum(row) - 1) < 1e-3)]
             if wrong:
-                raise ValueError(f"The weights in {name} must be at least 0 and add up to one, but are {wrong[0]}.")
+                shown = str(wrong[0])[:100]
+                raise ValueError(f"The weights in {name} must be at least 0 and add up to one, but are {shown}.")
             return
         wrong = sorted({label for label in class_labels.tolist() if not -1 <= label <= self.null_class_label})
         if wrong:
             raise ValueError(
-                f"{name} {wrong} are out of range. The classes are 0 … {self.num_classes - 1}; -1 or "
+                f"{name} {str(wrong)[:100]} are out of range. The classes are 0 … {self.num_classes - 1}; -1 or "
                 f"{self.null_class_label} is the null class."
             )
 
@@ -397,7 +398,7 @@ class UNet2DCFGModel(UNet2DModel):
         if w.shape != (len(sample),) or (is_read and not ((w >= 0) & (w <= largest)).all()):
             raise ValueError(
                 f"guidance_scale must contain one w per sample, shape ({len(sample)},), in 0 … {largest:g}, the range "
-                f"that this network was distilled for, but is {w}."
+                f"that this network was distilled for, but is {str(w.tolist())[:100]}."
             )
         # The root, because a small w changes the prediction more; up to 100 the sinusoids have at most sixteen periods.
         position = 100 * (w / largest).sqrt()

@@ -44,11 +44,14 @@ INVALID = [
     ("guidance_scale", [[1.0]], r"shape \(1, 1\)"),
     *[("guidance_interval", x, "0 ≤ σ_lo < σ_hi") for x in (3.0, (1,), (1, 2, 3), ("a", "b"), "ab", {0: 1, 2: 3})],
     *[("guidance_interval", x, "0 ≤ σ_lo < σ_hi") for x in ({1, 2}, (math.nan, 1), (True, 2), (1j, 2), (-1, 2))],
+    *[("guidance_interval", x, "0 ≤ σ_lo < σ_hi") for x in (bytearray(b"ab"), Z[0, 0, 0, :2].to("meta"), [1, [2]])],
+    *[("guidance_scale", w, "a number, or a list") for w in (Z.to_sparse(), torch.zeros((), device="meta"))],
     *[("guidance_rescale", x, r"in \[0, 1\]") for x in ("a", None, [0.5], True, math.nan, -0.1)],
     *[("num_inference_steps", n, "a positive integer") for n in (True, "2", 2.0, -1, [2], 1j, torch.tensor(True))],
     *[("num_images_per_label", n, "a positive integer") for n in (True, "1", 0, 1.0)],
     *[("generator", g, "such as torch.Generator") for g in (0, "0", [0], (torch.Generator(),), torch.Generator)],
-    *[("latents", z, "a floating-point torch.Tensor") for z in (Z.numpy(), [0.0], "a", Z.long(), Z.to(torch.cfloat))],
+    *[("latents", z, "floating-point torch.Tensor") for z in (Z.numpy(), [0.0], "a", Z.long(), Z.to(torch.cfloat))],
+    *[("latents", z, "a dense, floating-point") for z in (Z.to_sparse(), Z.to("meta"))],
     ("guider", "x", "a diffusers guider object"),
     ("guider", ClassifierFreeGuidance, "a diffusers guider object"),
     ("guider", forbid, "a diffusers guider object"),
@@ -61,7 +64,8 @@ INVALID = [
 
 @pytest.mark.parametrize(("name", "value", "required"), INVALID)
 def test_invalid_argument_is_named_before_the_network_runs(shared, name, value, required):
-    shown = re.escape(repr(value)[:30])
+    shown = repr(value)
+    shown = f"a {type(value).__name__}" if "\n" in shown else re.escape(shown[:30])
     expected = required if "shape" in required else rf"{required}.*but is {shown}"
     with shared.unet.register_forward_pre_hook(forbid), pytest.raises(ValueError, match=rf"(?s)^{name} .*{expected}"):
         call(shared, **{name: value})
@@ -77,6 +81,7 @@ LABELS = [
     *[(10**30, "unknown id 10{30}"), ("", "unknown name ''"), ([], "is empty"), (torch.tensor([]), r"shape \(0,\)")],
     *[(torch.tensor(True), "must be integers"), (torch.tensor(1j), "must be integers")],
     (torch.tensor([[0, 1]]), "must contain one label per sample"),
+    *[(x, "a dense tensor, not on the meta device") for x in (Z.long().to_sparse(), Z.to("meta"))],
     (torch.ones(1, 3), r"at least 0 and add up to one, but are \[1.0"),
 ]
 
@@ -87,6 +92,25 @@ def test_invalid_label_names_its_argument(shared, name, labels, message):
     with shared.unet.register_forward_pre_hook(forbid), pytest.raises(ValueError, match=message) as error:
         call(shared, **{name: labels})
     assert re.search(rf"\b{name}\b", str(error.value))
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {"class_labels": [make_unet()]},
+        {"class_labels": {0: make_unet()}},
+        {"class_labels": ["a" * 9999]},
+        {"class_labels": torch.ones(1, 3).expand(999, 3)},
+        {"guider": LogSNRScheduler()},
+        {"guidance_interval": torch.zeros(99, 99)},
+        {"guidance_interval": (10**400, 1)},
+    ],
+)
+def test_message_shows_no_whole_object(shared, arguments):
+    with pytest.raises(ValueError, match=next(iter(arguments))) as error:
+        call(shared, **arguments)
+    assert "\n" not in str(error.value)
+    assert len(str(error.value)) < 250
 
 
 @pytest.mark.parametrize("weight", ["1", None, 1j, [1.0], True, math.nan, -1.0])
@@ -125,10 +149,9 @@ def test_equivalent_arguments_draw_the_same(shared, argument, same):
     ("returned", "message"),
     [
         *[(x, r"None or a dictionary of new 'latents', but is") for x in (Z, 5, [], False, {"latent": Z}, {"pred": Z})],
-        *[
-            ({"latents": x}, r"tensor of shape \(1, 1, 8, 8\), but is")
-            for x in (None, torch.zeros(2, 1, 8, 8), Z.long())
-        ],
+        *[({"latents": x}, "a dense, floating-point torch.Tensor, but is") for x in (None, Z.long(), Z.to("meta"))],
+        ({"latents": Z.repeat(2, 1, 1, 1)}, r"shape \(2, 1, 8, 8\), but must have \(1, 1, 8, 8\)"),
+        ({"latents": Z + math.nan}, "must be finite"),
     ],
 )
 def test_invalid_result_of_a_callback_is_refused(shared, returned, message):
@@ -148,6 +171,13 @@ def test_invalid_result_of_a_callback_is_refused(shared, returned, message):
 def test_non_finite_values_are_not_blamed_on_the_network(shared, arguments, message):
     with pytest.raises(ValueError, match=message):
         call(shared, **arguments)
+
+
+LEVELS = {
+    "block_out_channels": (8, 8, 8),
+    "down_block_types": ("DownBlock2D",) * 3,
+    "up_block_types": ("UpBlock2D",) * 3,
+}
 
 
 def make_vae(channels: int) -> diffusers.AutoencoderKL:
@@ -187,6 +217,11 @@ def test_invalid_setting_or_component_is_named(shared, name, value, message):
             (lambda x=x: {"unet": make_unet(sample_size=x)}, "sample_size must be")
             for x in (None, "8", 8.0, (8, 8, 8), 0)
         ],
+        *[
+            (lambda x=x: {"unet": make_unet(sample_size=x)}, f"multiple of 2, .*but is {re.escape(str(x))}")
+            for x in (7, (8, 7))
+        ],
+        (lambda: {"unet": make_unet(sample_size=6), "guide_unet": make_unet(**LEVELS)}, "multiple of 4, .*but is 6"),
         (lambda: {"unet": make_unet(in_channels=3)}, "out_channels must be in_channels, 3, but is 1"),
         (lambda: {"unet": make_unet(num_class_embeds=None)}, "num_class_embeds=None"),
         (lambda: {"vae": make_vae(2)}, "vae.config.latent_channels must be the UNet's 1, but is 2"),

@@ -92,6 +92,20 @@ def test_edited_scheduler_is_refused_at_load(folder, change):
         CFGPipeline.from_pretrained(folder)
 
 
+@pytest.mark.parametrize(
+    ("change", "difference"),
+    [
+        ({"prediction_type": "epsilon"}, "prediction_type 'epsilon' instead of 'v_prediction'"),
+        ({"trained_betas": [0.1] * 1000}, r"alphas_cumprod differs by up to 0\.9\d?"),
+        ({"_log_snr_min": "x"}, f"log_snr_min 'x' instead of {PROCESS['log_snr_min']}"),
+    ],
+)
+def test_only_what_differs_is_named(folder, change, difference):
+    edit(folder, **change)
+    with pytest.raises(ValueError, match=rf"this model was trained with \({difference}\)\. Create it"):
+        CFGPipeline.from_pretrained(folder)
+
+
 @pytest.mark.parametrize("config", [{}, dict(DDIMScheduler().config)], ids=["empty", "DDIM"])
 def test_config_of_another_scheduler_is_refused_at_load(folder, config):
     (folder / "scheduler" / "scheduler_config.json").write_text(json.dumps(config))
