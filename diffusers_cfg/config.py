@@ -361,7 +361,7 @@ def run_command(main: Callable[[], None]) -> None:
 
 
 def say(text: str, stream: TextIO | None = None) -> None:
-    """Print a text to a stream, by default stdout. A closed pipe, a closed terminal or a full disk is no error."""
+    """Print a text to a stream, by default stdout. A closed pipe, a closed terminal or a full disk is not an error."""
     try:
         print(text, file=stream, flush=True)
     except OSError:

@@ -241,7 +241,9 @@ def load_autoencoder(name_or_path: str) -> AutoencoderKL:
     """Load an `AutoencoderKL` from a folder or from the Hub. Raise OSError or ValueError if that fails."""
     folder = find_folder(name_or_path, ["config.json", *WEIGHTS])
     if not (folder / "config.json").is_file():
-        raise ValueError(f"{name_or_path} has no config.json, so it is no autoencoder. Of a pipeline, pass its vae.")
+        raise ValueError(
+            f"{name_or_path} has no config.json, so it is not an autoencoder. Of a pipeline, pass the folder vae."
+        )
     return CompleteAutoencoderKL.from_pretrained(folder)
 
 

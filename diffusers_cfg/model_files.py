@@ -19,7 +19,7 @@ CONFIG = "train_config.yaml"
 
 
 def read_object(path: Path) -> dict[str, Any]:
-    """Load the object in a JSON file. Raise ValueError if the file is missing or contains something else."""
+    """Load the object in a JSON file. Raise ValueError if the file is missing or does not contain one."""
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:

@@ -83,7 +83,7 @@ class DataConfig(Config):
                 if getattr(self, name) != getattr(DataConfig, name):
                     raise UserError(f"--{name} needs a dataset. Pass --dataset_name or --train_data_dir.")
         if self.dataset_config_name is not None and self.dataset_name is None:
-            raise UserError("--dataset_config_name names a configuration of --dataset_name, which is missing.")
+            raise UserError("--dataset_config_name needs --dataset_name. Pass both, or leave it out.")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -138,7 +138,7 @@ class UNet2DCFGModel(UNet2DModel):
         Load config.json. The arguments and return values are those of `UNet2DModel.load_config`.
 
         Raises:
-            ValueError: If the file contains something else than the settings of a model.
+            ValueError: If the file contains anything other than the settings of a model.
         """
         loaded = super().load_config(pretrained_model_name_or_path, **kwargs)
         config = loaded[0] if isinstance(loaded, tuple) else loaded

@@ -77,7 +77,7 @@ def read_class_names(value: str) -> list[str]:
     seen: dict[Any, int] = {}
     for class_id, name in enumerate(names):
         if not isinstance(name, str) or not name:
-            raise UserError(f"--class_names {value}: the name of class {class_id} is {name!r}, not a text.")
+            raise UserError(f"--class_names {value}: the name of class {class_id} is {name!r}, not text.")
         if seen.setdefault(name, class_id) != class_id:
             raise UserError(
                 f"--class_names {value} gives the classes {seen[name]} and {class_id} the same name {name!r}."
@@ -161,7 +161,7 @@ def class_ids(labels: list, names: list[str] | None) -> tuple[np.ndarray, dict[i
         values = list(range(len(names)))
     elif names is not None:
         if unnamed := sorted(map(str, present - set(names))):
-            raise UserError(f"The labels {listed(unnamed)} are no class names, {unnamed_label_hint(len(names))}")
+            raise UserError(f"The labels {listed(unnamed)} are not class names, {unnamed_label_hint(len(names))}")
         values = names
     else:
         values = sorted(present)

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from diffusers_cfg.settings import DataConfig
 
-# Contents of the output folder of a run, which is no folder of data.
+# Contents of the output folder of a run, which is not a folder of data.
 RUN_FILES = re.compile(r"model_index\.json|train_config\.yaml|checkpoint-\d+")
 
 

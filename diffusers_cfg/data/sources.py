@@ -303,7 +303,7 @@ def load_folder(folder: ImageFolder, config: DataConfig, needs_labels: bool) -> 
     total = len(dataset) + len(left_out)
     if len(left_out) > config.max_unreadable_fraction * total:
         raise UserError(
-            f"{len(left_out)} of the {total} files in {folder.root} are no images that PIL can read "
+            f"{len(left_out)} of the {total} files in {folder.root} are not images that PIL can read "
             f"({count_kinds(left_out)}), more than --max_unreadable_fraction {config.max_unreadable_fraction} allows: "
             f"{listed(left_out, 5)}. Convert them to PNG or JPEG, remove them, or raise --max_unreadable_fraction."
         )

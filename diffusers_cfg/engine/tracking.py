@@ -140,7 +140,7 @@ class Trackers:
         self._send(send)
 
     def finish(self) -> None:
-        """Write what is left, and close the trackers."""
+        """Flush and close the trackers."""
         self._send(lambda tracker: tracker.finish())
 
     def _send(self, send: Callable[[GeneralTracker], Any]) -> None:

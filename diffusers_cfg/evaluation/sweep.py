@@ -101,7 +101,7 @@ def check_sampling(config: EvaluationConfig, pipeline: CFGPipeline) -> None:
 
 
 def check_folders(config: EvaluationConfig, data: dict[str, Any]) -> None:
-    """Raise `UserError` if a folder cannot be written, or the output folder belongs to something else."""
+    """Raise `UserError` if a folder cannot be written, or the output folder has other files."""
     output_dir = output_folder(config)
     check_writable(output_dir, "--output_dir")
     check_writable(Path(config.statistics_dir), "--statistics_dir")
@@ -109,7 +109,7 @@ def check_folders(config: EvaluationConfig, data: dict[str, Any]) -> None:
         refuse_data_folder(output_dir, data)
     own = [output_dir / METRICS_FILE, output_dir / SAMPLES / SETTINGS_FILE]
     if output_dir.is_dir() and any(output_dir.iterdir()) and not any(path.is_file() for path in own):
-        raise UserError(f"--output_dir {output_dir} has files of something else. Choose a different folder.")
+        raise UserError(f"--output_dir {output_dir} has files that no evaluation wrote. Choose a different folder.")
 
 
 def output_folder(config: EvaluationConfig) -> Path:

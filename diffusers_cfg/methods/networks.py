@@ -192,7 +192,7 @@ def attention(resolutions: list[int], sample_size: int, block_out_channels: list
     Return block types with self-attention at the given resolutions, and heads of at most 64 channels (as in ADM).
 
     Raises:
-        UserError: if no level has one of the resolutions. Of the default, values may be left over.
+        UserError: if no level has one of the resolutions. Values of the default may be left over.
     """
     sizes = [sample_size // 2**level for level in range(len(block_out_channels))]
     if unmatched := sorted(set(resolutions) - {0, *sizes}):

@@ -284,7 +284,7 @@ REFUSED = {
     "too many of unknown kinds": (
         ["cat/{0..4}.png", "cat/IMG_{0..10}.HEIC", "dog/{0..4}.png", "dog/{0..4}.jxl"],
         {},
-        r"14 of the 22 files in {root} are no images that PIL can read \(.HEIC 10, .jxl 4\), .*0.5 allows: .*_0.HEIC",
+        r"14 of the 22 files in {root} are not images that PIL can read \(.HEIC 10, .jxl 4\), .*0.5 allows: .*_0.HEIC",
     ),
     "none of them allowed": (["a/0.png", "b/{0..9}.png", "b/x"], {"max_unreadable_fraction": 0}, r"\(no suffix 1\)"),
     "a flat folder": (["{0..3}.png"], {}, "has no subfolders"),

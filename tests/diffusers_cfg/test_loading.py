@@ -282,7 +282,10 @@ AUTOENCODERS = {
     "unet": (entry("config.json", "_class_name", "UNet2DCFGModel"), "contains a UNet2DCFGModel"),
     "no kind": (text("config.json", "{}"), "contains a None"),
     "config is a list": (text("config.json", "[]"), "config.json must contain a JSON object"),
-    "no config": (removed("config.json"), "has no config.json, so it is no autoencoder. Of a pipeline, pass its vae"),
+    "no config": (
+        removed("config.json"),
+        "has no config.json, so it is not an autoencoder. Of a pipeline, pass the folder",
+    ),
     "no weights": (removed(WEIGHTS), "has no weights in"),
     "pickle": (pickled("."), "only diffusion_pytorch_model.bin"),
     "missing": (tensors(".", without_some), "2 missing"),
