@@ -16,8 +16,9 @@ STEPS = (4, 5, 8, 10, 2, 4)  # divisors of 1000, for DDIM
 
 
 def make_default_pipeline(name: str) -> CFGPipeline:
-    """Return a pipeline with a scheduler that was made from that of a newly trained model."""
-    pipeline = make_pipeline(scheduler=LogSNRScheduler().solver(diffusers.DPMSolverMultistepScheduler))
+    """Return a pipeline with one small block, whose scheduler was made from that of a newly trained model."""
+    unet = make_unet(block_out_channels=(8,), down_block_types=("DownBlock2D",), up_block_types=("UpBlock2D",))
+    pipeline = make_pipeline(unet, scheduler=LogSNRScheduler().solver(diffusers.DPMSolverMultistepScheduler))
     pipeline.scheduler = getattr(diffusers, name, LogSNRScheduler).from_config(pipeline.scheduler.config)
     return pipeline
 
@@ -115,7 +116,10 @@ def test_callback_can_read_the_call(pipeline):
 
 @pytest.mark.parametrize("name", CFGPipeline.schedulers)
 def test_every_listed_scheduler_takes_2_to_1000_steps(name):
-    """With the exact ε for data that is one known image, any number of steps returns that image, or is refused."""
+    """
+    With the exact ε for data that is one known image, any number of steps returns that image, or is refused. Solvers
+    that round their timesteps have equal ones at the noisy end, and used to step past the last one.
+    """
     target, reference = torch.linspace(-0.9, 0.9, 64).view(1, 1, 8, 8), LogSNRScheduler()
 
     def exact(z, t, class_labels):
@@ -125,9 +129,9 @@ def test_every_listed_scheduler_takes_2_to_1000_steps(name):
     pipeline = make_default_pipeline(name)
     pipeline.unet.forward = exact
     refused = {"DEISMultistepScheduler": [1], "KDPM2AncestralDiscreteScheduler": [2]}
-    for steps in (1, 2, 3, 7, 333, 1000):
+    for steps in (1, 2, 3, 7, 1000):
         call = {"guidance_scale": 0.0, "num_inference_steps": steps}
-        if steps in (refused.get(name, []) if "DDIM" not in name else [3, 7, 333]):
+        if steps in (refused.get(name, []) if "DDIM" not in name else [3, 7]):
             with pytest.raises(ValueError, match=f"{name} cannot take {steps} steps"):
                 draw(pipeline, 0, **call)
         else:

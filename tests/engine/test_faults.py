@@ -26,9 +26,9 @@ from diffusers_cfg.engine import preemption as preemption_module
 from diffusers_cfg.engine.checkpoint import checkpoints, verify_checkpoint
 from diffusers_cfg.engine.preemption import EXIT_RESUME, NotSaved, Preempted, Preemption, is_launcher
 from diffusers_cfg.methods import cfg, guided
-from tests.support.runs import ROOT, TINY, TRAINING, WEIGHTS, assert_same_tensors, scalars, start, train
+from tests.support.runs import ONE_LEVEL, ROOT, TINY, TRAINING, WEIGHTS, assert_same_tensors, scalars, start, train
 
-EVERY_STEP = ["--checkpointing_steps", "1", "--max_train_steps", "4"]
+EVERY_STEP = [*ONE_LEVEL, "--checkpointing_steps", "1", "--max_train_steps", "4"]
 
 
 def names(output_dir: Path) -> list[str]:
@@ -150,6 +150,8 @@ def test_file_size_limit_does_not_end_the_run(tmp_path, caplog, monkeypatch):
 
 @pytest.fixture
 def preemption() -> Preemption:
+    for number in preemption_module.SIGNALS:
+        signal.signal(number, signal.SIG_DFL)  # A job in the background of a shell script ignores SIGINT.
     return Preemption().install()
 
 
@@ -167,33 +169,46 @@ def with_signal(original: Callable, when: int, number: int = signal.SIGTERM) -> 
     return function
 
 
+VALIDATED = [*ONE_LEVEL, "--validation_steps", "3"]
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory) -> Path:
+    """Return the output folder of a run with validation that no signal has stopped."""
+    folder = tmp_path_factory.mktemp("whole")
+    start(folder, Preemption(), *VALIDATED)
+    return folder
+
+
 @pytest.mark.parametrize(
     ("module", "name", "when", "step", "number"),
     [
         (cfg, "squared_error", 3, 3, signal.SIGTERM),  # during the third step
         (trainer, "save_checkpoint", 1, 2, signal.SIGTERM),  # during a save
-        (guided, "sample_grid", 1, 3, signal.SIGTERM),  # during validation
+        (guided, "sample_grid", 1, 3, signal.SIGINT),  # during validation
         (guided, "sample_grid", 2, 4, signal.SIGTERM),  # during the last validation
-        (cfg, "squared_error", 3, 3, signal.SIGUSR1),
-        (cfg, "squared_error", 3, 3, signal.SIGINT),
-        (cfg, "squared_error", 3, 3, signal.SIGHUP),
-        (guided, "sample_grid", 1, 3, signal.SIGINT),
     ],
 )
-def test_signal_saves_a_checkpoint(tmp_path, monkeypatch, preemption, module, name, when, step, number):
-    flags = ["--validation_steps", "3"]
+def test_signal_saves_a_checkpoint(tmp_path, whole, monkeypatch, preemption, module, name, when, step, number):
+    out = tmp_path / "out"
     with monkeypatch.context() as patch:
         patch.setattr(module, name, with_signal(getattr(module, name), when, number))
         with pytest.raises(Preempted):
-            start(tmp_path / "out", preemption, *flags)
-    assert names(tmp_path / "out")[-1] == f"checkpoint-{step}"
-    assert not (tmp_path / "out" / "model_index.json").exists()
-    start(tmp_path / "out", Preemption(), *flags, "--resume_from_checkpoint", "latest")
-    start(tmp_path / "whole", Preemption(), *flags)
+            start(out, preemption, *VALIDATED)
+    assert names(out)[-1] == f"checkpoint-{step}"
+    assert not (out / "model_index.json").exists()
+    start(out, Preemption(), *VALIDATED, "--resume_from_checkpoint", "latest")
     for file in (Path("unet") / WEIGHTS, Path("checkpoint-4") / "optimizer-unet.safetensors"):
-        assert_same_tensors(tmp_path / "out" / file, tmp_path / "whole" / file)
-    grids = [(tmp_path / run / "samples" / "step-4.png").read_bytes() for run in ("out", "whole")]
-    assert grids[0] == grids[1]
+        assert_same_tensors(out / file, whole / file)
+    assert (out / "samples" / "step-4.png").read_bytes() == (whole / "samples" / "step-4.png").read_bytes()
+
+
+@pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGINT, signal.SIGHUP])
+def test_other_signals_stop_the_run_as_well(tmp_path, monkeypatch, preemption, number):
+    monkeypatch.setattr(cfg, "squared_error", with_signal(cfg.squared_error, 1, number))
+    with pytest.raises(Preempted):
+        start(tmp_path / "out", preemption, *ONE_LEVEL)
+    assert names(tmp_path / "out") == ["checkpoint-1"]
 
 
 @pytest.mark.parametrize("number", [signal.SIGHUP, signal.SIGINT])
@@ -243,7 +258,7 @@ def test_end_of_the_launcher_stops_the_run_like_sigterm(tmp_path, monkeypatch):
 
     monkeypatch.setattr(cfg, "squared_error", end_of_launcher)
     with pytest.raises(Preempted):
-        start(tmp_path / "out", preemption)
+        start(tmp_path / "out", preemption, *ONE_LEVEL)
     assert names(tmp_path / "out") == ["checkpoint-1"]
 
 
@@ -262,7 +277,7 @@ def test_workers_survive_a_signal_to_all_processes(tmp_path, monkeypatch, preemp
         return original(*args)
 
     monkeypatch.setattr(datasets, "MAX_CACHED_BYTES", 0)
-    flags = ["--gradient_accumulation_steps", "2", "--dataloader_num_workers", "2"]
+    flags = [*ONE_LEVEL, "--gradient_accumulation_steps", "2", "--dataloader_num_workers", "2"]
     with monkeypatch.context() as patch:
         patch.setattr(cfg, "squared_error", signal_all)
         with pytest.raises(Preempted):

@@ -28,7 +28,12 @@ from diffusers_cfg.engine.output import (
 from diffusers_cfg.files import locked, remove
 from diffusers_cfg.methods.guided import GuidedMethod
 from diffusers_cfg.settings import CFGConfig, TrainConfig
-from tests.support.runs import WEIGHTS, distill, train
+from tests.support import runs
+from tests.support.runs import ONE_LEVEL, WEIGHTS, distill
+
+
+def train(output_dir: Path, *argv: str) -> None:
+    runs.train(output_dir, *ONE_LEVEL, *argv)
 
 
 def make_tree(root: Path, *paths: str) -> None:
@@ -299,5 +304,5 @@ def test_full_disk_does_not_damage_the_settings_of_a_resumed_run(trained_model, 
 
     monkeypatch.setattr(CFGConfig, "save", half)
     with pytest.raises(UserError, match="out cannot be written: .*No space left on device"):
-        train(out, "--resume_from_checkpoint", "latest", "--conditioning_dropout_prob", "0.2")
+        runs.train(out, "--resume_from_checkpoint", "latest", "--conditioning_dropout_prob", "0.2")
     assert (out / "train_config.yaml").read_text() == before

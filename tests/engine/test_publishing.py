@@ -16,7 +16,7 @@ from diffusers_cfg.engine.record import public_command, public_config
 from diffusers_cfg.settings import CFGConfig
 from tests.support.hub_client import HubClient
 from tests.support.hub_server import Fault
-from tests.support.runs import SETTINGS, TINY, TRAINING, WEIGHTS, train
+from tests.support.runs import ONE_LEVEL, SETTINGS, TINY, TRAINING, WEIGHTS, train
 
 
 @pytest.fixture
@@ -210,7 +210,7 @@ def test_failed_publishing_does_not_show_the_token(hub, tmp_path, monkeypatch, c
     monkeypatch.setattr(sys, "argv", ["training/train_cfg.py", *argv])
     hub.faults.append(fault)
     with pytest.raises(NotPublished, match="publish.py .* --repo_id me/out") as raised:
-        train(tmp_path / "out", *argv[1:], "--report_to", "tensorboard")
+        train(tmp_path / "out", *ONE_LEVEL, *argv[1:], "--report_to", "tensorboard")
     assert "secret" not in "".join([str(raised.value), *capfd.readouterr(), caplog.text])
     for path in (tmp_path / "out").rglob("*"):
         assert not path.is_file() or b"hf_secret" not in path.read_bytes(), path

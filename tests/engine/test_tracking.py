@@ -15,9 +15,14 @@ from accelerate.utils import LoggerType
 from diffusers_cfg.config import UserError
 from diffusers_cfg.engine import tracking
 from diffusers_cfg.engine.tracking import SEND_IMAGE, init_arguments, tracker_names
-from tests.support.runs import events, scalars, train
+from tests.support import runs
+from tests.support.runs import ONE_LEVEL, events, scalars
 
 Trackio = namedtuple("Trackio", "Image")
+
+
+def train(output_dir: Path, *argv: str) -> None:
+    runs.train(output_dir, *ONE_LEVEL, *argv)
 
 
 class FakeTracker(GeneralTracker):
@@ -171,7 +176,7 @@ def test_tensorboard_shows_one_curve_after_a_kill(tmp_path):
 
 
 def test_tracker_without_images_is_named_once(tmp_path, calls, caplog):
-    train(tmp_path / "out", "--report_to", "dvclive", "--validation_steps", "1")
+    train(tmp_path / "out", "--report_to", "dvclive", "--validation_steps", "1", "--max_train_steps", "2")
     assert caplog.text.count("dvclive gets no images of samples, which are in") == 1
 
 

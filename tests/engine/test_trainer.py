@@ -250,6 +250,7 @@ def test_resume_keeps_the_global_batch_size(tmp_path, caplog):
         (["--enable_xformers_memory_efficient_attention"], "xformers_memory_efficient_attention needs a GPU and xform"),
     ],
 )
+@pytest.mark.filterwarnings("ignore:`log_with:UserWarning")  # accelerate warns before the error
 def test_invalid_settings_raise_before_anything_is_written(tmp_path, argv, message):
     with pytest.raises(UserError, match=message):
         train(tmp_path / "out", *argv)

@@ -23,6 +23,8 @@ ROOT = Path(__file__).parents[2]
 TRAINING = ROOT / "training"
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 NETWORK = ["--block_out_channels", "8", "16"]
+# After the flags of `TINY`: half the time, for tests of what does not depend on the network
+ONE_LEVEL = ["--block_out_channels", "8"]
 SHARED = [
     "--train_batch_size", "8", "--max_train_steps", "4", "--lr_warmup_steps", "1",
     "--learning_rate", "1e-3", "--checkpointing_steps", "2", "--validation_steps", "0", "--num_inference_steps", "2",
