@@ -236,7 +236,7 @@ def test_components_that_do_not_fit_are_refused(components, message):
 
 
 def test_guide_of_another_dtype_is_refused(pipeline):
-    pipeline.guide_unet = make_unet().to(torch.bfloat16)
+    pipeline.guide_unet = make_unet().bfloat16()
     with pytest.raises(ValueError, match="guide_unet.dtype must be the UNet's torch.float32, but is torch.bfloat16"):
         call(pipeline)
 
