@@ -164,7 +164,7 @@ def convert(name: str, value: Any, annotation: Any, metadata: Mapping[str, Any])
     number = isinstance(value, (int, float)) and not isinstance(value, bool)
     try:
         if annotation is str and isinstance(value, (str, os.PathLike)):
-            return os.fspath(value)
+            return os.path.expanduser(value)  # A shell leaves the ~ of --output_dir=~/model to the command.
         if annotation is bool and (isinstance(value, bool) or str(value).lower() in BOOLEANS):
             return value if isinstance(value, bool) else BOOLEANS[str(value).lower()]
         if annotation is float and (number or isinstance(value, str)):
@@ -175,7 +175,8 @@ def convert(name: str, value: Any, annotation: Any, metadata: Mapping[str, Any])
         pass
     kind = {str: "a string", bool: "true or false", float: "a number", int: "an integer"}[annotation]
     shown = type(value).__name__ if metadata.get("secret") else repr(value)
-    raise UserError(f"{name} must be {kind}, but is {shown}.")
+    hint = " Put it in quotes." if annotation is str and number else ""
+    raise UserError(f"{name} must be {kind}, but is {shown}.{hint}")
 
 
 def check_range(name: str, value: Any, metadata: Mapping[str, Any]) -> None:
@@ -218,7 +219,8 @@ def read_yaml(path: Path, cls: type[Config]) -> dict[str, Any]:
             wrong value.
     """
     if not path.is_file():
-        raise UserError(f"--config {path} does not exist. Pass an existing YAML file.")
+        problem = "is not a file" if path.exists() else "does not exist"
+        raise UserError(f"--config {path} {problem}. Pass an existing YAML file.")
     try:
         text = path.read_text(encoding="utf-8")
         settings, node = yaml.safe_load(text) or {}, yaml.compose(text, yaml.SafeLoader)
@@ -318,7 +320,7 @@ def parse_config(cls: type[C], argv: list[str] | None = None) -> C:
     config_parser = ArgumentParser(add_help=False, allow_abbrev=False)
     config_parser.add_argument("--config")
     path = config_parser.parse_known_args(argv)[0].config
-    in_file = read_yaml(Path(path), cls) if path else {}
+    in_file = {} if path is None else read_yaml(Path(path).expanduser(), cls)
     parser.set_defaults(**in_file)
     values = vars(parser.parse_args(argv))
     required = [setting.name for setting in fields(cls) if default_of(setting) is MISSING]

@@ -296,7 +296,7 @@ class DistillationConfig(CFGConfig):
     @classmethod
     def derived_defaults(cls, values: Mapping[str, Any]) -> dict[str, Any]:
         """Return the teacher's data and optimization settings if its folder contains a train_config.yaml."""
-        path, settings = Path(values["teacher"]) / CONFIG_FILE, {}
+        path, settings = Path(values["teacher"]).expanduser() / CONFIG_FILE, {}
         if path.is_file():
             of_teacher = read_yaml(path, DistillationConfig)
             shared = {f.name for part in (DataConfig, OptimizationConfig) for f in fields(part)}

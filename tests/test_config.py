@@ -280,6 +280,7 @@ def test_binary_file_raises(tmp_path):
         ("license: 2020-01-01\n", "license must be a string, but is datetime.date"),
         ("logging_dir:\n", "logging_dir must be a string, but is None"),
         ("train_batch_size: 0\n", "train_batch_size must be at least 1, but is 0"),
+        ("class_names: 10\n", "class_names must be a string, but is 10. Put it in quotes"),
         ("train_batch_size: .inf\n", "train_batch_size must be an integer, but is inf"),
         ("seed: 1\nuse_ema: true\nseed: 2\n", "contains seed more than once"),
         ("1: 2\nseed: 1\n", r"unknown settings: \['1'\]"),
@@ -301,9 +302,14 @@ def test_wrong_values_in_a_file_raise_and_name_the_file(tmp_path, text, message)
         ("ema_max_decay: ['0.99']\n", "ema_max_decay", [0.99]),
         ("resolution: 16.0\n", "resolution", 16),
         ("", "seed", 0),
+        ("\ufeffseed: 3\n", "seed", 3),
+        ("output_dir: ~/model\n", "output_dir", "HOME/model"),
+        ("train_data_dir: ~/data\n", "train_data_dir", "HOME/data"),
+        ("output_dir: a~/model\n", "output_dir", "a~/model"),
     ],
 )
-def test_values_in_a_file_are_converted(tmp_path, text, name, value):
+def test_values_in_a_file_are_converted(tmp_path, monkeypatch, text, name, value):
+    monkeypatch.setenv("HOME", "HOME")
     (tmp_path / "run.yaml").write_text(text)
     assert getattr(parse_config(CFGConfig, ["--config", str(tmp_path / "run.yaml")]), name) == value
 
@@ -399,3 +405,20 @@ def test_closed_or_full_output(call, output, code):
     assert result.returncode == code, result.stderr
     assert "Traceback" not in result.stderr
     assert "Exception ignored" not in result.stderr
+
+
+@pytest.mark.parametrize("argv", [["--config=~/run.yaml"], ["--resume_from_checkpoint=~/run.yaml", "--seed", "7"]])
+def test_home_folder_in_a_flag(tmp_path, monkeypatch, argv):
+    """bash does not expand the ~ of `--flag=~/path`."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "run.yaml").write_text("seed: 7\n")
+    config = parse_config(CFGConfig, argv)
+    assert config.seed == 7
+    assert config.resume_from_checkpoint in (None, str(tmp_path / "run.yaml"))
+
+
+@pytest.mark.parametrize(("path", "message"), [("", "is not a file"), (".", "is not a file"), ("no", "does not exist")])
+def test_config_that_is_no_file_raises(path, message):
+    """An empty path comes from a variable that is not set."""
+    with pytest.raises(UserError, match=f"--config .* {message}. Pass an existing YAML file"):
+        parse_config(CFGConfig, ["--config", path])

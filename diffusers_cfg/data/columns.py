@@ -22,12 +22,15 @@ def check_columns(features: datasets.Features | None, image_column: str, label_c
     """
     features = features or datasets.Features()
     kinds = {name: type(feature).__name__ for name, feature in features.items()}
+    images = [name for name, kind in kinds.items() if kind == "Image"]
+    if not images:
+        raise UserError(f"The dataset has no images, only the columns {sorted(kinds)}. Pass a dataset of images.")
     if image_column not in kinds:
-        raise UserError(f"The dataset has no column {image_column!r}. Set --image_column to one of {sorted(kinds)}.")
-    if kinds[image_column] != "Image":
+        raise UserError(f"The dataset has no column {image_column!r}. Set --image_column to one of {images}.")
+    if image_column not in images:
         raise UserError(
             f"The column {image_column!r} holds {kinds[image_column]}, not images. Set --image_column to one of "
-            f"{[name for name, kind in kinds.items() if kind == 'Image']}."
+            f"{images}."
         )
     if label_column is None:
         return None

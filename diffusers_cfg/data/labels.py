@@ -62,7 +62,7 @@ def read_class_names(value: str) -> list[str]:
         raise UserError(f"--class_names {value} is neither a file (.txt or .json) nor a number of classes.")
     else:
         try:
-            text = path.read_text(encoding="utf-8")
+            text = path.read_text(encoding="utf-8-sig")  # Windows writes a mark at the start
             names = json.loads(text) if path.suffix.lower() == ".json" else [line.strip() for line in text.splitlines()]
         except (ValueError, OSError, RecursionError) as error:
             raise UserError(f"--class_names {value} cannot be read: {error}") from error
@@ -112,7 +112,7 @@ def label_to_id(label: Any, ids: Mapping[str, int], where: str) -> int:
     """
     label = UNLABELLED if label is None else ids.get(label, label) if isinstance(label, str) else label
     if isinstance(label, str) or not UNLABELLED <= label <= len(ids):
-        raise UserError(f"The label of {where} is {label}, {unnamed_label_hint(len(ids))}")
+        raise UserError(f"The label of {where} is {label!r}, {unnamed_label_hint(len(ids))}")
     if label == len(ids):
         raise UserError(f"The label of {where} is {label}, {off_by_one_hint(len(ids))}")
     return label

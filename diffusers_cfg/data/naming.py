@@ -8,10 +8,13 @@ from diffusers_cfg.settings import DataConfig
 # Contents of the output folder of a run, which is not a folder of data.
 RUN_FILES = re.compile(r"model_index\.json|train_config\.yaml|checkpoint-\d+")
 
+# Folders that archivers, Python, and the file servers of Synology and Windows put beside data.
+NOT_DATA = ("__MACOSX", "__pycache__", "@eaDir", "$RECYCLE.BIN")
+
 
 def is_visible(name: str) -> bool:
-    """Return whether a file or folder is neither hidden nor an archiver's or Python's own."""
-    return not name.startswith(".") and name not in ("__MACOSX", "__pycache__")
+    """Return whether a file or folder is neither hidden nor one of `NOT_DATA`."""
+    return not name.startswith(".") and name not in NOT_DATA
 
 
 def is_built_in(config: DataConfig) -> bool:

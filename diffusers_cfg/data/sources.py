@@ -228,7 +228,10 @@ class ImageStream(LabelledImages):
         self.num_images = (split.num_examples if split is not None else None) or None
 
         _, first = next(shuffled_blocks(self, config.shuffle_buffer_size, 0, 0, 1, Position()))
-        if names and len({image.class_label for image in first}) == 1 < len(first):
+        labels = {image.class_label for image in first}
+        if names and labels == {UNLABELLED}:
+            logger.warning("The first %d images have no label. Check --label_column.", len(first))
+        elif names and len(labels) == 1 < len(first):
             logger.warning(
                 "The first %d images all have the same class. The data seems to be sorted, so training would see one "
                 "class at a time. Raise --shuffle_buffer_size, or leave out --streaming.",
@@ -346,8 +349,8 @@ def load_dataset(source: str, config: DataConfig) -> datasets.Dataset | datasets
         if config.streaming:
             raise UserError(f"{source} was written by save_to_disk, which cannot be streamed. Leave out --streaming.")
         dataset = datasets.load_from_disk(source)
-        if isinstance(dataset, datasets.Dataset):
-            return dataset
+        if isinstance(dataset, datasets.Dataset):  # A single split may have a name, but also stands for the default.
+            dataset = datasets.DatasetDict({"train": dataset, str(dataset.split or "train"): dataset})
         if split not in dataset:
             raise UserError(f"{source} has no split {split!r}. Set --dataset_split to one of {[*dataset]}.")
         return dataset[split]

@@ -83,8 +83,9 @@ def find_checkpoint(config: TrainConfig) -> Checkpoint | None:
         return None
     found = [path for path in (output_dir / requested, Path(requested)) if (path / STATE_FILE).is_file()]
     if not found:
+        problem = "is not a checkpoint" if Path(requested).exists() else "does not exist"
         raise UserError(
-            f"--resume_from_checkpoint {requested} does not exist. {output_dir} contains "
+            f"--resume_from_checkpoint {requested} {problem}. {output_dir} contains "
             f"{', '.join(path.name for path in existing) or 'no checkpoints'}."
         )
     if (damage := verify_checkpoint(found[0])) is not None:

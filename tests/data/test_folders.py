@@ -140,6 +140,11 @@ TREES = {
         {},
         {"a": 1, "b": 1},
     ),
+    "thumbnails and bins of file servers": (
+        ["a/0.png", "a/@eaDir/0.png/SYNOPHOTO_THUMB_M.jpg", "b/0.png", "@eaDir/x.jpg", "$RECYCLE.BIN/S-1/0.png"],
+        {},
+        {"a": 1, "b": 1},
+    ),
     "companions": (["a/0.png", "a/0.txt", "a/0.json", "b/0.png", "b/Thumbs.db", "README.md"], {}, {"a": 1, "b": 1}),
     "metadata.csv": (["{0..3}.png", ("metadata.csv", CSV)], {}, {"cat": 2, "dog": 1}),
     "metadata.jsonl": (["{0..3}.png", ("metadata.jsonl", JSONL)], {}, {"cat": 1, "dog": 2}),

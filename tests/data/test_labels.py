@@ -73,7 +73,9 @@ def test_invalid_labels_are_refused(labels, names, message):
         ("3", ["0", "1", "2"]),
         (("names.txt", "cat\ndog \n"), ["cat", "dog"]),
         (("names.txt", "日本\r\na, b\r\n"), ["日本", "a, b"]),
+        (("names.txt", "\ufeffcat\r\ndog\r\n"), ["cat", "dog"]),
         (("names.json", '["cat", "dog"]'), ["cat", "dog"]),
+        (("names.json", '\ufeff["cat", "dog"]'), ["cat", "dog"]),
         (("names.JSON", '{"1": "dog", "0": "cat"}'), ["cat", "dog"]),
     ],
 )
@@ -197,7 +199,7 @@ def test_nested_labels_without_class_names(tmp_path):
         ("png", "3", "'png' holds Image"),
         ("cls", "2", r"label .*is 2, but the 2 classes are numbered from 0 to 1\. Are the labels counted from 1"),
         ("cls", "1", "(is 2|is 1|from 0 to 2), but the (dataset names 1|1 classes)"),
-        ("json.name", "3", "(labels a, b, c are not class names|is [abc]), but the dataset names 3 classes"),
+        ("json.name", "3", "(labels a, b, c are not class names|is '[abc]'), but the dataset names 3 classes"),
         ("cls", "names.txt", "--class_names names.txt is neither a file"),
     ],
 )

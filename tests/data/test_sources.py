@@ -131,7 +131,7 @@ def test_dataset_is_grayscale_if_its_decoded_images_are(tmp_path, kind):
     ("settings", "message"),
     [
         ({"label_column": "species"}, r"no column 'species'.*Set --label_column to one of \['image', 'label'\]"),
-        ({"image_column": "picture"}, r"no column 'picture'.*\['image', 'label'\]"),
+        ({"image_column": "picture"}, r"no column 'picture'. Set --image_column to one of \['image'\]"),
         ({"image_column": "label"}, r"holds ClassLabel, not images.*\['image'\]"),
         ({"dataset_split": "test"}, "cannot be loaded.*test"),
         ({"train_data_dir": "/nowhere"}, "/nowhere is not a folder"),
@@ -202,6 +202,19 @@ def test_sorted_stream_logs_a_warning(tmp_path, caplog):
     open_stream(source)
     assert "first 5 images all have the same class" in caplog.text
     assert "--shuffle_buffer_size" in caplog.text
+
+
+def test_stream_that_starts_without_labels_logs_a_warning(tmp_path, caplog):
+    open_stream(save_shards(tmp_path / "data", 20, labels=lambda number: None))
+    assert "first 5 images have no label. Check --label_column" in caplog.text
+    assert "same class" not in caplog.text
+
+
+def test_dataset_without_a_column_of_images_is_refused(tmp_path):
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "train.csv").write_text("text,label\nx,0\n")
+    with pytest.raises(UserError, match=r"has no images, only the columns \['label', 'text'\]"):
+        load(tmp_path, dataset_name=str(tmp_path / "data"))
 
 
 def test_require_classes_refuses_a_single_class(tmp_path):
@@ -341,11 +354,23 @@ def save_null_image(folder: Path) -> str:
     return str(folder)
 
 
-def test_a_split_that_save_to_disk_did_not_write_is_refused(tmp_path):
+@pytest.mark.parametrize("split", ["test", "train[:50%]"])
+@pytest.mark.parametrize("single", [False, True])
+def test_a_split_that_save_to_disk_did_not_write_is_refused(tmp_path, single, split):
     dataset = datasets.load_dataset(save_shards(tmp_path / "data", 6), cache_dir=str(tmp_path / "cache"))
-    dataset.save_to_disk(tmp_path / "all")
-    with pytest.raises(UserError, match=r"has no split 'test'. Set --dataset_split to one of \['train'\]"):
-        load(tmp_path, dataset_name=str(tmp_path / "all"), dataset_split="test")
+    (dataset["train"] if single else dataset).save_to_disk(tmp_path / "all")
+    message = f"has no split {split!r}. Set --dataset_split to one of ['train']"
+    with pytest.raises(UserError, match=re.escape(message)):
+        load(tmp_path, dataset_name=str(tmp_path / "all"), dataset_split=split)
+
+
+@pytest.mark.parametrize(("saved", "split"), [("test", "test"), ("test", "train"), (None, "train")])
+def test_single_split_written_by_save_to_disk(tmp_path, saved, split):
+    rows = {"image": [{"bytes": numbered(i), "path": None} for i in range(2)], "label": [0, 1]}
+    features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=["a", "b"])})
+    dataset = datasets.Dataset.from_dict(rows, features=features, split=saved)
+    dataset.save_to_disk(tmp_path / "one")
+    assert len(load(tmp_path, dataset_name=str(tmp_path / "one"), dataset_split=split)) == 2
 
 
 def test_fingerprint_of_a_dataset_covers_every_image(tmp_path):

@@ -217,6 +217,8 @@ def test_missing_checkpoint_raises(tmp_path):
     train(tmp_path, "--overwrite_output_dir")
     with pytest.raises(UserError, match="checkpoint-77 does not exist.*checkpoint-2, checkpoint-4"):
         train(tmp_path, "--resume_from_checkpoint", "checkpoint-77")
+    with pytest.raises(UserError, match=f"{tmp_path} is not a checkpoint.*checkpoint-2, checkpoint-4"):
+        train(tmp_path, "--resume_from_checkpoint", str(tmp_path))
 
 
 def test_checkpoint_of_a_different_network_raises(tmp_path):
