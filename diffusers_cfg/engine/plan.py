@@ -72,9 +72,9 @@ def make_plan(config: TrainConfig, num_processes: int, accumulation: int, datase
     return Plan(available, batch_size, accumulation, total_steps)
 
 
-def format_gib(size: float) -> str:
-    """Format a number of bytes as GiB."""
-    return f"{size / 1024**3:.2f} GiB"
+def format_size(size: float) -> str:
+    """Format a number of bytes as GiB, or as MiB if it is small."""
+    return f"{size / 1024**3:.2f} GiB" if size >= 1024**3 / 10 else f"{size / 1024**2:.2f} MiB"
 
 
 def num_parameters(method: Method, averaged: bool = False) -> int:
@@ -108,8 +108,8 @@ def check_disk(config: TrainConfig, method: Method, total_steps: int) -> None:
     if free >= number * size:
         return
     message = (
-        f"The disk of --output_dir {config.output_dir} has {format_gib(free)} free, but {number} checkpoints take "
-        f"{format_gib(number * size)}"
+        f"The disk of --output_dir {config.output_dir} has {format_size(free)} free, but {number} checkpoints take "
+        f"{format_size(number * size)}"
     )
     if free < min(number, 2) * size:
         raise UserError(f"{message}. Pass a folder on a larger disk.")
@@ -131,7 +131,7 @@ def describe_plan(
     precision = "fp32" if accelerator.mixed_precision == "no" else accelerator.mixed_precision
     # The weights, their gradient and Adam's two moments.
     memory = 16 * num_parameters(method) + 4 * len(config.ema_decays) * num_parameters(method, averaged=True)
-    free = f", {format_gib(torch.accelerator.get_memory_info(device)[0])} free" if device.type != "cpu" else ""
+    free = f", {format_size(torch.accelerator.get_memory_info(device)[0])} free" if device.type != "cpu" else ""
     number, size = checkpoints_at_once(config, plan.total_steps), checkpoint_bytes(config, method)
     lines = {
         "images": f"{plan.num_images or 'unknown'} of {num_classes} classes, "
@@ -143,8 +143,8 @@ def describe_plan(
         "a step": f"{accelerator.num_processes} × {device.type} × {plan.accumulation} batches of "
         f"{config.train_batch_size}, {precision}",
         "learning rate": f"{config.learning_rate:g}, {config.lr_scheduler}, {config.lr_warmup_steps} warmup steps",
-        "memory": f"{format_gib(memory)} on each device, plus the activations of a batch{free}",
-        "disk": f"{number} checkpoints of {format_gib(size)}, {format_gib(free_bytes(config))} free",
+        "memory": f"{format_size(memory)} on each device, plus the activations of a batch{free}",
+        "disk": f"{number} checkpoints of {format_size(size)}, {format_size(free_bytes(config))} free",
         "output": f"{config.output_dir}, from {checkpoint.path.name if checkpoint else 'the first step'}",
         "tracker": config.report_to,
         "repository": repo_id or "none",
