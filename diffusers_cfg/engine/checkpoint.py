@@ -34,7 +34,8 @@ logger = logging.getLogger(__name__)
 STATE_FILE, CHECKSUMS = "state.json", "checksums.json"
 # Version of the layout above. Checkpoints without a format were written by versions with a single method.
 FORMAT = 2
-# Entries of `state.json`: numbers with their least values, and mappings with the keys that a resumed run reads.
+# Entries of `state.json`: numbers with their least values, mappings with the keys that a resumed run reads, and others
+# with their types.
 NUMBERS = {"step": 0, "seconds": 0.0, "batch_size": 1, "num_processes": 1}
 MAPPINGS = {
     "optimizers": [],
@@ -42,6 +43,7 @@ MAPPINGS = {
     "identity": ["method"],
     "data": ["class_names", "num_images", "fingerprint"],
 }
+OTHERS = {"history": list, "stream": dict | None, "scaler": dict | None}
 
 
 class Checkpoint(NamedTuple):
@@ -206,6 +208,9 @@ def verify_record(record: dict[str, Any], folder: Path) -> str | None:
             return f"{name} in {STATE_FILE} is {record[name]!r}"
         if missing := [key for key in keys if key not in record[name]]:
             return f"{name} in {STATE_FILE} lacks {missing[0]!r}"
+    for name, kind in OTHERS.items():
+        if not isinstance(record[name], kind):
+            return f"{name} in {STATE_FILE} is {record[name]!r}"
     method = record["identity"]["method"]
     averaged = method["averaged"] if record["settings"].get("use_ema") else []
     for name in [*method["modules"], *(f"{name}_ema" for name in averaged)]:

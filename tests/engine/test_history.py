@@ -313,6 +313,11 @@ def with_entry(name: str, value: Any) -> Callable[[Path], None]:
         (with_entry("identity.method", ...), "lacks 'method'"),
         (with_entry("optimizers", {}), r"optimizers in state.json is \{\}"),
         (with_entry("optimizers", {"other": 3}), "lacks 'unet'"),
+        (with_entry("history", ...), "lacks 'history'"),
+        (with_entry("history", "x"), "history in state.json is 'x'"),
+        (with_entry("stream", ...), "lacks 'stream'"),
+        (with_entry("stream", [1]), r"stream in state.json is \[1\]"),
+        (with_entry("scaler", 3), "scaler in state.json is 3"),
     ],
 )
 def test_checkpoint_without_all_of_its_state_is_no_checkpoint(checkpoint, tmp_path, caplog, change, damage):
