@@ -58,6 +58,7 @@ def flag(default: Any = MISSING, help: str = "", **metadata: Any) -> Any:
         length (`int`): number of elements of a list.
         scalar (`bool`): whether a single value is accepted instead of a list.
         secret (`bool`): whether the value is left out of saved settings and of `repr`.
+        once (`bool`): whether the value is left out of saved settings, because it is meant for one command.
         relative (`bool`): whether the value may be a path relative to the YAML file that contains it.
         on_resume (`str`): how a resumed run treats a changed value, set by `fixed`, `recorded` and `free`.
     """
@@ -121,9 +122,9 @@ class Config:
         """Check combinations of the settings that were passed as flags or in the YAML file. Raise UserError."""
 
     def public(self) -> dict[str, Any]:
-        """Return the settings by name, without secrets."""
-        secrets = {setting.name for setting in fields(self) if setting.metadata.get("secret")}
-        return {name: value for name, value in dataclasses.asdict(self).items() if name not in secrets}
+        """Return the settings by name, without secrets and without those of one command only."""
+        left_out = {s.name for s in fields(self) if s.metadata.get("secret") or s.metadata.get("once")}
+        return {name: value for name, value in dataclasses.asdict(self).items() if name not in left_out}
 
     def save(self, path: Path) -> None:
         """Write the settings to a YAML file that `--config` accepts."""

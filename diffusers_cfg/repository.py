@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub import HfApi, hf_hub_download
-from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, RepositoryNotFoundError
+from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, LocalTokenNotFoundError, RepositoryNotFoundError
 
 from .loading import check_token, first_line
 from .model_files import INDEX, read_object
@@ -49,10 +49,7 @@ def prepare_repository(
         check_token(token)
         user = retry(api.whoami)
     except Exception as error:
-        raise PublishError(
-            f"The Hub does not accept the token, or no token was found: {first_line(error)} Log in with `hf auth "
-            "login` or pass a token."
-        ) from error
+        raise PublishError(without_user(error)) from error
     if access_token(user).get("role") == "read":
         raise PublishError("The token can only read. Create a token with write access in your account settings.")
     if "/" not in repo_id:
@@ -84,6 +81,18 @@ def prepare_repository(
             "different name or pass overwrite."
         )
     return repo_id
+
+
+def without_user(error: Exception) -> str:
+    """Explain why the Hub does not say whose token it is."""
+    log_in = "Log in with `hf auth login`, or pass a token with write access."
+    if isinstance(error, LocalTokenNotFoundError):
+        return f"No token for the Hub was found. {log_in}"
+    if isinstance(error, HfHubHTTPError) and error.response.status_code in (401, 403):
+        return f"The Hub does not accept the token. {log_in}"
+    if isinstance(error, ValueError):  # of check_token
+        return str(error)
+    return f"The Hub cannot be reached: {first_line(error)}. Check the network, and try again."
 
 
 def access_token(user: Mapping[str, Any]) -> dict[str, Any]:

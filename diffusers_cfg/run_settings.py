@@ -69,8 +69,12 @@ class RunConfig(Config):
     group = "run"
 
     output_dir: str = free("cfg-model", "Folder for checkpoints, samples, logs and the trained pipeline.")
-    dry_run: bool = free(False, "Check the settings, the data and the disk, and print the plan without training.")
-    overwrite_output_dir: bool = free(False, "Delete the run in --output_dir and start from the first step.")
+    dry_run: bool = free(
+        False, "Check the settings, the data and the disk, and print the plan without training.", once=True
+    )
+    overwrite_output_dir: bool = free(
+        False, "Delete the run in --output_dir and start again, unless a checkpoint is resumed.", once=True
+    )
     seed: int = fixed(
         0,
         "Seed of the weights, the data order, the noise, the dropped labels and the samples.",
@@ -81,7 +85,9 @@ class RunConfig(Config):
     checkpoints_total_limit: int | None = free(
         None, "Number of checkpoints to keep; the oldest are deleted.", at_least=1
     )
-    resume_from_checkpoint: str | None = free(None, 'Checkpoint to resume from: a checkpoint-STEP folder, or "latest".')
+    resume_from_checkpoint: str | None = free(
+        None, 'Checkpoint to resume from: a checkpoint-STEP folder, or "latest".', once=True
+    )
     validation_steps: int = free(
         1000, "Number of steps between grids of samples; 0 draws one at the end only.", at_least=0
     )

@@ -43,6 +43,23 @@ def test_saved_settings_load(tmp_path):
     assert parse_config(CFGConfig, ["--config", str(tmp_path / "train_config.yaml")]) == config
 
 
+@pytest.mark.parametrize(
+    ("name", "flags"),
+    [
+        ("overwrite_output_dir", ["--overwrite_output_dir"]),
+        ("resume_from_checkpoint", ["--resume_from_checkpoint", "latest"]),
+        ("dry_run", ["--dry_run"]),
+    ],
+)
+def test_saved_settings_repeat_no_command(tmp_path, name, flags):
+    """A run that starts from the file of another one neither deletes nor resumes anything unless it is told to."""
+    config = parse_config(CFGConfig, ["--resolution", "16", *flags])
+    config.save(tmp_path / "train_config.yaml")
+    again = parse_config(CFGConfig, ["--config", str(tmp_path / "train_config.yaml")])
+    assert not getattr(again, name)
+    assert again == dataclasses.replace(config, **{name: getattr(CFGConfig(), name)})
+
+
 def test_network_config_path_is_relative_to_the_settings_file(tmp_path, monkeypatch):
     (tmp_path / "recipe").mkdir()
     (tmp_path / "recipe" / "network.json").write_text("{}")

@@ -242,13 +242,25 @@ def test_repository_with_other_contents_is_not_overwritten(hub, client, model):
 
 @pytest.mark.parametrize(
     ("token", "message"),
-    [(None, "no token was found"), ("wrong", "does not accept the token"), ("hf_reader", "token can only read")],
+    [
+        (None, "No token for the Hub was found. Log in with `hf auth login`, or pass a token with write access.$"),
+        ("wrong", "The Hub does not accept the token. Log in with `hf auth login`, or pass a token"),
+        ("hf reader", "The Hub token has spaces or other characters that no token has. Copy it again.$"),
+        ("hf_reader", "token can only read"),
+    ],
 )
 def test_missing_invalid_or_read_only_token_is_refused(hub, client, model, token, message):
     client.log_in(token)
     with pytest.raises(PublishError, match=message):
         publish(model, "me/scribbles")
     assert hub.repositories == {}
+
+
+def test_hub_that_cannot_be_reached_is_not_blamed_on_the_token(hub, client, model):
+    client.log_in("hf_writer")
+    hub.faults.append(Fault("whoami", 0, times=9))
+    with pytest.raises(PublishError, match="^The Hub cannot be reached: .* Check the network, and try again.$"):
+        publish(model, "me/scribbles")
 
 
 def test_token_can_be_passed(hub, client, model):
