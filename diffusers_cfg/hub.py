@@ -223,7 +223,8 @@ def publish(
     """
     folder = Path(folder)
     if not folder.is_dir():
-        raise PublishError(f"The folder {folder} does not exist. Pass the output folder of a training run.")
+        problem = f"{folder} is a file" if folder.exists() else f"The folder {folder} does not exist"
+        raise PublishError(f"{problem}. Pass the output folder of a training run.")
     try:
         check_pipeline_folder(folder, str(folder))
     except FileNotFoundError as error:

@@ -115,8 +115,8 @@ def guidance_arguments(config: SamplingConfig, w: float) -> dict[str, Any]:
         return {"guider": guider(**settings)}
     except (TypeError, ValueError) as error:
         raise UserError(
-            f"--guider {config.guider} cannot be created from a guidance scale alone: {error}. Use a guider that "
-            "needs no other arguments."
+            f"--guider {config.guider} cannot be created from a guidance scale alone: {str(error).rstrip('.')}. Use a "
+            "guider that needs no other arguments."
         ) from error
 
 

@@ -412,6 +412,10 @@ def test_weights_are_written_as_safetensors_only(tmp_path):
 def test_folder_without_a_pipeline_is_not_published(tmp_path):
     with pytest.raises(PublishError, match="has no model_index.json"):
         publish(tmp_path, "me/nothing")
+    (tmp_path / "file").touch()
+    for name, problem in (("file", "is a file"), ("nowhere", "does not exist")):
+        with pytest.raises(PublishError, match=f"{name} {problem}. Pass the output folder"):
+            publish(tmp_path / name, "me/nothing")
 
 
 def test_only_allowed_files_are_uploaded(model):
