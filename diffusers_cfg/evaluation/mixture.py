@@ -52,8 +52,10 @@ class GaussianMixtureModel(torch.nn.Module):
         super().__init__()
         self.scheduler = scheduler
         self.num_classes = self.null_class_label = int(component_classes.max()) + 1
+        channels, size = means.shape[1], tuple(means.shape[2:])
+        # One level, which takes any size
         self.config = SimpleNamespace(
-            in_channels=means.shape[1], out_channels=means.shape[1], sample_size=tuple(means.shape[2:])
+            in_channels=channels, out_channels=channels, block_out_channels=(channels,), sample_size=size
         )
         probs = torch.ones(len(means)) if probs is None else probs
         self.register_buffer("means", means.flatten(1))
