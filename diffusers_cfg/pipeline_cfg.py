@@ -980,9 +980,9 @@ class CFGPipeline(DiffusionPipeline):
                 )
             scales = torch.where(inside[:, None], scales, 0.0)
         largest = self.unet.max_guidance_scale
-        if largest is not None and not ((scales >= 0) & (scales <= largest)).all():
+        if largest is not None and (outside := scales[~((scales >= 0) & (scales <= largest))]).numel():
             raise ValueError(
-                f"guidance_scale is from {scales.min():g} to {scales.max():g}, but this model was distilled for 0 … "
+                f"guidance_scale is {outside[0]:g}, but this model was distilled for 0 … "
                 f"{largest:g}. Use the model that it was distilled from, or class_labels=-1 for unconditional images."
             )
         return scales

@@ -176,11 +176,17 @@ def read_folder(folder: ImageFolder, config: DataConfig, needs_labels: bool) -> 
         The dataset, and the paths of the files in it that PIL cannot read.
 
     Raises:
-        UserError: if the folder has no images or no labels, or the metadata is wrong.
-        ValueError: if there is no such split.
+        UserError: if the folder has no images, no labels or no such split, or the metadata is wrong.
     """
     folders = find_splits(folder, needs_labels)
-    chosen = {name for name, _, _ in slices(config.dataset_split, dict.fromkeys(folders, sys.maxsize))}
+    try:
+        chosen = {name for name, _, _ in slices(config.dataset_split, dict.fromkeys(folders, sys.maxsize))}
+    except ValueError as error:
+        own = [name for name in folder.classes if name in folders] or [*folders]
+        raise UserError(
+            f"--dataset_split {config.dataset_split!r} is not a split of {folder.root}, nor a part or a sum of "
+            f"splits. Use: {listed(own)}."
+        ) from error
     splits = {name: read_rows(folders[name], config, needs_labels) for name in sorted(chosen)}
     parts = slices(config.dataset_split, {name: len(rows.paths) for name, rows in splits.items()})
     paths = [path for name, first, end in parts for path in splits[name].paths[first:end]]

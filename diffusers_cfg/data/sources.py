@@ -311,7 +311,9 @@ def load_folder(folder: ImageFolder, config: DataConfig, needs_labels: bool) -> 
             f"{listed(left_out, 5)}. Convert them to PNG or JPEG, remove them, or raise --max_unreadable_fraction."
         )
     if left_out:
-        logger.warning("%d files left out: %s", len(left_out), count_kinds(left_out))
+        logger.warning(
+            "Files that PIL cannot read are left out: %s. Convert them to PNG or JPEG.", count_kinds(left_out)
+        )
     opened = dataset.to_iterable_dataset() if config.streaming else dataset
     images = make_images(FolderImages, opened, config, needs_labels)
     if isinstance(images, ImageStream):

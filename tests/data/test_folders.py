@@ -223,7 +223,7 @@ WARNINGS = {
     "numbers and names": (["10/0.png", "cat/0.png"], "'10' -> 0, 'cat' -> 1"),
     "unknown kinds": (
         ["cat/{0..9}.png", "cat/IMG_{0..5}.HEIC", "dog/{0..9}.png", "dog/{0..2}.jxl"],
-        "7 files left out: .HEIC 5, .jxl 2",
+        "Files that PIL cannot read are left out: .HEIC 5, .jxl 2. Convert them to PNG or JPEG.",
     ),
     "an image beside": (["a/0.png", "b/0.png", "cover.png"], "left out: {root}/cover.png. Put images into"),
     "an archive beside": (["a/0.png", "b/0.png", "all.zip"], "left out: {root}/all.zip. .*unpack archives"),
@@ -342,10 +342,15 @@ REFUSED = {
         "names 'http://x/y.png'",
     ),
     "a folder of a run": (["a/0.png", "b/0.png", "train_config.yaml"], {}, "{root} is the output folder of a run"),
-    "no such split": (["a/0.png", "b/0.png"], {"dataset_split": "test"}, r"Unknown split .test.*\['train'\]"),
-    "no such split among splits": (["train/a/0.png", "test/a/0.png"], {"dataset_split": "val"}, "Unknown split .val"),
-    "two folders for a split": (["test/a/0.png", "eval/a/0.png"], {}, r"Unknown split .train.*\['eval', 'test'\]"),
-    "a wrong part of a split": (["a/0.png", "b/0.png"], {"dataset_split": "train[:x]"}, "Unrecognized instruction"),
+    "no such split": (["a/0.png", "b/0.png"], {"dataset_split": "test"}, "'test' is not a split of .*Use: train.$"),
+    "no such split among splits": (
+        ["train/a/0.png", "test/a/0.png"],
+        {"dataset_split": "val"},
+        "'val' is not a split of .*Use: test, train.$",
+    ),
+    "two folders for a split": (["test/a/0.png", "eval/a/0.png"], {}, "'train' is not a split of .*Use: eval, test.$"),
+    "a wrong part of a split": (["a/0.png", "b/0.png"], {"dataset_split": "train[:x]"}, "nor a part .*Use: train.$"),
+    "splits with capitals": (["Train/a/0.png", "Test/a/0.png"], {"dataset_split": "val"}, "Use: Test, Train.$"),
     "a column that is missing": (["a/0.png", "b/0.png"], {"label_column": "species"}, "no column 'species'"),
     "class names of class folders": (
         ["a/0.png", "b/0.png"],
