@@ -311,9 +311,8 @@ def load_folder(folder: ImageFolder, config: DataConfig, needs_labels: bool) -> 
             f"{listed(left_out, 5)}. Convert them to PNG or JPEG, remove them, or raise --max_unreadable_fraction."
         )
     if left_out:
-        logger.warning(
-            "Files that PIL cannot read are left out: %s. Convert them to PNG or JPEG.", count_kinds(left_out)
-        )
+        text = "Files left out, because PIL cannot read them: %d (%s). Convert them to PNG or JPEG."
+        logger.warning(text, len(left_out), count_kinds(left_out))
     opened = dataset.to_iterable_dataset() if config.streaming else dataset
     images = make_images(FolderImages, opened, config, needs_labels)
     if isinstance(images, ImageStream):

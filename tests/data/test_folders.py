@@ -223,7 +223,7 @@ WARNINGS = {
     "numbers and names": (["10/0.png", "cat/0.png"], "'10' -> 0, 'cat' -> 1"),
     "unknown kinds": (
         ["cat/{0..9}.png", "cat/IMG_{0..5}.HEIC", "dog/{0..9}.png", "dog/{0..2}.jxl"],
-        "Files that PIL cannot read are left out: .HEIC 5, .jxl 2. Convert them to PNG or JPEG.",
+        r"Files left out, because PIL cannot read them: 7 \(.HEIC 5, .jxl 2\). Convert them to PNG or JPEG.",
     ),
     "an image beside": (["a/0.png", "b/0.png", "cover.png"], "left out: {root}/cover.png. Put images into"),
     "an archive beside": (["a/0.png", "b/0.png", "all.zip"], "left out: {root}/all.zip. .*unpack archives"),
