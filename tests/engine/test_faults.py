@@ -148,10 +148,15 @@ def test_file_size_limit_does_not_end_the_run(tmp_path, caplog, monkeypatch):
     assert names(tmp_path / "out") == []
 
 
+def default_signals() -> None:
+    """Do not ignore any signal that stops a run. A job in the background of a shell script ignores SIGINT."""
+    for number in preemption_module.SIGNALS:
+        signal.signal(number, signal.SIG_DFL)
+
+
 @pytest.fixture
 def preemption() -> Preemption:
-    for number in preemption_module.SIGNALS:
-        signal.signal(number, signal.SIG_DFL)  # A job in the background of a shell script ignores SIGINT.
+    default_signals()
     return Preemption().install()
 
 
@@ -334,7 +339,13 @@ def run_and_signal(
     command = [sys.executable, *launcher, str(TRAINING / "train_cfg.py"), *TINY, "--output_dir", "out", *argv]
     stderr, environment = "", {**os.environ, "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
     with subprocess.Popen(
-        command, cwd=cwd, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True, env=environment
+        command,
+        cwd=cwd,
+        stderr=subprocess.PIPE,
+        stdout=subprocess.DEVNULL,
+        text=True,
+        env=environment,
+        preexec_fn=default_signals,
     ) as process:
         assert process.stderr is not None
         if at is None:
