@@ -133,7 +133,7 @@ def test_dataset_is_grayscale_if_its_decoded_images_are(tmp_path, kind):
         ({"label_column": "species"}, r"no column 'species'.*Set --label_column to one of \['image', 'label'\]"),
         ({"image_column": "picture"}, r"no column 'picture'. Set --image_column to one of \['image'\]"),
         ({"image_column": "label"}, r"holds ClassLabel, not images.*\['image'\]"),
-        ({"dataset_split": "test"}, "cannot be loaded.*test"),
+        ({"dataset_split": "test"}, "'test' is not a split of .*Use: train"),
         ({"train_data_dir": "/nowhere"}, "/nowhere is not a folder"),
         ({"train_data_dir": None, "dataset_name": "/nowhere/at/all"}, "'/nowhere/at/all' cannot be loaded"),
     ],
