@@ -940,7 +940,7 @@ class CFGPipeline(DiffusionPipeline):
                 )
             return label2id[label]
         try:
-            is_bool = isinstance(label, bool) or getattr(label, "dtype", None) == torch.bool
+            is_bool = isinstance(label, bool) or str(getattr(label, "dtype", "")).endswith("bool")  # NumPy or torch
             class_id = None if is_bool else operator.index(label)
         except (TypeError, ValueError, RuntimeError):
             class_id = None
