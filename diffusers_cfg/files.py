@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import IO, Any
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from diffusers_cfg.config import UserError
@@ -100,7 +100,7 @@ def atomic_write(path: Path) -> Iterator[Path]:
 
 @contextmanager
 def disk_errors() -> Iterator[None]:
-    """Raise OSError for errors of the disk inside the block. safetensors raises its own, such as for a full disk."""
+    """Raise OSError for files that cannot be read or written in the block, for which safetensors has its own error."""
     try:
         yield
     except SafetensorError as error:
@@ -119,6 +119,12 @@ def write_safetensors(tensors: dict[str, torch.Tensor], metadata: dict[str, str]
     """Write tensors and metadata to a safetensors file atomically."""
     with atomic_write(path) as unfinished, disk_errors():
         save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, unfinished, metadata)
+
+
+def read_safetensors(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+    """Return the memory-mapped tensors of a safetensors file, and its metadata. Raise OSError if it is damaged."""
+    with disk_errors(), safe_open(path, "pt") as file:
+        return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
 
 
 def fsync(path: Path) -> None:

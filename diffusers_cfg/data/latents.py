@@ -12,7 +12,6 @@ from typing import NamedTuple
 import torch
 from accelerate import Accelerator
 from diffusers import AutoencoderKL
-from safetensors import SafetensorError, safe_open
 from torch.utils.data import BatchSampler, DataLoader, Dataset
 from tqdm.auto import tqdm
 
@@ -25,7 +24,7 @@ from diffusers_cfg.data.datasets import (
     identity_collate,
     warn_about_unreadable,
 )
-from diffusers_cfg.files import digest, write_safetensors
+from diffusers_cfg.files import digest, read_safetensors, write_safetensors
 from diffusers_cfg.randomness import seed_of
 from diffusers_cfg.settings import TrainConfig
 
@@ -126,8 +125,8 @@ def cache_latents(
             metadata = {**identity, "digest": digest(tensors), "unreadable": json.dumps(unreadable)}
             write_safetensors(tensors, metadata, path)
         accelerator.wait_for_everyone()
-        tensors, metadata = zip(*map(read_file, files), strict=True)
-    except (OSError, SafetensorError) as error:  # safetensors raises its own error for a full disk
+        tensors, metadata = zip(*map(read_safetensors, files), strict=True)
+    except OSError as error:
         raise UserError(
             f"--cache_latents cannot store latents in {folder}: {error}. Every process must be able to read and write "
             "there. Set XDG_CACHE_HOME to use a different folder."
@@ -138,20 +137,14 @@ def cache_latents(
     return CachedLatents(tensors)
 
 
-def read_file(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
-    """Return the memory-mapped tensors of a file, and its metadata."""
-    with safe_open(path, "pt") as file:
-        return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
-
-
 def is_intact(path: Path, identity: dict[str, str]) -> bool:
     """Return whether a file is intact and holds the latents of `identity`. Log a warning if it exists but is not."""
     if not path.is_file():
         return False
     try:
-        tensors, metadata = read_file(path)
+        tensors, metadata = read_safetensors(path)
         intact = metadata.items() >= {**identity, "digest": digest(tensors)}.items()
-    except (OSError, SafetensorError):
+    except OSError:
         intact = False
     if not intact:
         logger.warning("%s is damaged or holds different latents. Encoding its images again.", path)

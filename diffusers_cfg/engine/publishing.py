@@ -7,9 +7,9 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 from diffusers import DiffusionPipeline
-from safetensors import SafetensorError
 
 from diffusers_cfg.config import CommandError, UserError
+from diffusers_cfg.files import disk_errors
 from diffusers_cfg.hub import publish
 from diffusers_cfg.repository import PublishError, prepare_repository
 from diffusers_cfg.settings import TrainConfig
@@ -45,8 +45,9 @@ class BackgroundPublisher:
             return
         folder = tempfile.mkdtemp()
         try:
-            pipeline.save_pretrained(folder)
-        except (OSError, SafetensorError) as error:  # safetensors raises its own error for a full disk
+            with disk_errors():
+                pipeline.save_pretrained(folder)
+        except OSError as error:
             shutil.rmtree(folder, ignore_errors=True)
             logger.warning("Failed to save a copy of step %d for publishing: %s", step, error)
             return

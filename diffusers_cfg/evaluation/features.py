@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from safetensors import safe_open
 from torch import nn
 from torch.utils.data import Dataset
 from tqdm.auto import tqdm
@@ -19,7 +18,7 @@ from transformers import AutoImageProcessor, AutoModel, AutoModelForImageClassif
 
 from diffusers_cfg.config import UserError
 from diffusers_cfg.data.decoding import to_float
-from diffusers_cfg.files import digest, write_safetensors
+from diffusers_cfg.files import digest, read_safetensors, write_safetensors
 from diffusers_cfg.randomness import seed_of, seeded_generator
 
 logger = logging.getLogger(__name__)
@@ -127,10 +126,9 @@ def load_classifier(classifier: SmallClassifier, path: Path) -> bool:
     if not path.is_file():
         return False
     try:
-        with safe_open(path, "pt") as file:
-            accuracy = float(file.metadata()["accuracy"])
-            weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-            classifier.load_state_dict(weights)
+        weights, metadata = read_safetensors(path)
+        accuracy = float(metadata["accuracy"])
+        classifier.load_state_dict(weights)
     except Exception as error:  # a damaged file raises exceptions of many types
         logger.warning("%s is damaged, so the classifier is trained again: %s", path, error)
         return False

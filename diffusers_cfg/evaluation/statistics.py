@@ -9,7 +9,6 @@ from typing import Any, NamedTuple
 import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
-from safetensors import safe_open
 from torch.utils.data import Dataset
 from tqdm.auto import tqdm
 
@@ -17,7 +16,7 @@ from diffusers_cfg.config import UserError
 from diffusers_cfg.data.datasets import fingerprint
 from diffusers_cfg.evaluation.features import SMALL, FeatureExtractor, pretrained_extractor, small_classifier
 from diffusers_cfg.evaluation.metrics import matrix_sqrt, mean_and_covariance
-from diffusers_cfg.files import write_safetensors
+from diffusers_cfg.files import read_safetensors, write_safetensors
 from diffusers_cfg.randomness import seed_of, seeded_generator
 from diffusers_cfg.run_settings import MIN_SAMPLES
 
@@ -319,10 +318,9 @@ def read_summaries(path: Path, identity: dict[str, str], summaries: dict[str, Su
     if not path.is_file():
         return False
     try:
-        with safe_open(path, "pt") as file:
-            if (found := file.metadata()) != identity:
-                raise ValueError(f"it belongs to {found} instead of {identity}")
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        tensors, found = read_safetensors(path)
+        if found != identity:
+            raise ValueError(f"it belongs to {found} instead of {identity}")
         for subset, summary in summaries.items():
             if any(tensors[f"{subset}.{name}"].shape != value.shape for name, value in summary.sums.items()):
                 raise ValueError("it has statistics of different shapes")
