@@ -14,7 +14,7 @@ from accelerate.utils import LoggerType
 from PIL import Image
 
 from diffusers_cfg.config import CommandError, UserError
-from diffusers_cfg.files import atomic_write
+from diffusers_cfg.files import save_image
 from diffusers_cfg.settings import TrainConfig
 
 logger = logging.getLogger(__name__)
@@ -128,8 +128,7 @@ class Trackers:
     def log_samples(self, image: Image.Image, step: int) -> None:
         """Save an image of samples, and log it. Called on the main process."""
         try:
-            with atomic_write(self.folder / f"step-{step}.png") as unfinished:
-                image.save(unfinished, "PNG")
+            save_image(image, self.folder / f"step-{step}.png")
         except OSError as error:
             logger.error("Failed to save the samples of step %d: %s", step, error)
 

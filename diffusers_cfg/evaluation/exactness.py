@@ -24,12 +24,12 @@ from diffusers_cfg.evaluation.mixture import (
     rms_distance,
     sliced_wasserstein,
 )
-from diffusers_cfg.evaluation.reports import new_figure, save_figure, save_image, table
+from diffusers_cfg.evaluation.reports import new_figure, save_figure, table
 from diffusers_cfg.evaluation.sampling import check_call, draw_images, load_pipeline
 from diffusers_cfg.evaluation.settings import EvaluationConfig, format_number
 from diffusers_cfg.evaluation.statistics import BATCH_SIZE, RealStatistics
 from diffusers_cfg.evaluation.sweep import check_scales, load_data
-from diffusers_cfg.files import check_writable
+from diffusers_cfg.files import check_writable, save_image
 
 # Solvers of the probability flow, and their nominal orders of convergence.
 SOLVERS = {

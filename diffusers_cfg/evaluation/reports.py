@@ -5,7 +5,6 @@ from pathlib import Path
 from typing import Any
 
 from matplotlib.figure import Figure
-from PIL import Image
 
 from diffusers_cfg.evaluation.settings import format_number
 from diffusers_cfg.files import atomic_write
@@ -46,12 +45,6 @@ def save_figure(figure: Figure, path: Path) -> None:
     """Write a figure as a PNG file atomically."""
     with atomic_write(path) as unfinished:
         figure.savefig(unfinished, dpi=100, format="png")
-
-
-def save_image(image: Image.Image, path: Path) -> None:
-    """Write an image as a PNG file atomically."""
-    with atomic_write(path) as unfinished:
-        image.save(unfinished, "PNG")
 
 
 def metric_names(feature_extractor: str) -> dict[str, str]:

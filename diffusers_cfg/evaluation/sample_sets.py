@@ -19,8 +19,7 @@ from diffusers_cfg import CFGPipeline
 from diffusers_cfg.config import UserError
 from diffusers_cfg.data.naming import RUN_FILES, is_visible
 from diffusers_cfg.evaluation.grids import make_grid
-from diffusers_cfg.evaluation.reports import save_image
-from diffusers_cfg.files import LOCK_FILE, atomic_write, locked
+from diffusers_cfg.files import LOCK_FILE, atomic_write, locked, save_image
 
 logger = logging.getLogger(__name__)
 

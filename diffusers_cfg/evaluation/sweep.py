@@ -19,7 +19,7 @@ from diffusers_cfg.evaluation.class_labels import choose_class_labels, classes_o
 from diffusers_cfg.evaluation.grids import make_grid
 from diffusers_cfg.evaluation.measure import measure, measure_floor
 from diffusers_cfg.evaluation.records import recorded_data
-from diffusers_cfg.evaluation.reports import METRICS_FILE, save_image, write_report
+from diffusers_cfg.evaluation.reports import METRICS_FILE, write_report
 from diffusers_cfg.evaluation.sample_sets import SETTINGS_FILE, SampleSet, claimed
 from diffusers_cfg.evaluation.sampling import (
     call_arguments,
@@ -32,7 +32,7 @@ from diffusers_cfg.evaluation.sampling import (
 )
 from diffusers_cfg.evaluation.settings import EvaluationConfig, format_number
 from diffusers_cfg.evaluation.statistics import RealStatistics
-from diffusers_cfg.files import check_writable, refuse_data_folder
+from diffusers_cfg.files import check_writable, refuse_data_folder, save_image
 from diffusers_cfg.settings import DataConfig
 
 # The folder of the samples in the output folder.

@@ -206,7 +206,7 @@ def test_samples_that_cannot_be_saved_do_not_end_the_run(tmp_path, monkeypatch, 
     def full(*_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(tracking, "atomic_write", full)
+    monkeypatch.setattr(tracking, "save_image", full)
     train(tmp_path / "out")
     assert "Failed to save the samples of step 4: [Errno 28] No space left on device" in caplog.text
     assert (Path(tmp_path) / "out" / "model_index.json").is_file()
