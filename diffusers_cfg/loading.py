@@ -19,7 +19,7 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 
-from .model_files import INDEX, read_object
+from .model_files import INDEX, checkpoints, read_object
 from .scheduling_log_snr import LogSNRScheduler
 from .unet_2d_cfg import UNet2DCFGModel
 
@@ -117,12 +117,10 @@ def check_pipeline_folder(folder: Path, source: str) -> None:
     """
     if (folder / INDEX).is_file():
         return
-    checkpoints = [path for path in folder.glob("checkpoint-*") if path.name.removeprefix("checkpoint-").isdigit()]
-    if checkpoints:
-        newest = max(checkpoints, key=lambda path: int(path.name.removeprefix("checkpoint-")))
+    if existing := checkpoints(folder):
         problem = (
             f"{source} has no {INDEX}, because its training run has not finished. Its newest checkpoint is "
-            f"{newest.name}: run the same command with --resume_from_checkpoint latest to finish."
+            f"{existing[-1].name}: run the same command with --resume_from_checkpoint latest to finish."
         )
     elif (folder.resolve().parent / INDEX).is_file():
         problem = f"{source} is a part of a saved pipeline. Pass the folder that contains it."

@@ -1,9 +1,10 @@
-"""Name and read the files of a saved model.
+"""Name and read the files of a saved model and of the run that trained it.
 
 This module imports nothing heavy, so that a model card can be written without torch.
 """
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,12 @@ def read_object(path: Path) -> dict[str, Any]:
 def read_json(path: Path) -> dict[str, Any]:
     """Load the object in a JSON file; empty if the file does not exist."""
     return read_object(path) if path.is_file() else {}
+
+
+def checkpoints(folder: Path) -> list[Path]:
+    """Return the checkpoint folders in the output folder of a run, oldest first."""
+    found = [path for path in folder.glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", path.name)]
+    return sorted(found, key=lambda path: int(path.name.removeprefix("checkpoint-")))
 
 
 def find_samples(folder: Path) -> Path | None:

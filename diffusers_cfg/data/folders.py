@@ -21,7 +21,7 @@ from PIL import Image
 from diffusers_cfg.config import UserError
 from diffusers_cfg.data.labels import UNLABELLED, listed
 from diffusers_cfg.data.metadata import METADATA_FILES, has_labels, read_metadata, rows_of_metadata
-from diffusers_cfg.data.naming import RUN_FILES, is_visible
+from diffusers_cfg.data.naming import RUN_MARKERS, is_visible
 from diffusers_cfg.settings import DataConfig
 
 logger = logging.getLogger(__name__)
@@ -137,7 +137,7 @@ def add_files(folder: ImageFolder, prefix: str, parents: frozenset[tuple[int, in
         return
     with os.scandir(path) as found:
         entries = [entry for entry in found if is_visible(entry.name)]
-    if any(RUN_FILES.fullmatch(entry.name) for entry in entries):
+    if any(RUN_MARKERS.fullmatch(entry.name) for entry in entries):
         if not prefix:
             raise UserError(f"{folder.root} is the output folder of a run. Pass the folder with the images.")
         logger.warning("%s is the output folder of a run, so its images are left out.", path.rstrip("/"))

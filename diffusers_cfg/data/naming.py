@@ -3,10 +3,10 @@
 import re
 from pathlib import Path
 
-from diffusers_cfg.settings import DataConfig
+from diffusers_cfg.settings import CONFIG_FILE, DataConfig
 
-# Contents of the output folder of a run, which is not a folder of data.
-RUN_FILES = re.compile(r"model_index\.json|train_config\.yaml|checkpoint-\d+")
+# Contents by which the output folder of a run is recognized, which is not a folder of data.
+RUN_MARKERS = re.compile(rf"model_index\.json|{re.escape(CONFIG_FILE)}|checkpoint-\d+")
 
 # Folders that archivers, Python, and the file servers of Synology and Windows put beside data.
 NOT_DATA = ("__MACOSX", "__pycache__", "@eaDir", "$RECYCLE.BIN")

@@ -6,7 +6,6 @@ A checkpoint contains a folder `NAME` for each module, a folder `NAME_ema` for e
 
 import json
 import logging
-import re
 import shutil
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -27,6 +26,7 @@ from diffusers_cfg.engine.state import (
     weights_file,
 )
 from diffusers_cfg.files import checksum, disk_errors, fsync, remove
+from diffusers_cfg.model_files import checkpoints
 from diffusers_cfg.settings import TrainConfig
 
 logger = logging.getLogger(__name__)
@@ -51,12 +51,6 @@ class Checkpoint(NamedTuple):
 
     path: Path
     record: dict[str, Any]
-
-
-def checkpoints(output_dir: Path) -> list[Path]:
-    """Return the checkpoint folders of a run, oldest first."""
-    found = [path for path in output_dir.glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", path.name)]
-    return sorted(found, key=lambda path: int(path.name.removeprefix("checkpoint-")))
 
 
 def find_checkpoint(config: TrainConfig) -> Checkpoint | None:

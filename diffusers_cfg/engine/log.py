@@ -13,9 +13,9 @@ from accelerate import Accelerator
 from tqdm.auto import tqdm
 
 from diffusers_cfg.config import CommandError
-from diffusers_cfg.engine.checkpoint import checkpoints
 from diffusers_cfg.engine.method import Objective, Terms
 from diffusers_cfg.engine.tracking import Trackers
+from diffusers_cfg.model_files import checkpoints
 from diffusers_cfg.settings import TrainConfig
 
 logger = logging.getLogger(__name__)

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from diffusers_cfg.config import CommandError, UserError
-from diffusers_cfg.engine.checkpoint import Checkpoint, checkpoints
+from diffusers_cfg.engine.checkpoint import Checkpoint
 from diffusers_cfg.files import (
     LOCK_FILE,
     atomic_write,
@@ -19,14 +19,15 @@ from diffusers_cfg.files import (
     refuse_data_folder,
     remove,
 )
-from diffusers_cfg.model_files import INDEX
+from diffusers_cfg.model_files import INDEX, RUN, checkpoints
 from diffusers_cfg.settings import CONFIG_FILE, TrainConfig
 
 logger = logging.getLogger(__name__)
 
 # The names of all that runs and evaluations write to the folder, besides logs. --overwrite_output_dir deletes them.
 RUN_FILES = re.compile(
-    rf"{CONFIG_FILE}|run\.json|evaluation|{INDEX}|pipeline_cfg\.py|unet|scheduler|vae|(old-|tmp-)?checkpoint-\d+|tmp-model"
+    "|".join(map(re.escape, (CONFIG_FILE, RUN, INDEX, "pipeline_cfg.py")))
+    + r"|unet|scheduler|vae|evaluation|(old-|tmp-)?checkpoint-\d+|tmp-model"
 )
 # The settings that may be paths of what a run reads.
 INPUTS = (

@@ -16,6 +16,7 @@ from diffusers_cfg.data.naming import is_built_in, local_name, public_name
 from diffusers_cfg.engine.method import Method
 from diffusers_cfg.engine.plan import num_parameters
 from diffusers_cfg.engine.state import TrainState
+from diffusers_cfg.model_files import RUN
 from diffusers_cfg.settings import TrainConfig
 
 # The settings that are needed to load the same data.
@@ -59,7 +60,7 @@ def write_run_record(
         },
         "history": [without_paths(change) for change in state.history] or None,
     }
-    path = folder / "run.json"
+    path = folder / RUN
     path.write_text(json.dumps({k: v for k, v in record.items() if v is not None}, indent=2) + "\n", encoding="utf-8")
 
 

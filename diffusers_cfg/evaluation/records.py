@@ -10,6 +10,7 @@ from typing import Any
 import yaml
 
 from diffusers_cfg import CFGPipeline
+from diffusers_cfg.model_files import RUN
 from diffusers_cfg.settings import CONFIG_FILE, DataConfig
 
 logger = logging.getLogger(__name__)
@@ -17,7 +18,7 @@ logger = logging.getLogger(__name__)
 
 def run_record(pipeline: CFGPipeline) -> dict[str, Any]:
     """Return the contents of the run.json of a model, empty if there is none. Warn if it is damaged."""
-    return read(Path(pipeline.name_or_path) / "run.json", json.loads) if pipeline.name_or_path else {}
+    return read(Path(pipeline.name_or_path) / RUN, json.loads) if pipeline.name_or_path else {}
 
 
 def recorded_data(model: str, pipeline: CFGPipeline) -> dict[str, Any] | None:

@@ -17,7 +17,7 @@ from PIL import Image
 
 from diffusers_cfg import CFGPipeline
 from diffusers_cfg.config import UserError
-from diffusers_cfg.data.naming import RUN_FILES, is_visible
+from diffusers_cfg.data.naming import RUN_MARKERS, is_visible
 from diffusers_cfg.evaluation.grids import make_grid
 from diffusers_cfg.files import LOCK_FILE, atomic_write, locked, save_image
 
@@ -162,7 +162,7 @@ def folder_names(names: dict[int, str]) -> dict[int, str]:
     folders: dict[int, str] = {}
     taken: set[str] = set()
     for class_id, name in names.items():
-        is_read = is_visible(name) and not RUN_FILES.fullmatch(name)  # by --train_data_dir
+        is_read = is_visible(name) and not RUN_MARKERS.fullmatch(name)  # by --train_data_dir
         fits = is_read and not FORBIDDEN.search(name) and name == name.rstrip(" .")
         if name and fits and len(name.encode()) <= MAX_NAME_BYTES and comparable(name) not in taken:
             folders[class_id] = name

@@ -23,9 +23,10 @@ from diffusers_cfg.config import UserError
 from diffusers_cfg.data import datasets
 from diffusers_cfg.engine import checkpoint, trainer
 from diffusers_cfg.engine import preemption as preemption_module
-from diffusers_cfg.engine.checkpoint import checkpoints, verify_checkpoint
+from diffusers_cfg.engine.checkpoint import verify_checkpoint
 from diffusers_cfg.engine.preemption import EXIT_RESUME, NotSaved, Preempted, Preemption, is_launcher
 from diffusers_cfg.methods import cfg, guided
+from diffusers_cfg.model_files import checkpoints
 from tests.support.runs import ONE_LEVEL, ROOT, TINY, TRAINING, WEIGHTS, assert_same_tensors, scalars, start, train
 
 EVERY_STEP = [*ONE_LEVEL, "--checkpointing_steps", "1", "--max_train_steps", "4"]

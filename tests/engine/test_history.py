@@ -18,11 +18,11 @@ from diffusers_cfg.config import UserError
 from diffusers_cfg.engine.checkpoint import (
     CHECKSUMS,
     STATE_FILE,
-    checkpoints,
     find_checkpoint,
     verify_checkpoint,
     write_checksums,
 )
+from diffusers_cfg.model_files import checkpoints
 from diffusers_cfg.settings import CFGConfig, DistillationConfig
 from tests.support import runs
 from tests.support.models import make_pipeline, make_unet

@@ -15,10 +15,10 @@ from diffusers_cfg import CFGPipeline
 from diffusers_cfg.config import UserError
 from diffusers_cfg.data import datasets, sources
 from diffusers_cfg.engine import batches
-from diffusers_cfg.engine.checkpoint import checkpoints
 from diffusers_cfg.engine.preemption import Preempted, Preemption
 from diffusers_cfg.evaluation.sweep import load_data
 from diffusers_cfg.methods import cfg
+from diffusers_cfg.model_files import checkpoints
 from tests.support import runs
 from tests.support.images import SPLITS_CARD, save_class_folders, save_shards
 from tests.support.runs import TINY, WEIGHTS, assert_same_tensors, launch, start, train
