@@ -102,10 +102,7 @@ class Config:
     def __post_init__(self) -> None:
         annotations = get_type_hints(type(self))
         for setting in fields(self):
-            value = convert(setting.name, getattr(self, setting.name), annotations[setting.name], setting.metadata)
-            check_range(setting.name, value, setting.metadata)
-            if value == "":
-                raise UserError(f"{setting.name} must not be empty. Leave out --{setting.name}, or pass a value.")
+            value = checked(setting, getattr(self, setting.name), annotations[setting.name])
             object.__setattr__(self, setting.name, value)
         self.check()
 
@@ -137,6 +134,15 @@ class Config:
 
 
 BOOLEANS = {"true": True, "false": False, "yes": True, "no": False}
+
+
+def checked(setting: dataclasses.Field, value: Any, annotation: Any) -> Any:
+    """Return the value of a setting, converted to its type. Raise UserError if the value is wrong."""
+    value = convert(setting.name, value, annotation, setting.metadata)
+    check_range(setting.name, value, setting.metadata)
+    if value == "":
+        raise UserError(f"{setting.name} must not be empty. Leave out --{setting.name}, or pass a value.")
+    return value
 
 
 def convert(name: str, value: Any, annotation: Any, metadata: Mapping[str, Any]) -> Any:
@@ -240,8 +246,7 @@ def read_yaml(path: Path, cls: type[Config]) -> dict[str, Any]:
         if known[name].metadata.get("relative") and value is not None and (path.parent / str(value)).exists():
             settings[name] = value = str((path.parent / str(value)).resolve())
         try:
-            settings[name] = convert(name, value, annotations[name], known[name].metadata)
-            check_range(name, settings[name], known[name].metadata)
+            settings[name] = checked(known[name], value, annotations[name])
         except UserError as error:
             raise UserError(f"{path}: {error}") from None
     return settings
