@@ -171,7 +171,9 @@ def convert(name: str, value: Any, annotation: Any, metadata: Mapping[str, Any])
     number = isinstance(value, (int, float)) and not isinstance(value, bool)
     try:
         if annotation is str and isinstance(value, (str, os.PathLike)):
-            return os.path.expanduser(value)  # A shell leaves the ~ of --output_dir=~/model to the command.
+            value = os.fspath(value)
+            # A shell leaves the ~ of --output_dir=~/model to the command. A class may be called ~.
+            return os.path.expanduser(value) if "/" in value else value
         if annotation is bool and (isinstance(value, bool) or str(value).lower() in BOOLEANS):
             return value if isinstance(value, bool) else BOOLEANS[str(value).lower()]
         if annotation is float and (number or isinstance(value, str)):
