@@ -8,6 +8,7 @@ from diffusers_cfg.data.datasets import CachedImages, stack_images
 from diffusers_cfg.data.sources import Digits
 from diffusers_cfg.evaluation import features
 from diffusers_cfg.settings import DataConfig
+from tests.support.models import make_pipeline
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -16,6 +17,13 @@ def quick_classifier():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(features.train_classifier, "__defaults__", (30, 64))
         yield
+
+
+@pytest.fixture
+def model(tmp_path) -> Path:
+    """Return the folder of a saved pipeline with random weights."""
+    make_pipeline().save_pretrained(tmp_path / "model")
+    return tmp_path / "model"
 
 
 @pytest.fixture(scope="session")

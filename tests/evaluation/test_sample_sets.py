@@ -52,12 +52,6 @@ def test_folders_have_the_names_of_the_classes_where_possible(names):
     assert folders[-1] == ("unconditional_-1" if "unconditional" in names else "unconditional")
 
 
-@pytest.fixture
-def model(tmp_path) -> Path:
-    make_pipeline().save_pretrained(tmp_path / "model")
-    return tmp_path / "model"
-
-
 def draw(model: Path, *argv: str) -> Path:
     flags = ["--model", str(model), "--output_dir", str(model.parent / "images"), "--num_inference_steps", "1"]
     config = parse_config(SampleConfig, [*flags, "--num_samples", "6", *argv])

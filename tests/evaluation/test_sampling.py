@@ -30,12 +30,6 @@ def small_shards(monkeypatch):
     monkeypatch.setattr(sample_sets, "SHARD_SIZE", 8)
 
 
-@pytest.fixture
-def model(tmp_path) -> Path:
-    make_pipeline().save_pretrained(tmp_path / "model")
-    return tmp_path / "model"
-
-
 def config_of(model: Path, *argv: str) -> SampleConfig:
     flags = ["--model", str(model), "--output_dir", str(model.parent / "images"), "--num_inference_steps", "2"]
     return parse_config(SampleConfig, [*flags, *argv])
@@ -45,6 +39,10 @@ def draw(model: Path, *argv: str) -> Path:
     config = config_of(model, *argv)
     draw_to_folder(config, Accelerator(cpu=True))
     return Path(config.output_dir)
+
+
+def test_class_may_be_called_like_the_home_folder(model):
+    assert config_of(model, "--class_labels", "~", "three").class_labels == ["~", "three"]
 
 
 def test_png_format_writes_a_folder_per_class(model):
