@@ -19,6 +19,7 @@ from diffusers_cfg import CFGPipeline
 from diffusers_cfg.config import UserError
 from diffusers_cfg.data.naming import RUN_MARKERS, is_visible
 from diffusers_cfg.evaluation.grids import make_grid
+from diffusers_cfg.evaluation.records import read_if_intact
 from diffusers_cfg.files import LOCK_FILE, atomic_write, locked, save_image
 
 logger = logging.getLogger(__name__)
@@ -106,13 +107,9 @@ def claim_folder(folder: Path, settings: dict[str, Any]) -> None:
     Raises:
         UserError: if the folder holds samples with different settings.
     """
-    path, settings, known = folder / SETTINGS_FILE, json.loads(json.dumps(settings)), None
-    if path.is_file():
-        try:
-            known = dict(json.loads(path.read_text(encoding="utf-8")))
-        except (OSError, ValueError, TypeError, RecursionError) as error:
-            logger.warning("%s is damaged: %s", path, error)
-    if known is None:
+    path, settings = folder / SETTINGS_FILE, json.loads(json.dumps(settings))
+    known = read_if_intact(path, json.loads)
+    if not known:
         if unknown := sorted(folder.rglob(SHARDS)):
             logger.warning("%d shards in %s have unknown settings and are drawn again.", len(unknown), folder)
         for shard in unknown:
