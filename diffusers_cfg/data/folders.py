@@ -106,7 +106,7 @@ class ImageFolder:
 
     @property
     def hint(self) -> str:
-        """What to do if the folder has no images, judging by its other files."""
+        """The advice for a folder without images, judging by its other files."""
         kinds = {os.path.splitext(path)[1].lower(): path for path in reversed(self.others)}
         if kinds.keys() & DATASET_FILES:
             return " Pass Parquet, Arrow and WebDataset files with --dataset_name."

@@ -296,7 +296,7 @@ def draw_to_folder(config: SampleConfig, accelerator: Accelerator) -> None:
     check_writable(output_dir, "--output_dir")
     refuse_data_folder(output_dir, recorded_data(config.model, pipeline) or {})
     if accelerator.is_main_process:
-        # An interrupted command may have written a part of its images, and goes on.
+        # A repeated command continues an interrupted one, which may have written some of its images.
         interrupted = (samples.folder / SETTINGS_FILE).is_file() and not samples.folder.is_symlink()
         if output_dir.is_dir() and any(output_dir.iterdir()) and not interrupted:
             raise UserError(f"--output_dir {output_dir} is not empty. Choose a different folder.")
