@@ -595,7 +595,7 @@ class CFGPipeline(DiffusionPipeline):
                 ("config.out_channels", channels, guide.config.out_channels),
             ):
                 self._require(f"guide_unet.{name}", theirs, theirs == ours, f"the UNet's {ours}")
-            ours, theirs = self._trained_process, guide.noise_process
+            ours, theirs = self._trained_process, self._with_schedule(guide.noise_process)
             self._require("guide_unet.noise_process", theirs, theirs in (None, ours), f"the UNet's {ours}")
             largest, required = guide.max_guidance_scale, "None: a distilled network cannot guide"
             self._require("guide_unet.max_guidance_scale", largest, largest is None, required)
@@ -766,7 +766,12 @@ class CFGPipeline(DiffusionPipeline):
     @property
     def _trained_process(self) -> dict[str, Any] | None:
         """The noise process that the UNet records, or else that of the scheduler the pipeline was created with."""
-        return self.unet.noise_process or self._first_process
+        return self._with_schedule(self.unet.noise_process) or self._first_process
+
+    @staticmethod
+    def _with_schedule(process: dict[str, Any] | None) -> dict[str, Any] | None:
+        """Add the schedule of λ to the process of a network from a version that knew only this one."""
+        return {"log_snr_schedule": "arctan", **process} if process else None
 
     @staticmethod
     def _stated_process(scheduler: SchedulerMixin) -> dict[str, Any] | None:
@@ -776,21 +781,28 @@ class CFGPipeline(DiffusionPipeline):
         process = {name: config.get(name, config.get(f"_{name}")) for name in ("log_snr_min", "log_snr_max")}
         if None in process.values():
             return None
+        process["log_snr_schedule"] = config.get("log_snr_schedule", config.get("_log_snr_schedule", "arctan"))
         return {**{name: config.get(name) for name in ("prediction_type", "num_train_timesteps")}, **process}
 
     @classmethod
     def _reference(cls, process: dict[str, Any]) -> torch.Tensor:
         """Return α² at each training timestep of a noise process."""
-        names = ("prediction_type", "num_train_timesteps", "log_snr_min", "log_snr_max")
+        names = ("prediction_type", "num_train_timesteps", "log_snr_min", "log_snr_max", "log_snr_schedule")
         values: list[Any] = [process.get(name) for name in names]
-        prediction_type, steps, low, high = values
+        prediction_type, steps, low, high, schedule = values
         is_valid = cls._is_number(low, -60, 60) and cls._is_number(high, -60, 60) and low < high
         is_valid = is_valid and type(steps) is int and 2 <= steps <= 1_000_000 and isinstance(prediction_type, str)
-        required = "a prediction_type, num_train_timesteps, and log_snr_min < log_snr_max in ±60"
+        is_valid = is_valid and schedule in ("arctan", "linear")
+        required = (
+            "a prediction_type, num_train_timesteps, log_snr_min < log_snr_max in ±60, and the log_snr_schedule arctan "
+            "or linear"
+        )
         cls._require("The noise process", process, is_valid, required)
-        # λ = -2 log tan(au + b), as in `LogSNRScheduler`
-        b, end = math.atan(math.exp(-high / 2)), math.atan(math.exp(-low / 2))
+        # As in `LogSNRScheduler`: λ = -2 log tan(au + b), or linear in u
         u = torch.arange(1, steps + 1, dtype=torch.float64) / steps
+        if schedule == "linear":
+            return (high + (low - high) * u).sigmoid()
+        b, end = math.atan(math.exp(-high / 2)), math.atan(math.exp(-low / 2))
         return torch.cos(b + (end - b) * u).square()
 
     @staticmethod

@@ -36,8 +36,8 @@ class LogSNRScheduler(SchedulerMixin, ConfigMixin):
     r"""
     A scheduler for variance-preserving diffusion in continuous log-SNR λ = log(α²/σ²), with z = αx + σε.
 
-    A uniform u ∈ [0, 1] gives λ = -2 log tan(au + b), from λ_max at u = 0 (clean) to λ_min at u = 1 (noise). The
-    network's time, and every `timestep` argument, is
+    A uniform u ∈ [0, 1] gives λ = -2 log tan(au + b), from λ_max at u = 0 (clean) to λ_min at u = 1 (noise), or with
+    `log_snr_schedule="linear"` λ = λ_max + (λ_min - λ_max) u. The network's time, and every `timestep` argument, is
 
         timestep = num_train_timesteps · u - 1,   a float in [-1, num_train_timesteps - 1].
 
@@ -51,7 +51,9 @@ class LogSNRScheduler(SchedulerMixin, ConfigMixin):
     Args:
         num_train_timesteps (`int`): Length of the network's time axis.
         log_snr_min (`float`): λ_min, the noisy end.
-        log_snr_max (`float`): λ_max, the clean end.
+        log_snr_max (`float`): λ_max, the clean end; at most 15 for `"linear"`.
+        log_snr_schedule (`str`): λ as a function of u, `"arctan"` (above) or `"linear"` (variational diffusion models,
+            Kingma et al. 2021, arXiv 2107.00630, where λ_min and λ_max are learned).
         prediction_type (`str`): What the network predicts: `"epsilon"`, `"v_prediction"` (αε - σx) or `"sample"` (x).
         variance_interpolation (`float`): The paper's v in [0, 1]. The sampling variance is (σ̃²)^(1-v) (σ²)^v, between
             those of the posterior (0) and of the forward process (1). The paper uses 0.3 at 64×64 and 0.2 at 128×128.
@@ -115,11 +117,12 @@ class LogSNRScheduler(SchedulerMixin, ConfigMixin):
         sigma_max: float = 80.0,
         lambda_min_clipped: float = -5.1,
         trained_betas: list[float] | None = None,
+        log_snr_schedule: str = "arctan",
     ) -> None:
         if type(num_train_timesteps) is not int or not 2 <= num_train_timesteps <= 1_000_000:
             raise ValueError(f"num_train_timesteps must be in 2 … 1000000, but is {num_train_timesteps!r}.")
         numbers = {"log_snr_min": log_snr_min, "log_snr_max": log_snr_max}
-        numbers |= {"variance_interpolation": variance_interpolation, "sigma_max": sigma_max}
+        numbers |= {"variance_interpolation": variance_interpolation, "sigma_min": sigma_min, "sigma_max": sigma_max}
         for name, value in numbers.items():
             if not isinstance(value, (int, float)) or isinstance(value, bool):
                 raise ValueError(f"{name} must be a number, but is {value!r}.")
@@ -127,6 +130,13 @@ class LogSNRScheduler(SchedulerMixin, ConfigMixin):
             raise ValueError(
                 f"log_snr_min must be less than log_snr_max and both must be within ±60, where α and σ fit in float32, "
                 f"but are log_snr_min={log_snr_min} and log_snr_max={log_snr_max}."
+            )
+        if log_snr_schedule not in ("arctan", "linear"):
+            raise ValueError(f"log_snr_schedule must be arctan or linear, but is {log_snr_schedule!r}.")
+        if log_snr_schedule == "linear" and log_snr_max > 15:
+            raise ValueError(
+                f"log_snr_max must be at most 15 for a linear schedule, but is {log_snr_max}. Beyond, α² rounds to 1 "
+                "in the float32 betas that diffusers' schedulers read."
             )
         if prediction_type not in ("epsilon", "v_prediction", "sample"):
             raise ValueError(f"prediction_type must be epsilon, v_prediction or sample, but is {prediction_type!r}.")
@@ -150,6 +160,7 @@ class LogSNRScheduler(SchedulerMixin, ConfigMixin):
         # define the process, so no value may count as a default.
         self.register_to_config(
             thresholding=thresholding and clip_sample,
+            sigma_min=max(sigma_min, math.exp(-log_snr_max / 2)),
             sigma_max=min(sigma_max, math.exp(-log_snr_min / 2)),
             trained_betas=self._betas((alpha**2).tolist()),
             _use_default_values=[],
@@ -169,7 +180,7 @@ class LogSNRScheduler(SchedulerMixin, ConfigMixin):
         return self.config.num_train_timesteps
 
     # diffusers' schedulers warn about settings that they do not know, except those with private names.
-    _own_settings = ("log_snr_min", "log_snr_max", "variance_interpolation")
+    _own_settings = ("log_snr_min", "log_snr_max", "log_snr_schedule", "variance_interpolation")
 
     def solver(self, scheduler_class: type[SchedulerMixin]) -> SchedulerMixin:
         """
@@ -197,6 +208,9 @@ class LogSNRScheduler(SchedulerMixin, ConfigMixin):
 
     def alpha_sigma(self, u: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Return α and σ at u ∈ [0, 1], in the shape and dtype of u; α² + σ² = 1."""
+        if self.config.log_snr_schedule == "linear":
+            log_snr = self.log_snr(u)
+            return log_snr.sigmoid().sqrt(), (-log_snr).sigmoid().sqrt()
         # cos(au + b) as a sine of the distance to π/2: the float32 cosine of a number near π/2 has no correct digits,
         # and α is 4.5e-5 at u = 1.
         alpha = torch.sin(self._a * (1 - u) + (math.pi / 2 - self._a - self._b))
@@ -204,9 +218,17 @@ class LogSNRScheduler(SchedulerMixin, ConfigMixin):
         return alpha, sigma
 
     def log_snr(self, u: torch.Tensor) -> torch.Tensor:
-        """Return λ = log(α²/σ²) = -2 log tan(au + b) at u ∈ [0, 1], in the shape and dtype of u."""
+        """Return λ = log(α²/σ²) at u ∈ [0, 1], in the shape and dtype of u."""
+        if self.config.log_snr_schedule == "linear":
+            return self.config.log_snr_max + (self.config.log_snr_min - self.config.log_snr_max) * u
         alpha, sigma = self.alpha_sigma(u)
         return 2 * (alpha.log() - sigma.log())
+
+    def u_at(self, log_snr: torch.Tensor) -> torch.Tensor:
+        """Return u at λ ∈ [λ_min, λ_max], the inverse of `log_snr`, in the shape and dtype of λ."""
+        if self.config.log_snr_schedule == "linear":
+            return (self.config.log_snr_max - log_snr) / (self.config.log_snr_max - self.config.log_snr_min)
+        return (torch.atan(torch.exp(-log_snr / 2)) - self._b) / self._a
 
     def add_noise(self, original_samples: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
         """

@@ -17,8 +17,8 @@ class UNet2DCFGModel(UNet2DModel):
     r"""
     A class-conditional `UNet2DModel` whose last class-embedding row is the null class ∅ of classifier-free guidance.
 
-    The constructor is that of `UNet2DModel` with one more argument. Set `num_class_embeds` to the number of classes
-    **plus one**. The weights have the same names as those of `UNet2DModel`: each class loads the other's weights.
+    The constructor is that of `UNet2DModel` with two more arguments. Set `num_class_embeds` to the number of classes
+    **plus one**. Without the two, each class loads the other's weights.
 
     ```python
     unet = UNet2DCFGModel(sample_size=32, in_channels=1, out_channels=1, num_class_embeds=10 + 1)
@@ -29,19 +29,42 @@ class UNet2DCFGModel(UNet2DModel):
         max_guidance_scale (`float`, *optional*): Largest w of a network that takes w as an input and was distilled to
             predict its teacher's guided prediction (Meng et al. 2023, arXiv 2210.03142). By default the network does
             not take w.
+        fourier_frequencies (`list[float]`, *optional*): Angular frequencies ω. The first convolution then sees sin(ωz)
+            and cos(ωz) beside z, which tell apart values that are close together (Kingma et al. 2021, arXiv 2107.00630,
+            section 4.5: ω = 2ⁿπ). Such a network takes z in float32. By default it sees z alone.
 
     Raises:
-        ValueError: If `max_guidance_scale` is not a positive number, or `num_class_embeds` not a number of classes.
+        ValueError: If `max_guidance_scale` is not a positive number, `fourier_frequencies` not a list of such, or
+            `num_class_embeds` not a number of classes.
     """
+
+    class FourierConv(torch.nn.Conv2d):
+        """A convolution over z, sin(ωz) and cos(ωz), `(batch, channels, height, width)`, in float32."""
+
+        def __init__(self, in_channels: int, out_channels: int, frequencies: list[float]) -> None:
+            super().__init__(in_channels * (1 + 2 * len(frequencies)), out_channels, kernel_size=3, padding=1)
+            self.frequencies = frequencies
+
+        def forward(self, input: torch.Tensor) -> torch.Tensor:
+            """Return the features of z. Raise `ValueError` for half precision, whose rounding the sines amplify."""
+            if input.dtype in (torch.float16, torch.bfloat16):
+                raise ValueError(
+                    f"A network with fourier_frequencies cannot take samples in {input.dtype}, which rounds away what "
+                    "the frequencies tell apart. Load it in torch.float32; torch.autocast can be used."
+                )
+            angles = [frequency * input for frequency in self.frequencies]
+            waves = [wave for angle in angles for wave in (angle.sin(), angle.cos())]
+            with torch.autocast(input.device.type, enabled=False):
+                return super().forward(torch.cat([input, *waves], dim=1))
 
     # Source of this module, which `CFGPipeline.save_pretrained` writes next to the weights. Read at import: all
     # repositories loaded as remote code share one path, so the file there may later belong to a different repository.
     remote_code = Path(__file__).read_text(encoding="utf-8")
 
-    # A class embedding is allocated before the weights are read, so a damaged config must not ask for too much memory.
-    max_num_class_embeds = 1_000_001
+    # Layers are allocated before the weights are read, so a damaged config must not ask for too much memory.
+    max_num_class_embeds, max_num_frequencies = 1_000_001, 64
 
-    # Not decorated with `register_to_config`: the parent registers its own arguments, and `max_guidance_scale` is
+    # Not decorated with `register_to_config`: the parent registers its own arguments, and the two of this class are
     # registered only if set, so that `UNet2DModel` reads the config without a warning.
     def __init__(
         self,
@@ -74,8 +97,9 @@ class UNet2DCFGModel(UNet2DModel):
         num_class_embeds: int | None = None,
         num_train_timesteps: int | None = None,
         max_guidance_scale: float | None = None,
+        fourier_frequencies: list[float] | None = None,
     ) -> None:
-        self._check_settings(num_class_embeds, max_guidance_scale)
+        self._check_settings(num_class_embeds, max_guidance_scale, fourier_frequencies)
         super().__init__(
             sample_size=sample_size,
             in_channels=in_channels,
@@ -115,8 +139,11 @@ class UNet2DCFGModel(UNet2DModel):
             # Zero, so that a student starts as its conditional teacher for every w.
             torch.nn.init.zeros_(self.guidance_embedding.linear_2.weight)
             torch.nn.init.zeros_(self.guidance_embedding.linear_2.bias)
+        if fourier_frequencies is not None:
+            self.register_to_config(fourier_frequencies=list(fourier_frequencies))
+            self.conv_in = self.FourierConv(in_channels, self.conv_in.out_channels, list(fourier_frequencies))
 
-    def _check_settings(self, num_class_embeds: Any, max_guidance_scale: Any) -> None:
+    def _check_settings(self, num_class_embeds: Any, max_guidance_scale: Any, fourier_frequencies: Any) -> None:
         """Check the settings that `UNet2DModel` does not check, before anything is allocated."""
         if num_class_embeds is not None and (
             type(num_class_embeds) is not int or not 0 < num_class_embeds <= self.max_num_class_embeds
@@ -125,12 +152,22 @@ class UNet2DCFGModel(UNet2DModel):
                 "num_class_embeds must be the number of classes plus one, an integer of at most "
                 f"{self.max_num_class_embeds}, but is {num_class_embeds!r}."
             )
-        if max_guidance_scale is not None and (
-            not isinstance(max_guidance_scale, (int, float))
-            or isinstance(max_guidance_scale, bool)
-            or not 0 < max_guidance_scale < float("inf")
-        ):
+        if max_guidance_scale is not None and not self._is_positive(max_guidance_scale):
             raise ValueError(f"max_guidance_scale must be a positive number, but is {max_guidance_scale!r}.")
+        if fourier_frequencies is not None and not (
+            isinstance(fourier_frequencies, (list, tuple))
+            and 0 < len(fourier_frequencies) <= self.max_num_frequencies
+            and all(map(self._is_positive, fourier_frequencies))
+        ):
+            raise ValueError(
+                f"fourier_frequencies must be a list of up to {self.max_num_frequencies} positive numbers, but is "
+                f"{str(fourier_frequencies)[:100]}."
+            )
+
+    @staticmethod
+    def _is_positive(value: Any) -> bool:
+        """Return whether a value is a positive, finite number."""
+        return isinstance(value, (int, float)) and not isinstance(value, bool) and 0 < value < float("inf")
 
     @classmethod
     def load_config(cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs: Any) -> Any:

@@ -23,7 +23,7 @@ logger = logging.getLogger(__name__)
 SOLVER, NUM_INFERENCE_STEPS = DPMSolverMultistepScheduler, 12
 
 # The settings of a LogSNRScheduler that a network is trained for, and records.
-NOISE_PROCESS = ("prediction_type", "log_snr_min", "log_snr_max", "num_train_timesteps")
+NOISE_PROCESS = ("prediction_type", "log_snr_min", "log_snr_max", "log_snr_schedule", "num_train_timesteps")
 
 
 def build_pipeline(config: CFGConfig, images: LabelledImages) -> CFGPipeline:

@@ -15,7 +15,13 @@ from diffusers_cfg.methods.networks import noise_process
 from tests.support.models import generators, make_pipeline, make_unet
 from tests.support.runs import train
 
-PROCESS = {"prediction_type": "v_prediction", "log_snr_min": -20.0, "log_snr_max": 20.0, "num_train_timesteps": 1000}
+PROCESS = {
+    "prediction_type": "v_prediction",
+    "log_snr_min": -20.0,
+    "log_snr_max": 20.0,
+    "log_snr_schedule": "arctan",
+    "num_train_timesteps": 1000,
+}
 OLDER = Path(__file__).parents[1] / "support" / "models-573b54d" / "plain"
 
 

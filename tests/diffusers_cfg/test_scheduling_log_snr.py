@@ -103,6 +103,7 @@ def test_solver_converts_back_without_a_warning(reloaded, tmp_path, caplog):
     assert {name: back.config[name] for name in scheduler._own_settings} == {
         "log_snr_min": -15.0,
         "log_snr_max": 20.0,
+        "log_snr_schedule": "arctan",
         "variance_interpolation": 0.2,
     }
     assert LogSNRScheduler.from_config(solver.config, log_snr_min=-10.0).config.log_snr_min == -10.0

@@ -98,13 +98,16 @@ def test_matches_unet2dmodel_bit_for_bit(settings):
     assert torch.equal(*cut)
 
 
-def test_constructor_adds_only_max_guidance_scale():
+def test_constructor_adds_only_two_arguments():
     stock = list(inspect.signature(UNet2DModel.__init__).parameters.values())
-    *shared, added = inspect.signature(UNet2DCFGModel.__init__).parameters.values()
+    *shared, first, second = inspect.signature(UNet2DCFGModel.__init__).parameters.values()
     assert [(parameter.name, parameter.default) for parameter in shared] == [
         (parameter.name, parameter.default) for parameter in stock
     ]
-    assert (added.name, added.default) == ("max_guidance_scale", None)
+    assert [(added.name, added.default) for added in (first, second)] == [
+        ("max_guidance_scale", None),
+        ("fourier_frequencies", None),
+    ]
 
 
 def test_every_setting_is_saved_and_loaded(tmp_path):
