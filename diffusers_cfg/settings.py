@@ -51,6 +51,9 @@ class DataConfig(Config):
     train_data_dir: str | None = recorded(
         None, "Folder with one subfolder of images for each class, named after the class."
     )
+    train_val_split: float = fixed(
+        0.0, "Fraction of the images that is held out from training, for evaluate_likelihood.py.", at_least=0, below=1
+    )
     streaming: bool = fixed(False, "Stream the dataset instead of downloading it first.")
     shuffle_buffer_size: int = fixed(1000, "Number of images in the shuffle buffer of --streaming.", at_least=1)
     image_column: str = recorded("image", "Column of the dataset with the images.")
@@ -84,6 +87,12 @@ class DataConfig(Config):
                     raise UserError(f"--{name} needs a dataset. Pass --dataset_name or --train_data_dir.")
         if self.dataset_config_name is not None and self.dataset_name is None:
             raise UserError("--dataset_config_name needs --dataset_name. Pass both, or leave it out.")
+        if self.train_val_split and self.streaming:
+            raise UserError(
+                f"--train_val_split {self.train_val_split:g} cannot be combined with --streaming, which does not know "
+                "all images in advance. Leave it out, train on a --dataset_split without the held-out images, and "
+                "name theirs to evaluate_likelihood.py with --dataset_split."
+            )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -17,9 +17,10 @@ from tqdm.auto import tqdm
 from diffusers_cfg.config import UserError
 from diffusers_cfg.data.columns import open_encoded
 from diffusers_cfg.data.decoding import COLOR_LOST, ColorCheck, is_colored, to_array, to_float
+from diffusers_cfg.data.images import LabelledImages
 from diffusers_cfg.data.labels import UNLABELLED, listed
 from diffusers_cfg.data.order import Position, shuffled_blocks
-from diffusers_cfg.data.sources import EncodedImage, ImageStream, LabelledImages
+from diffusers_cfg.data.sources import EncodedImage, ImageStream
 from diffusers_cfg.data.workers import InFlightItems
 from diffusers_cfg.settings import DataConfig, TrainConfig
 

@@ -5,7 +5,6 @@ import logging
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from functools import cached_property
 from itertools import repeat
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -23,8 +22,8 @@ from diffusers_cfg.data.columns import (
     outermost_column,
     values_of,
 )
-from diffusers_cfg.data.decoding import is_colored, normalise
 from diffusers_cfg.data.folders import ImageFolder, count_kinds, has_image_files, list_folder, read_folder
+from diffusers_cfg.data.images import LabelledImages, split_images
 from diffusers_cfg.data.labels import UNLABELLED, class_ids, label_to_id, listed, names_of, warn_about_numbers
 from diffusers_cfg.data.order import Position, shuffled_blocks
 from diffusers_cfg.settings import DataConfig
@@ -35,79 +34,6 @@ logger = logging.getLogger(__name__)
 MANY_SHARDS = 128
 # Number of images at the start of a stream that are kept for inspecting the data.
 PROBE_SIZE = 256
-# Number of images that are decoded to determine whether a dataset is grayscale.
-CHANNELS_SAMPLE_SIZE = 32
-# Number of images of a grayscale sample's dataset that are searched for color.
-MAX_COLOR_SEARCH = 10_000
-
-
-class LabelledImages:
-    """
-    Images that are not decoded yet, with their class labels.
-
-    Args:
-        class_labels (`numpy.ndarray` of shape `(images,)`): int64, `0 … num_classes - 1`; -1 means unlabelled.
-        id2label (`dict[int, str]`): name of each class; empty for unlabelled data.
-
-    Attributes:
-        left_out (`list[str]`): paths of files among the images that PIL cannot read.
-
-    Raises:
-        UserError: if there are no images.
-    """
-
-    def __init__(self, class_labels: np.ndarray, id2label: dict[int, str]) -> None:
-        if not len(class_labels):
-            raise UserError("The dataset has no images. Check --dataset_split.")
-        self.class_labels, self.id2label, self.left_out = class_labels, id2label, []
-
-    def open_image(self, index: int) -> Image.Image:
-        """Open the image at `index` with PIL. An unreadable image may raise any exception."""
-        raise NotImplementedError
-
-    def name_image(self, index: int) -> str:
-        """Return a human-readable name for the image at `index`."""
-        raise NotImplementedError
-
-    def __len__(self) -> int:
-        return len(self.class_labels)
-
-    @cached_property
-    def channels(self) -> int:
-        """The number of channels: 1 if the images are grayscale, otherwise 3. Of many images, a sample is searched."""
-        for index in evenly_spaced(len(self), CHANNELS_SAMPLE_SIZE):
-            with suppress(Exception):  # unreadable images are counted when the dataset is decoded
-                if normalise(self.open_image(index)).mode == "RGB":
-                    return 3
-        for index in evenly_spaced(len(self), MAX_COLOR_SEARCH):
-            with suppress(Exception):
-                if is_colored(self.open_image(index)):
-                    return 3
-        return 1
-
-    def fingerprint(self) -> str:
-        """Return a text that changes with any image, without decoding them."""
-        raise NotImplementedError
-
-    @property
-    def present_classes(self) -> list[int]:
-        """The ids of the classes that have images."""
-        return np.unique(self.class_labels[self.class_labels != UNLABELLED]).tolist()
-
-
-def evenly_spaced(length: int, number: int) -> list[int]:
-    """Return `number` evenly spaced indices of a list, or all of a shorter one."""
-    return np.linspace(0, length - 1, min(length, number)).astype(int).tolist()
-
-
-def require_classes(images: LabelledImages) -> None:
-    """Raise UserError if the images have fewer than two classes. Used by class-conditional methods."""
-    present = images.present_classes
-    if len(present) < 2:
-        raise UserError(
-            f"Class-conditional training needs at least two classes, but the data has {len(present)}: "
-            f"{[images.id2label[i] for i in present]}. Check --label_column, or that each class has its own folder."
-        )
 
 
 class Digits(LabelledImages):
@@ -268,7 +194,8 @@ class ImageStream(LabelledImages):
 
 def load_labelled_images(config: DataConfig, needs_labels: bool = True) -> LabelledImages:
     """
-    Load the images of the dataset that the settings name.
+    Load the images to train on: those of the dataset that the settings name, without those that `--train_val_split`
+    holds out.
 
     Args:
         config (`DataConfig`): the settings.
@@ -276,8 +203,29 @@ def load_labelled_images(config: DataConfig, needs_labels: bool = True) -> Label
             With `False`, all images of such a dataset get the label -1, and there are no class names.
 
     Raises:
-        UserError: if the dataset cannot be found or loaded, or lacks a column.
+        UserError: if the dataset cannot be found or loaded, lacks a column, or has too few images to hold out some.
     """
+    images = load_all_images(config, needs_labels)
+    if not config.train_val_split:
+        return images
+    training, _ = split_images(images, config.train_val_split)
+    if lost := sorted(set(images.present_classes) - set(training.present_classes)):
+        text = "%d of %d classes have no image to train on, because --train_val_split %g holds out all of them: %s"
+        names = listed([images.id2label[class_id] for class_id in lost])
+        logger.warning(text, len(lost), len(images.id2label), config.train_val_split, names)
+    return training
+
+
+def load_held_out_images(config: DataConfig, needs_labels: bool = True) -> LabelledImages:
+    """
+    Load the images that `--train_val_split` holds out from training, with the ids of all classes of the dataset. The
+    arguments and errors are those of `load_labelled_images`.
+    """
+    return split_images(load_all_images(config, needs_labels), config.train_val_split)[1]
+
+
+def load_all_images(config: DataConfig, needs_labels: bool) -> LabelledImages:
+    """Load all images of a dataset. The arguments and errors are those of `load_labelled_images`."""
     source = config.train_data_dir or config.dataset_name
     if source is None:
         return Digits()

@@ -46,7 +46,7 @@ from accelerate import Accelerator
 from diffusers import DiffusionPipeline
 from PIL import Image
 
-from diffusers_cfg.data.sources import LabelledImages
+from diffusers_cfg.data.images import LabelledImages
 from diffusers_cfg.randomness import Draws
 from diffusers_cfg.settings import TrainConfig
 

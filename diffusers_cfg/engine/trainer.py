@@ -17,8 +17,9 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 
 from diffusers_cfg.config import UserError, say
 from diffusers_cfg.data.datasets import StreamedImages, describe_data, raise_for_dead_worker, training_dataset
+from diffusers_cfg.data.images import LabelledImages
 from diffusers_cfg.data.latents import cache_latents
-from diffusers_cfg.data.sources import LabelledImages, load_labelled_images
+from diffusers_cfg.data.sources import load_labelled_images
 from diffusers_cfg.engine.accelerator import make_accelerator, make_vote, prepare_module
 from diffusers_cfg.engine.batches import StepBatches, probe_batches
 from diffusers_cfg.engine.checkpoint import (

@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
 from diffusers_cfg import CFGPipeline, UNet2DCFGModel
-from diffusers_cfg.data.sources import LabelledImages
+from diffusers_cfg.data.images import LabelledImages
 from diffusers_cfg.evaluation.reports import table
 from diffusers_cfg.evaluation.sampling import counted_evaluations
 from diffusers_cfg.evaluation.timing import now, peak_bytes, run_python, time_interleaved, timed

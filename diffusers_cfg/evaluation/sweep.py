@@ -12,9 +12,10 @@ from tqdm.auto import tqdm
 from diffusers_cfg import CFGPipeline
 from diffusers_cfg.config import UserError
 from diffusers_cfg.data.datasets import training_dataset
+from diffusers_cfg.data.images import LabelledImages
 from diffusers_cfg.data.labels import listed
 from diffusers_cfg.data.naming import local_name
-from diffusers_cfg.data.sources import LabelledImages, load_labelled_images
+from diffusers_cfg.data.sources import load_labelled_images
 from diffusers_cfg.evaluation.class_labels import choose_class_labels, classes_of
 from diffusers_cfg.evaluation.grids import make_grid
 from diffusers_cfg.evaluation.measure import measure, measure_floor

@@ -7,7 +7,7 @@ from typing import Self
 import torch
 
 from diffusers_cfg import CFGPipeline
-from diffusers_cfg.data.sources import UNLABELLED, LabelledImages, require_classes
+from diffusers_cfg.data.images import UNLABELLED, LabelledImages, require_classes
 from diffusers_cfg.engine.method import Batch, Networks, Objective, Terms
 from diffusers_cfg.methods.guided import GuidedMethod
 from diffusers_cfg.methods.networks import build_pipeline, noise_process

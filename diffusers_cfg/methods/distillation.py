@@ -10,7 +10,7 @@ from diffusers import DDIMScheduler
 
 from diffusers_cfg import CFGPipeline, LogSNRScheduler, UNet2DCFGModel
 from diffusers_cfg.config import UserError
-from diffusers_cfg.data.sources import UNLABELLED, LabelledImages, require_classes
+from diffusers_cfg.data.images import UNLABELLED, LabelledImages, require_classes
 from diffusers_cfg.engine.method import Batch, Networks, Objective, Terms
 from diffusers_cfg.methods.guided import GuidedMethod
 from diffusers_cfg.methods.networks import NUM_INFERENCE_STEPS, SOLVER, load_pretrained, new_pipeline, noise_process

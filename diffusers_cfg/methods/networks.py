@@ -11,7 +11,7 @@ from diffusers import AutoencoderKL, DPMSolverMultistepScheduler, SchedulerMixin
 
 from diffusers_cfg import CFGPipeline, LogSNRScheduler, UNet2DCFGModel
 from diffusers_cfg.config import UserError
-from diffusers_cfg.data.sources import LabelledImages
+from diffusers_cfg.data.images import LabelledImages
 from diffusers_cfg.loading import find_folder, load_autoencoder
 from diffusers_cfg.model_files import read_object
 from diffusers_cfg.settings import ATTENTION_RESOLUTIONS, CFGConfig, ModelConfig, TrainConfig

@@ -14,8 +14,9 @@ import torch
 
 from diffusers_cfg.config import UserError
 from diffusers_cfg.data.datasets import LazyImages, fingerprint, stack_images
+from diffusers_cfg.data.images import LabelledImages
 from diffusers_cfg.data.labels import UNLABELLED
-from diffusers_cfg.data.sources import ImageStream, LabelledImages, load_labelled_images
+from diffusers_cfg.data.sources import ImageStream, load_labelled_images
 from diffusers_cfg.evaluation.sweep import smaller_size
 from diffusers_cfg.settings import DataConfig
 from tests.support.images import numbered

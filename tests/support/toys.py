@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 
 from diffusers_cfg import CFGPipeline, LogSNRScheduler
-from diffusers_cfg.data.sources import LabelledImages
+from diffusers_cfg.data.images import LabelledImages
 from diffusers_cfg.engine.method import Batch, Method, Networks, Objective, Terms
 from diffusers_cfg.methods.networks import build_unet
 from diffusers_cfg.methods.objectives import squared_error
