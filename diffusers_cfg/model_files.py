@@ -15,6 +15,8 @@ EVALUATION, TABLE, CURVES, GRID = (
     f"evaluation/{name}" for name in ("metrics.json", "metrics.md", "curves.png", "grid.png")
 )
 FACTS = (RUN, EVALUATION, TABLE, CURVES, GRID)
+# The learned noise schedule, with its shape
+NOISE_SCHEDULE = "noise_schedule.safetensors"
 # The settings of the run, which are published from run.json: those of the run's folder have local paths.
 CONFIG = "train_config.yaml"
 

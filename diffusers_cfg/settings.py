@@ -37,6 +37,15 @@ DIGITS = {
     "checkpoints_total_limit": 1,
     "validation_steps": 500,
 }
+# A variational diffusion model needs a network that keeps the resolution, and held-out images.
+DIGITS_VDM = {
+    **DIGITS,
+    "block_out_channels": [32],
+    "layers_per_block": 2,
+    "attention_resolutions": [8],
+    "learning_rate": 1e-3,
+    "train_val_split": 0.15,
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -269,6 +278,104 @@ class CFGConfig(TrainConfig):
         super().check()
         if not self.log_snr_min < self.log_snr_max:
             raise UserError(f"log_snr_min={self.log_snr_min} must be below log_snr_max={self.log_snr_max}.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class VDMConfig(CFGConfig):
+    """Settings of variational diffusion models, `VariationalDiffusion`. Defaults that differ are the paper's."""
+
+    description: ClassVar[str] = (
+        "Train a class-conditional variational diffusion model: a bound on the likelihood as the loss, and a learned "
+        "noise schedule (arXiv 2107.00630)."
+    )
+    group = "variational diffusion"
+    replaced = {
+        "model_config_name_or_path": NETWORK_SETTINGS | {"fourier_features"},
+        "pretrained_model_name_or_path": NETWORK_SETTINGS | PROCESS_SETTINGS | {"fourier_features"},
+    }
+
+    noise_schedule: Literal["learned", "linear", "fixed"] = fixed(
+        "learned", "Learn the ends and the shape of the schedule, the ends of a linear one, or nothing (linear)."
+    )
+    log_snr_min: float = fixed(
+        -5.0, "Log-SNR λ_min at the noisy end of the noise process, at the start of the run.", at_least=-60, at_most=60
+    )
+    log_snr_max: float = fixed(
+        13.3, "Log-SNR λ_max at the clean end of the noise process, at the start of the run.", at_least=-60, at_most=15
+    )
+    schedule_learning_rate: float = recorded(1e-2, "Peak learning rate of the noise schedule.", above=0)
+    diffusion_steps: int = fixed(
+        0, "Number of steps T of the bound that is minimised; 0 is continuous time.", at_least=0, at_most=1_000_000
+    )
+    fourier_features: list[int] = fixed(
+        [3, 4, 5, 6, 7, 8],
+        "Octaves n of the network's inputs sin(2ⁿπz) and cos(2ⁿπz), the paper's are 7 and 8; 0 for none.",
+        at_least=0,
+        at_most=12,
+    )
+    loss_weighting: Literal["bound", "sigmoid", "simple"] = fixed(
+        "bound",
+        "Weight of ‖ε - ε̂‖² over the log-SNR λ: that of the bound, times sigmoid(2 - λ), or equal for all steps of "
+        "train_cfg.py's process.",
+    )
+    adam_beta2: float = recorded(0.99, "β2 of AdamW, the decay rate of the second moment.", at_least=0, below=1)
+    adam_weight_decay: float = recorded(0.01, "Weight decay of AdamW, for the network only.", at_least=0)
+    output_dir: str = free("vdm-model", "Folder for checkpoints, samples, logs and the trained pipeline.")
+    num_inference_steps: int = free(100, "Number of sampling steps T per validation image.", at_least=1)
+
+    @property
+    def learns_ends(self) -> bool:
+        """Whether the ends of the noise schedule are learned."""
+        return self.noise_schedule != "fixed" and self.loss_weighting == "bound"
+
+    def check(self) -> None:
+        """Check combinations of settings. Raise UserError."""
+        super().check()
+        if self.random_flip:
+            raise UserError(
+                "--random_flip trains on another distribution than that of the images, so its loss is no likelihood of "
+                "them. Leave it out."
+            )
+        if self.pretrained_vae_model_name_or_path is not None:
+            raise UserError(
+                "--pretrained_vae_model_name_or_path: a likelihood of latents is none of images. Leave it out, or use "
+                "train_cfg.py."
+            )
+        if self.log_snr_max - self.log_snr_min < 1:
+            raise UserError(
+                f"log_snr_min={self.log_snr_min} and log_snr_max={self.log_snr_max} must be at least 1 apart."
+            )
+        if self.loss_weighting != "bound" and self.noise_schedule == "linear":
+            raise UserError(
+                f"--noise_schedule linear learns its ends, which needs the bound, but --loss_weighting is "
+                f"{self.loss_weighting}. Use learned or fixed, or --loss_weighting bound."
+            )
+        if self.loss_weighting != "bound" and self.diffusion_steps:
+            raise UserError(
+                f"--loss_weighting {self.loss_weighting} is defined in continuous time. Leave out --diffusion_steps "
+                f"{self.diffusion_steps}."
+            )
+        if self.learns_ends and len(self.ema_decays) > 1:
+            raise UserError(
+                f"ema_max_decay {self.ema_max_decay}: each EMA of the network belongs to its own ends of the noise "
+                "schedule, but a pipeline has one scheduler. Pass one value, or --noise_schedule fixed."
+            )
+        if 0 in self.fourier_features and self.fourier_features != [0]:
+            raise UserError(f"fourier_features: 0 means none, but is {self.fourier_features}. Leave 0 out.")
+        if len(set(self.fourier_features)) < len(self.fourier_features):
+            raise UserError(f"fourier_features must not repeat a value, but is {self.fourier_features}.")
+
+    @classmethod
+    def derived_defaults(cls, values: Mapping[str, Any]) -> dict[str, Any]:
+        """Return the settings for the built-in digits if no dataset is given."""
+        return DIGITS_VDM if super().derived_defaults(values) else {}
+
+    @classmethod
+    def check_given(cls, values: Mapping[str, Any], flags: set[str], in_file: set[str]) -> None:
+        """Refuse settings that have no effect."""
+        super().check_given(values, flags, in_file)
+        if values["noise_schedule"] == "fixed" and "schedule_learning_rate" in flags:
+            raise UserError("schedule_learning_rate: no effect with --noise_schedule fixed. Leave one of them out.")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,7 +1,7 @@
 """Train one network for ε(z, c) and ε(z): classifier-free guidance (Ho & Salimans 2022, arXiv 2207.12598)."""
 
-import logging
 from collections.abc import Iterable
+from functools import partial
 from typing import Self
 
 import torch
@@ -12,10 +12,7 @@ from diffusers_cfg.engine.method import Batch, Networks, Objective, Terms
 from diffusers_cfg.methods.guided import GuidedMethod
 from diffusers_cfg.methods.networks import build_pipeline, noise_process
 from diffusers_cfg.methods.objectives import drop_class_labels, level_names, loss_logs, prediction_target, squared_error
-from diffusers_cfg.randomness import seeded_generator
 from diffusers_cfg.settings import CFGConfig
-
-logger = logging.getLogger(__name__)
 
 
 class ClassifierFreeGuidance(GuidedMethod):
@@ -56,27 +53,5 @@ class ClassifierFreeGuidance(GuidedMethod):
         return squared_error(pred, prediction_target(self.scheduler, x, noise, t))
 
     def probe(self, batches: Iterable[Batch]) -> dict[str, float]:
-        """
-        Return by how many standard errors the mean error is lower with correct labels than with wrong labels. Warn
-        below 3: the network then ignores its labels, and guidance has no effect.
-        """
-        present, gains = torch.tensor(self.present_classes), []
-        generator = seeded_generator("cpu", self.config.seed, "wrong labels")
-        for batch in batches:
-            x, labels, draws = batch.x, batch.class_labels, batch.draws
-            offset = torch.randint(1, len(present), labels.shape, generator=generator)
-            wrong = present[(torch.searchsorted(present, labels.cpu()) + offset) % len(present)].to(labels.device)
-            u, noise = draws.uniform("time"), draws.normal("noise", *x.shape[1:])
-            wrong_error, error = (self.denoising_error(self.pipeline.unet, x, c, u, noise) for c in (wrong, labels))
-            gains.append(wrong_error - error)
-        gain = torch.cat(gains)
-        if len(gain) < 2:  # no standard error
-            return {}
-        standard_errors = (gain.mean() / (gain.std() / len(gain) ** 0.5)).item()
-        if standard_errors < 3:
-            logger.warning(
-                "The network does not predict better with correct labels than with wrong labels (difference: %.1f "
-                "standard errors). Early in a run this is normal. Later, check that the labels match the images.",
-                standard_errors,
-            )
-        return {"label_gain": standard_errors}
+        """Return `label_gain` of the training loss."""
+        return self.label_gain(batches, partial(self.denoising_error, self.pipeline.unet))

@@ -1,15 +1,21 @@
 """Define the base class of methods that sample with a `CFGPipeline`."""
 
 import json
+import logging
 import re
+from collections.abc import Callable, Iterable
 from typing import Any
 
+import torch
 from accelerate import Accelerator
 from PIL import Image
 
 from diffusers_cfg import CFGPipeline, LogSNRScheduler
-from diffusers_cfg.engine.method import Method
+from diffusers_cfg.engine.method import Batch, Method
 from diffusers_cfg.evaluation.grids import sample_grid
+from diffusers_cfg.randomness import seeded_generator
+
+logger = logging.getLogger(__name__)
 
 
 class GuidedMethod(Method):
@@ -42,6 +48,36 @@ class GuidedMethod(Method):
             self.num_inference_steps,
             self.config.seed,
         )
+
+    def label_gain(self, batches: Iterable[Batch], error: Callable[..., torch.Tensor]) -> dict[str, float]:
+        """
+        Return by how many standard errors the mean error is lower with correct labels than with wrong labels. Warn
+        below 3: the network then ignores its labels, and guidance has no effect.
+
+        Args:
+            batches (`Iterable[Batch]`): labelled images.
+            error (`Callable`): the error of each sample, `(x, class labels, times in [0, 1), noise) -> (batch,)`.
+        """
+        present, gains = torch.tensor(self.present_classes), []
+        generator = seeded_generator("cpu", self.config.seed, "wrong labels")
+        for batch in batches:
+            x, labels, draws = batch.x, batch.class_labels, batch.draws
+            offset = torch.randint(1, len(present), labels.shape, generator=generator)
+            wrong = present[(torch.searchsorted(present, labels.cpu()) + offset) % len(present)].to(labels.device)
+            u, noise = draws.uniform("time"), draws.normal("noise", *x.shape[1:])
+            wrong_error, right_error = (error(x, c, u, noise) for c in (wrong, labels))
+            gains.append(wrong_error - right_error)
+        gain = torch.cat(gains)
+        if len(gain) < 2:  # no standard error
+            return {}
+        standard_errors = (gain.mean() / (gain.std() / len(gain) ** 0.5)).item()
+        if standard_errors < 3:
+            logger.warning(
+                "The network does not predict better with correct labels than with wrong labels (difference: %.1f "
+                "standard errors). Early in a run this is normal. Later, check that the labels match the images.",
+                standard_errors,
+            )
+        return {"label_gain": standard_errors}
 
     def example(self) -> str:
         """Return a line of code that generates an image of the first present class and saves it."""

@@ -58,7 +58,7 @@ def new_pipeline(
     num_inference_steps: int = NUM_INFERENCE_STEPS,
 ) -> CFGPipeline:
     """Return a pipeline for a network, which records its noise process and samples with one of diffusers' solvers."""
-    unet.noise_process = {name: scheduler.config[name] for name in NOISE_PROCESS}
+    record_process(unet, scheduler)
     return CFGPipeline(
         unet,
         scheduler.solver(solver),
@@ -67,6 +67,11 @@ def new_pipeline(
         config.conditioning_dropout_prob,
         num_inference_steps=num_inference_steps,
     )
+
+
+def record_process(unet: UNet2DCFGModel, scheduler: LogSNRScheduler) -> None:
+    """Record the noise process that a network is trained with in its config."""
+    unet.noise_process = {name: scheduler.config[name] for name in NOISE_PROCESS}
 
 
 def noise_process(pipeline: CFGPipeline) -> LogSNRScheduler:
@@ -135,7 +140,9 @@ def replace_classes(unet: UNet2DCFGModel, old: dict[int, str], new: dict[int, st
     )
 
 
-def build_unet(config: TrainConfig, vae: AutoencoderKL | None, channels: int, num_classes: int) -> UNet2DCFGModel:
+def build_unet(
+    config: TrainConfig, vae: AutoencoderKL | None, channels: int, num_classes: int, **extra: Any
+) -> UNet2DCFGModel:
     """
     Return a new network, with weights determined by the seed.
 
@@ -144,6 +151,7 @@ def build_unet(config: TrainConfig, vae: AutoencoderKL | None, channels: int, nu
         vae (`AutoencoderKL`, *optional*): the autoencoder whose latents the network models.
         channels (`int`): channels of the images, used without an autoencoder.
         num_classes (`int`): number of real classes; the network has one more, the null class.
+        extra: other settings of `UNet2DCFGModel`, which a network config replaces.
 
     Raises:
         UserError: if the settings describe no network, or its levels do not fit the resolution.
@@ -161,6 +169,7 @@ def build_unet(config: TrainConfig, vae: AutoencoderKL | None, channels: int, nu
             "dropout": config.dropout,
             **attention(config.attention_resolutions, size, config.block_out_channels),
             **normalization(config.block_out_channels),
+            **extra,
         }
     settings |= {
         "sample_size": size,
