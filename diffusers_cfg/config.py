@@ -289,9 +289,11 @@ def make_parser(cls: type[Config]) -> ArgumentParser:
     # Imported from its own module, which is half a second faster than from `transformers`.
     from transformers.hf_argparser import HfArgumentParser
 
-    annotations, groups = get_type_hints(cls), []
+    annotations, groups, grouped = get_type_hints(cls), [], set()
     for base in reversed(cls.__mro__[: cls.__mro__.index(Config)]):
-        own = [setting for setting in fields(cls) if setting.name in inspect.get_annotations(base)]
+        # A setting that a subclass declares again, with another default, stays in its first group.
+        own = [setting for setting in fields(cls) if setting.name in inspect.get_annotations(base).keys() - grouped]
+        grouped |= {setting.name for setting in own}
         declared = [(setting.name, annotations[setting.name], parser_field(setting)) for setting in own]
         if declared:
             group = dataclasses.make_dataclass(base.__name__, declared, kw_only=True)

@@ -1,5 +1,5 @@
-"""Train a variational diffusion model (Kingma et al. 2021, arXiv 2107.00630): the loss is a bound on the likelihood, and
-the noise schedule is learned with the network.
+"""Train a variational diffusion model (Kingma et al. 2021, arXiv 2107.00630), whose loss is a bound on the likelihood,
+and whose noise schedule is learned.
 """
 
 import math
@@ -105,7 +105,7 @@ class VariationalDiffusion(GuidedMethod):
         schedule = networks.get("noise_schedule") or self.noise_schedule.to(x.device)
         shape = schedule(torch.stack(discrete_times(u, steps)) if steps else u)
         n, gamma = (shape.n[1], shape.gamma[1]) if steps else (shape.n, shape.gamma)
-        weight = discrete_weight(*shape.gamma, steps) if steps else continuous_weight(shape.gamma_slope)
+        weight = discrete_weight(shape.gamma[0], gamma, steps) if steps else continuous_weight(shape.gamma_slope)
         error = self.error(networks["unet"], x, c, n, gamma, noise)
         bits = bits_per_dim(x.shape[1:])
         parts = {
