@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 
 from diffusers_cfg import CFGPipeline, LogSNRScheduler
 from diffusers_cfg.config import UserError
-from diffusers_cfg.data.sources import UNLABELLED, LabelledImages, require_classes
+from diffusers_cfg.data.images import UNLABELLED, LabelledImages, require_classes
 from diffusers_cfg.engine.method import Batch, Networks, Objective, Terms
 from diffusers_cfg.methods.guided import GuidedMethod
 from diffusers_cfg.methods.networks import build_unet, load_pretrained, new_pipeline, noise_process, record_process
