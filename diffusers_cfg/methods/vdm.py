@@ -45,9 +45,14 @@ class VariationalDiffusion(GuidedMethod):
 
     The network's time is linear in γ = -log SNR, so that the learned shape of γ(t) determines how often a noise level
     is drawn, and nothing else. Only the ends of γ are saved in the pipeline, as those of its scheduler.
+
+    Attributes:
+        minimises_variance (`bool`): whether a learned shape minimises the variance of the loss in continuous time, as
+            in the paper. Otherwise it minimises the loss like everything else, for comparison.
     """
 
     config: VDMConfig
+    minimises_variance = True
 
     def __init__(self, config: VDMConfig, pipeline: CFGPipeline, present_classes: list[int] | None = None) -> None:
         self.config, self.pipeline = config, pipeline
@@ -116,7 +121,8 @@ class VariationalDiffusion(GuidedMethod):
         parts["bits_per_dim"] = bound = torch.stack(list(parts.values())).sum(0)
         is_bound = self.config.loss_weighting == "bound"
         diffusion = parts["diffusion"] if is_bound else parts["diffusion"] * self.loss_weight(-gamma)
-        if not steps:  # With steps, the bound depends on the shape, so the shape minimises the bound.
+        # With steps, the bound depends on the shape, so the shape minimises the bound.
+        if self.minimises_variance and not steps:
             minimise_variance(diffusion, n, shape.slope)
 
         is_null = (c == null) | (c == UNLABELLED)
