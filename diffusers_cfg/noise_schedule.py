@@ -118,7 +118,12 @@ Schedule = Callable[[torch.Tensor], Shape]
 
 def linear(gamma_0: float, gamma_1: float) -> Schedule:
     """Return the schedule that is linear in t, between two ends."""
-    return NoiseSchedule(gamma_0, gamma_1, learn_ends=False, learn_shape=False)
+
+    def gamma(times: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        rise = gamma_1 - gamma_0
+        return gamma_0 + rise * times.double(), torch.full_like(times, rise, dtype=torch.float64)
+
+    return _between(gamma, gamma_0, gamma_1)
 
 
 def cosine(gamma_0: float, gamma_1: float) -> Schedule:
