@@ -13,7 +13,7 @@ import sys
 import types
 from argparse import SUPPRESS, ArgumentDefaultsHelpFormatter, ArgumentParser
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
 from typing import (
@@ -219,9 +219,14 @@ def range_text(metadata: Mapping[str, Any]) -> str:
     return "be finite"
 
 
-def read_yaml(path: Path, cls: type[Config]) -> dict[str, Any]:
+def read_yaml(path: Path, cls: type[Config], ignored: Collection[str] = ()) -> dict[str, Any]:
     """
     Return the settings in a YAML file by name.
+
+    Args:
+        path (`Path`): the file.
+        cls (`type`): the dataclass of the settings.
+        ignored (`Collection[str]`): names that the file may contain, and that are left out unless they are settings.
 
     Raises:
         UserError: if the file is missing, is not a YAML mapping, repeats a setting, or names an unknown setting or a
@@ -241,6 +246,7 @@ def read_yaml(path: Path, cls: type[Config]) -> dict[str, Any]:
     if repeated := [name for name, times in names.items() if times > 1]:
         raise UserError(f"{path} contains {', '.join(repeated)} more than once. Keep one value of each.")
     known, annotations = {setting.name: setting for setting in fields(cls)}, get_type_hints(cls)
+    settings = {name: value for name, value in settings.items() if name in known or name not in ignored}
     unknown = sorted(str(name) for name in settings if name not in known)
     if unknown:
         raise UserError(f"{path} contains unknown settings: {unknown}. --help lists all settings.")

@@ -1,4 +1,4 @@
-"""Declare the settings of the optimizer and of the run, which are those of all methods."""
+"""Declare the settings of the network, the optimizer, the run and the Hub, which are those of all methods."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -7,6 +7,8 @@ from diffusers_cfg.config import Config, fixed, free, recorded
 
 # The standard errors of metrics need two images in each of ten blocks (`BLOCKS` in evaluation/statistics.py).
 MIN_SAMPLES = 20
+# The default fits images of many resolutions, so not each of its values has to fit.
+ATTENTION_RESOLUTIONS = [16, 8]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -107,3 +109,56 @@ class RunConfig(Config):
     ddp_timeout: int = free(
         1800, "Seconds that a process waits for the other processes before the run fails.", at_least=1
     )
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig(Config):
+    """Settings of the network and its autoencoder."""
+
+    group = "model"
+
+    model_config_name_or_path: str | None = recorded(
+        None,
+        "Config of a UNet2DModel, replacing the next four flags; channels and classes come from the data.",
+        relative=True,
+    )
+    block_out_channels: list[int] = fixed(
+        [128, 256, 256, 256], "Number of channels of each UNet level; each level halves the resolution.", at_least=1
+    )
+    layers_per_block: int = fixed(2, "Number of residual blocks in each UNet level.", at_least=1)
+    attention_resolutions: list[int] = fixed(
+        ATTENTION_RESOLUTIONS,
+        "Resolutions in pixels of the UNet levels with self-attention; 0 disables it.",
+        at_least=0,
+    )
+    dropout: float = fixed(0.0, "Dropout probability inside the residual blocks.", at_least=0, below=1)
+    pretrained_model_name_or_path: str | None = recorded(
+        None, "Pipeline on the Hub or in a folder whose network, noise process and autoencoder the run starts from."
+    )
+    pretrained_vae_model_name_or_path: str | None = recorded(
+        None, "AutoencoderKL on the Hub or in a folder; the network is trained on its latents."
+    )
+    cache_latents: bool = recorded(
+        False, "Encode every image once before the first step and cache the latents on disk."
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class HubConfig(Config):
+    """Settings of publishing on the Hugging Face Hub."""
+
+    group = "Hub"
+
+    push_to_hub: bool = free(False, "Push the trained model to the Hub.")
+    hub_model_id: str | None = free(
+        None, "Repository on the Hub, NAME or NAMESPACE/NAME; by default the name of --output_dir."
+    )
+    hub_private_repo: bool = free(False, "Create the repository as private.")
+    hub_token: str | None = free(
+        None, "Hub token with write access; by default that of `hf auth login`. It is never saved.", secret=True
+    )
+    hub_strategy: Literal["end", "checkpoint"] = free(
+        "end", "Push at the end, or also at every checkpoint in the background."
+    )
+    overwrite_hub_repo: bool = free(False, "Push even if the repository contains something other than a pipeline.")
+    license: str | None = free(None, "License of the model, such as apache-2.0, for the model card.")

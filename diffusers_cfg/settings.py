@@ -7,15 +7,13 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 from diffusers_cfg.config import Config, UserError, fixed, free, read_yaml, recorded
-from diffusers_cfg.run_settings import OptimizationConfig, RunConfig
+from diffusers_cfg.run_settings import HubConfig, ModelConfig, OptimizationConfig, RunConfig
 
 CONFIG_FILE = "train_config.yaml"
 # Settings that a pretrained network or a network config replaces.
 NETWORK_SETTINGS = {"block_out_channels", "layers_per_block", "attention_resolutions", "dropout"}
 # Settings of the noise process, which a pretrained model brings along.
 PROCESS_SETTINGS = {"prediction_type", "log_snr_min", "log_snr_max"}
-# The default fits images of many resolutions, so not each of its values has to fit.
-ATTENTION_RESOLUTIONS = [16, 8]
 # Settings that have no effect unless another one is set.
 NEED = {
     "use_ema": {"ema_max_decay", "ema_inv_gamma", "ema_power"},
@@ -102,59 +100,6 @@ class DataConfig(Config):
                 "all images in advance. Leave it out, train on a --dataset_split without the held-out images, and "
                 "name theirs to evaluate_likelihood.py with --dataset_split."
             )
-
-
-@dataclass(frozen=True, kw_only=True)
-class ModelConfig(Config):
-    """Settings of the network and its autoencoder."""
-
-    group = "model"
-
-    model_config_name_or_path: str | None = recorded(
-        None,
-        "Config of a UNet2DModel, replacing the next four flags; channels and classes come from the data.",
-        relative=True,
-    )
-    block_out_channels: list[int] = fixed(
-        [128, 256, 256, 256], "Number of channels of each UNet level; each level halves the resolution.", at_least=1
-    )
-    layers_per_block: int = fixed(2, "Number of residual blocks in each UNet level.", at_least=1)
-    attention_resolutions: list[int] = fixed(
-        ATTENTION_RESOLUTIONS,
-        "Resolutions in pixels of the UNet levels with self-attention; 0 disables it.",
-        at_least=0,
-    )
-    dropout: float = fixed(0.0, "Dropout probability inside the residual blocks.", at_least=0, below=1)
-    pretrained_model_name_or_path: str | None = recorded(
-        None, "Pipeline on the Hub or in a folder whose network, noise process and autoencoder the run starts from."
-    )
-    pretrained_vae_model_name_or_path: str | None = recorded(
-        None, "AutoencoderKL on the Hub or in a folder; the network is trained on its latents."
-    )
-    cache_latents: bool = recorded(
-        False, "Encode every image once before the first step and cache the latents on disk."
-    )
-
-
-@dataclass(frozen=True, kw_only=True)
-class HubConfig(Config):
-    """Settings of publishing on the Hugging Face Hub."""
-
-    group = "Hub"
-
-    push_to_hub: bool = free(False, "Push the trained model to the Hub.")
-    hub_model_id: str | None = free(
-        None, "Repository on the Hub, NAME or NAMESPACE/NAME; by default the name of --output_dir."
-    )
-    hub_private_repo: bool = free(False, "Create the repository as private.")
-    hub_token: str | None = free(
-        None, "Hub token with write access; by default that of `hf auth login`. It is never saved.", secret=True
-    )
-    hub_strategy: Literal["end", "checkpoint"] = free(
-        "end", "Push at the end, or also at every checkpoint in the background."
-    )
-    overwrite_hub_repo: bool = free(False, "Push even if the repository contains something other than a pipeline.")
-    license: str | None = free(None, "License of the model, such as apache-2.0, for the model card.")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -414,7 +359,7 @@ class DistillationConfig(CFGConfig):
         """Return the teacher's data and optimization settings if its folder contains a train_config.yaml."""
         path, settings = Path(values["teacher"]).expanduser() / CONFIG_FILE, {}
         if path.is_file():
-            of_teacher = read_yaml(path, DistillationConfig)
+            of_teacher = read_yaml(path, DistillationConfig, ignored={f.name for f in fields(VDMConfig)})
             shared = {f.name for part in (DataConfig, OptimizationConfig) for f in fields(part)}
             settings = {n: v for n, v in of_teacher.items() if n in shared | {"conditioning_dropout_prob"}}
         values = {**values, **{n: v for n, v in settings.items() if values.get(n) is None}}

@@ -41,6 +41,7 @@ RULES = {
         "config",
         "randomness",
         "settings",
+        "run_settings",
         "noise_schedule",
         "variational_bound",
     },

@@ -14,7 +14,8 @@ from diffusers_cfg.config import UserError
 from diffusers_cfg.data.images import LabelledImages
 from diffusers_cfg.loading import find_folder, load_autoencoder
 from diffusers_cfg.model_files import read_object
-from diffusers_cfg.settings import ATTENTION_RESOLUTIONS, CFGConfig, ModelConfig, TrainConfig
+from diffusers_cfg.run_settings import ATTENTION_RESOLUTIONS, ModelConfig
+from diffusers_cfg.settings import CFGConfig, TrainConfig
 
 logger = logging.getLogger(__name__)
 
@@ -30,11 +31,7 @@ def build_pipeline(config: CFGConfig, images: LabelledImages) -> CFGPipeline:
     """Return a new or pretrained pipeline to train. Raise UserError if it does not fit the data."""
     if config.pretrained_model_name_or_path is not None:
         pipeline = load_pretrained(config, images)
-        if pipeline.unet.max_guidance_scale is not None:
-            raise UserError(
-                f"--pretrained_model_name_or_path {config.pretrained_model_name_or_path} was distilled to guide in one "
-                "pass, which further training would undo. Start from its teacher, and distill the trained model."
-            )
+        refuse_distilled(config, pipeline.unet)
         return pipeline
     vae = load_vae(config)
     unet = build_unet(config, vae, images.channels, num_classes=len(images.id2label))
@@ -110,6 +107,15 @@ def load_pretrained(
     if (channels := pipeline.image_shape[0]) != images.channels:
         logger.warning("Converting the images to %d channels, the number of channels of %s.", channels, source)
     return pipeline
+
+
+def refuse_distilled(config: CFGConfig, unet: UNet2DCFGModel) -> None:
+    """Raise UserError if a pretrained network was distilled."""
+    if unet.max_guidance_scale is not None:
+        raise UserError(
+            f"--pretrained_model_name_or_path {config.pretrained_model_name_or_path} was distilled to guide in one "
+            "pass, which further training would undo. Start from its teacher, and distill the trained model."
+        )
 
 
 def replace_classes(unet: UNet2DCFGModel, old: dict[int, str], new: dict[int, str]) -> None:

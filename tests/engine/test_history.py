@@ -67,6 +67,7 @@ def test_every_setting_declares_whether_a_resumed_run_may_change_it(config):
 
 # A different value for every fixed setting
 CHANGED = {
+    "train_val_split": "0.1",
     "streaming": None,  # needs a different dataset
     "shuffle_buffer_size": None,
     "resolution": "16",
