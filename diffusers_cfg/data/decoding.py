@@ -46,6 +46,13 @@ def normalise(image: Image.Image) -> Image.Image:
     return image if image.mode == mode else image.convert(mode)
 
 
+def has_8_bits(image: Image.Image) -> bool:
+    """Return whether the pixels of an image that PIL has opened have at most 8 bits per channel in its file."""
+    # PIL gives 16-bit colors the mode of 8-bit ones, and names the bits of the file in its list of tiles.
+    tiles = str(getattr(image, "tile", ""))
+    return not image.mode.startswith(("I", "F")) and ";16" not in tiles
+
+
 def is_colored(image: Image.Image) -> bool:
     """Return whether an image has pixels that are not gray. Only images of a mode with color are decoded."""
     if Image.getmodebase(image.mode) == "L":

@@ -9,14 +9,14 @@ import torch
 from PIL import Image
 
 from diffusers_cfg.config import UserError
-from diffusers_cfg.data.decoding import is_colored, normalise
+from diffusers_cfg.data.decoding import has_8_bits, is_colored, normalise
 from diffusers_cfg.data.labels import UNLABELLED
 from diffusers_cfg.randomness import seeded_generator
 
 # Number of images that are decoded to determine whether a dataset is grayscale.
 CHANNELS_SAMPLE_SIZE = 32
-# Number of images of a grayscale sample's dataset that are searched for color.
-MAX_COLOR_SEARCH = 10_000
+# Number of images that are searched, without decoding them, for color or for more than 8 bits.
+MAX_SEARCH = 10_000
 
 
 class LabelledImages:
@@ -58,7 +58,7 @@ class LabelledImages:
             with suppress(Exception):  # unreadable images are counted when the dataset is decoded
                 if normalise(self.open_image(index)).mode == "RGB":
                     return 3
-        for index in evenly_spaced(len(self), MAX_COLOR_SEARCH):
+        for index in evenly_spaced(len(self), MAX_SEARCH):
             with suppress(Exception):
                 if is_colored(self.open_image(index)):
                     return 3
@@ -87,6 +87,20 @@ def require_classes(images: LabelledImages) -> None:
             f"Class-conditional training needs at least two classes, but the data has {len(present)}: "
             f"{[images.id2label[i] for i in present]}. Check --label_column, or that each class has its own folder."
         )
+
+
+def require_8_bits(images: LabelledImages) -> None:
+    """Raise UserError if an image has more than 8 bits per channel. Used by methods that model the 256 levels."""
+    for index in evenly_spaced(len(images), MAX_SEARCH):
+        with suppress(Exception):  # unreadable images are counted when the dataset is decoded
+            if not has_8_bits(image := images.open_image(index)):
+                break
+    else:
+        return
+    raise UserError(
+        f"{images.name_image(index)} has more than 8 bits per channel (mode {image.mode}), but the likelihood is "
+        "that of pixels with 256 levels. Save all images with 8 bits first."
+    )
 
 
 class ImageSubset(LabelledImages):

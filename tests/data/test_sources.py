@@ -415,7 +415,7 @@ def test_color_in_a_part_of_the_images_counts(tmp_path, name):
 @pytest.mark.parametrize("kind", ["cached", "lazy", "streamed"])
 def test_color_that_is_lost_is_logged(tmp_path, caplog, monkeypatch, kind):
     """The search for color stops at a limit, and at the start of a stream."""
-    monkeypatch.setattr("diffusers_cfg.data.images.MAX_COLOR_SEARCH", 32)
+    monkeypatch.setattr("diffusers_cfg.data.images.MAX_SEARCH", 32)
     monkeypatch.setattr(sources, "PROBE_SIZE", 10)
     folder = str(write_colors(tmp_path / "data", "one color"))
     if kind == "streamed":
