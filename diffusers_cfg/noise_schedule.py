@@ -86,8 +86,7 @@ class NoiseSchedule(torch.nn.Module):
 
     def forward(self, times: torch.Tensor) -> Shape:
         """
-        Return the schedule at times in [0, 1], float32 of any shape. The slope has a closed form, so that it needs no
-        gradient.
+        Return the schedule at times in [0, 1], of any shape. The slope has a closed form, so that it needs no gradient.
         """
         if self.learn_ends:
             with torch.no_grad():  # an optimizer step may have left the range
@@ -96,7 +95,7 @@ class NoiseSchedule(torch.nn.Module):
         if not self.learn_shape:
             return Shape(times, torch.ones_like(times), self.gamma_0, self.gamma_1)
         with torch.autocast(times.device.type, enabled=False):
-            ends, _ = self._rise(torch.tensor([0.0, 1.0], device=times.device))
+            ends, _ = self._rise(torch.arange(2, dtype=times.dtype, device=times.device))
             rise, slope = self._rise(times)
             length = ends[1] - ends[0]
             return Shape((rise - ends[0]) / length, slope / length, self.gamma_0, self.gamma_1)

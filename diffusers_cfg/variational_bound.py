@@ -46,7 +46,7 @@ def reconstruction_term(x: torch.Tensor, noise: torch.Tensor, gamma_0: torch.Ten
     """
     # z₀/α₀ and the levels, in units of σ₀/α₀
     scale = (-gamma_0 / 2).exp()
-    levels = torch.linspace(-1, 1, LEVELS, device=x.device) * scale
+    levels = torch.linspace(-1, 1, LEVELS, dtype=x.dtype, device=x.device) * scale
     logits = -0.5 * ((x * scale + noise)[..., None] - levels) ** 2
     target = ((x + 1) / 2 * (LEVELS - 1)).round().long()
     per_element = torch.nn.functional.cross_entropy(logits.flatten(0, -2), target.flatten(), reduction="none")
@@ -72,7 +72,7 @@ def noise_error(
         "v_prediction": (alpha * noise - sigma * x, (-gamma).sigmoid()),
         "sample": (x, (-gamma).exp()),
     }[prediction_type]
-    return factor * (target - pred.float()).square().flatten(1).sum(1)
+    return factor * (target - pred.to(x.dtype)).square().flatten(1).sum(1)
 
 
 def discrete_times(u: torch.Tensor, steps: int) -> tuple[torch.Tensor, torch.Tensor]:

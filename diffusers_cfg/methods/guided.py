@@ -98,4 +98,5 @@ class GuidedMethod(Method):
 
     def identity(self) -> dict[str, Any]:
         """Return the noise process, which may come from a pretrained pipeline instead of the settings."""
-        return {name: self.scheduler.config[name] for name in ("prediction_type", "log_snr_min", "log_snr_max")}
+        names = ("prediction_type", "log_snr_min", "log_snr_max", "log_snr_schedule")
+        return {name: self.scheduler.config[name] for name in names}

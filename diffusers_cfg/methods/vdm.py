@@ -5,7 +5,7 @@ and whose noise schedule is learned.
 import math
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Self, cast
 
 import torch
 from accelerate.state import AcceleratorState
@@ -13,10 +13,17 @@ from safetensors.torch import save_file
 
 from diffusers_cfg import CFGPipeline, LogSNRScheduler
 from diffusers_cfg.config import UserError
-from diffusers_cfg.data.images import UNLABELLED, LabelledImages, require_classes
+from diffusers_cfg.data.images import UNLABELLED, LabelledImages, require_8_bits, require_classes
 from diffusers_cfg.engine.method import Batch, Networks, Objective, Terms
 from diffusers_cfg.methods.guided import GuidedMethod
-from diffusers_cfg.methods.networks import build_unet, load_pretrained, new_pipeline, noise_process, record_process
+from diffusers_cfg.methods.networks import (
+    build_unet,
+    load_pretrained,
+    new_pipeline,
+    noise_process,
+    record_process,
+    refuse_distilled,
+)
 from diffusers_cfg.methods.objectives import NOISE_LEVELS, by_group, drop_class_labels, level_names
 from diffusers_cfg.model_files import NOISE_SCHEDULE
 from diffusers_cfg.noise_schedule import NoiseSchedule, linear
@@ -71,13 +78,12 @@ class VariationalDiffusion(GuidedMethod):
         self.objectives = [Objective("vdm", tuple(self.modules), self.loss)]
         self.guidance_scales, self.num_inference_steps = config.validation_guidance_scales, config.num_inference_steps
         self.levels = level_names(self.scheduler)
-        self.edges = -self.scheduler.log_snr(torch.linspace(0, 1, NOISE_LEVELS + 1))[1:-1]
-        self.start = super().identity()
 
     @classmethod
     def build(cls, config: VDMConfig, images: LabelledImages) -> Self:
         """Return the method with a new or pretrained pipeline. Raise UserError if it does not fit the data."""
         require_classes(images)
+        require_8_bits(images)
         pipeline = build_pipeline(config, images)
         precision = AcceleratorState().mixed_precision
         if precision != "no" and pipeline.unet.config.get("fourier_frequencies") is None:
@@ -131,7 +137,7 @@ class VariationalDiffusion(GuidedMethod):
             for part, value in parts.items()
             for kind, values in by_group(value.detach(), is_null.long(), ["conditional", "null"]).items()
         }
-        level = torch.bucketize(gamma.detach(), self.edges.to(x.device))
+        level = (self.scheduler.u_at(-gamma.detach()) * NOISE_LEVELS).long().clamp(0, NOISE_LEVELS - 1)
         logs |= by_group(parts["diffusion"].detach(), level, self.levels)
         logs |= {name: getattr(shape, name).detach().expand(len(x)) for name in ("gamma_0", "gamma_1")}
         return Terms(bound if is_bound else diffusion, {**logs, "dropout_rate": is_null.float()})
@@ -169,9 +175,12 @@ class VariationalDiffusion(GuidedMethod):
     def sampling_pipeline(self) -> CFGPipeline:
         """Return the pipeline, with the current ends of the noise schedule in its scheduler."""
         gamma_0, gamma_1 = self.noise_schedule.ends()
-        self.scheduler = LogSNRScheduler.from_config(self.scheduler.config, log_snr_min=-gamma_1, log_snr_max=-gamma_0)
-        record_process(self.pipeline.unet, self.scheduler)
-        self.pipeline.register_modules(scheduler=self.scheduler)
+        # The first ends may have narrowed the range of the solvers that step in σ/α.
+        sigmas = {name: LogSNRScheduler().config[name] for name in ("sigma_min", "sigma_max")}
+        ends = {"log_snr_min": -gamma_1, "log_snr_max": -gamma_0}
+        scheduler = cast(LogSNRScheduler, LogSNRScheduler.from_config(self.scheduler.config, **ends, **sigmas))
+        record_process(self.pipeline.unet, scheduler)
+        self.pipeline.register_modules(scheduler=scheduler)
         return self.pipeline
 
     def save(self, folder: Path) -> None:
@@ -183,10 +192,6 @@ class VariationalDiffusion(GuidedMethod):
         """Return the facts of `GuidedMethod`, and the settings of the bound."""
         names = ("noise_schedule", "diffusion_steps", "loss_weighting")
         return {**super().facts(), **{name: getattr(self.config, name) for name in names}}
-
-    def identity(self) -> dict[str, Any]:
-        """Return the noise process at the start of the run."""
-        return self.start
 
 
 def build_pipeline(config: VDMConfig, images: LabelledImages) -> CFGPipeline:
@@ -200,6 +205,7 @@ def build_pipeline(config: VDMConfig, images: LabelledImages) -> CFGPipeline:
                 f"--pretrained_model_name_or_path {source} models latents, which have no likelihood of images. Start "
                 "from a model of images."
             )
+        refuse_distilled(config, pretrained.unet)
         if scheduler.config.log_snr_schedule != "linear":
             raise UserError(
                 f"--pretrained_model_name_or_path {source} was trained with another noise process (log_snr_schedule "
