@@ -1,12 +1,13 @@
 """Declare the settings of training runs: those of all methods, and a dataclass for each method."""
 
+import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
-from diffusers_cfg.config import Config, UserError, fixed, free, read_yaml, recorded
+from diffusers_cfg.config import Config, UserError, default_of, fixed, free, read_yaml, recorded
 from diffusers_cfg.run_settings import HubConfig, ModelConfig, OptimizationConfig, RunConfig
 
 CONFIG_FILE = "train_config.yaml"
@@ -100,6 +101,14 @@ class DataConfig(Config):
                 "all images in advance. Leave it out, train on a --dataset_split without the held-out images, and "
                 "name theirs to evaluate_likelihood.py with --dataset_split."
             )
+
+
+def data_source(settings: Mapping[str, Any]) -> tuple[str, str | None, str]:
+    """Return the source of the images that settings of `DataConfig` name: its path or name, configuration and split."""
+    source = settings.get("train_data_dir") or settings.get("dataset_name")
+    split = settings.get("dataset_split", DataConfig.dataset_split)
+    # A path may be written in several ways. The names of two repositories differ as paths, too.
+    return os.path.realpath(str(source)) if source else "", settings.get("dataset_config_name"), split
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -362,6 +371,9 @@ class DistillationConfig(CFGConfig):
             of_teacher = read_yaml(path, DistillationConfig, ignored={f.name for f in fields(VDMConfig)})
             shared = {f.name for part in (DataConfig, OptimizationConfig) for f in fields(part)}
             settings = {n: v for n, v in of_teacher.items() if n in shared | {"conditioning_dropout_prob"}}
+            given = {f.name: values[f.name] for f in fields(DataConfig) if values[f.name] != default_of(f)}
+            if data_source({**settings, **given}) != data_source(settings):
+                settings.pop("train_val_split", None)  # which images are held out is a matter of the teacher's data
         values = {**values, **{n: v for n, v in settings.items() if values.get(n) is None}}
         return {**super().derived_defaults(values), **settings, "pretrained_model_name_or_path": values["teacher"]}
 

@@ -129,7 +129,7 @@ class ImageSubset(LabelledImages):
         return self.images.channels
 
     def fingerprint(self) -> str:
-        return f"{self.images.fingerprint()} {hashlib.sha256(self.indices).hexdigest()}"
+        return f"{self.images.fingerprint()} {hashlib.sha256(self.indices.tobytes()).hexdigest()}"
 
 
 def split_images(images: LabelledImages, fraction: float) -> tuple[LabelledImages, LabelledImages]:

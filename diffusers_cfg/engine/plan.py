@@ -11,6 +11,7 @@ from torch.utils.data import Dataset
 
 from diffusers_cfg.config import UserError
 from diffusers_cfg.data.datasets import CachedImages, num_images
+from diffusers_cfg.data.images import LabelledImages
 from diffusers_cfg.engine.checkpoint import Checkpoint
 from diffusers_cfg.engine.method import Method
 from diffusers_cfg.settings import TrainConfig
@@ -122,7 +123,7 @@ def describe_plan(
     dataset: Dataset,
     method: Method,
     plan: Plan,
-    num_classes: int,
+    images: LabelledImages,
     checkpoint: Checkpoint | None,
     repo_id: str | None,
 ) -> str:
@@ -134,7 +135,8 @@ def describe_plan(
     free = f", {format_size(torch.accelerator.get_memory_info(device)[0])} free" if device.type != "cpu" else ""
     number, size = checkpoints_at_once(config, plan.total_steps), checkpoint_bytes(config, method)
     lines = {
-        "images": f"{plan.num_images or 'unknown'} of {num_classes} classes, "
+        "images": f"{plan.num_images or 'unknown'} of {len(images.present_classes)} classes, "
+        + (f"{images.num_held_out} held out, " if images.num_held_out else "")
         + ("decoded into memory" if isinstance(dataset, CachedImages) else "decoded lazily"),
         **{name: f"{count_parameters(module)} parameters" for name, module in method.modules.items()},
         "samples": "×".join(map(str, method.sample_shape)),

@@ -20,7 +20,10 @@ from diffusers_cfg.model_files import RUN
 from diffusers_cfg.settings import TrainConfig
 
 # The settings that are needed to load the same data.
-DATA_SETTINGS = ("dataset_name", "dataset_config_name", "dataset_split", "image_column", "label_column", "center_crop")
+DATA_SETTINGS = (
+    *("dataset_name", "dataset_config_name", "dataset_split", "train_val_split"),
+    *("image_column", "label_column", "center_crop"),
+)
 
 
 def write_run_record(

@@ -226,8 +226,8 @@ class Trainer:
 
     def _print_plan(self, images: LabelledImages) -> None:
         if self.accelerator.is_main_process:
-            run = self.config, self.accelerator, self.dataset, self.method, self.plan, len(images.present_classes)
-            print(describe_plan(*run, self.checkpoint, self.repo_id))
+            run = self.config, self.accelerator, self.dataset, self.method, self.plan
+            print(describe_plan(*run, images, self.checkpoint, self.repo_id))
 
     def _start(self, images: LabelledImages) -> None:
         """Move everything to the device, and create the state or load it from the checkpoint."""
@@ -280,8 +280,9 @@ class Trainer:
         self.any_process = make_vote(accelerator, config.ddp_timeout)
         self.started = time.perf_counter() - state.seconds
         logger.info(
-            "%s images, %d classes, %.1f M parameters, %d steps of %d images%s on %d × %s",
+            "%s images%s, %d classes, %.1f M parameters, %d steps of %d images%s on %d × %s",
             plan.num_images or "Streamed",
+            f" ({images.num_held_out} held out)" if images.num_held_out else "",
             len(images.present_classes),
             state.num_parameters / 1e6,
             plan.total_steps,

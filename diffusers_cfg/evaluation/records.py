@@ -2,7 +2,7 @@
 
 import json
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -10,8 +10,9 @@ from typing import Any
 import yaml
 
 from diffusers_cfg import CFGPipeline
+from diffusers_cfg.config import UserError
 from diffusers_cfg.model_files import RUN
-from diffusers_cfg.settings import CONFIG_FILE, DataConfig
+from diffusers_cfg.settings import CONFIG_FILE, DataConfig, data_source
 
 logger = logging.getLogger(__name__)
 
@@ -29,6 +30,36 @@ def recorded_data(model: str, pipeline: CFGPipeline) -> dict[str, Any] | None:
         return None
     names = {setting.name for setting in fields(DataConfig)}
     return {name: value for name, value in known.items() if name in names}
+
+
+def data_config(model: str, given: Mapping[str, Any], pipeline: CFGPipeline) -> DataConfig:
+    """
+    Return the settings of the data of a model: those of its training run, unless others are given.
+
+    Args:
+        model (`str`): the folder or repository of the model.
+        given (`Mapping[str, Any]`): settings of `DataConfig` that override the training settings. If they name a
+            dataset, the training settings are ignored.
+        pipeline (`CFGPipeline`): the pipeline of the model, which determines the resolution.
+
+    Returns:
+        The settings. `train_val_split` is that of the training run for the same data, and 0 for other data, such as
+        another split.
+
+    Raises:
+        UserError: if the training data is unknown, or a setting is wrong.
+    """
+    recorded = recorded_data(model, pipeline)
+    names_data = "dataset_name" in given or "train_data_dir" in given
+    if recorded is None and not names_data:
+        raise UserError(
+            f"The training data of {model} is unknown or not public. Pass --dataset_name or --train_data_dir."
+        )
+    recorded = recorded or {}
+    settings = {**({} if names_data else recorded), **given}
+    is_same = data_source(settings) == data_source(recorded)
+    settings["train_val_split"] = recorded.get("train_val_split", 0.0) if is_same else 0.0
+    return DataConfig(**{**settings, "resolution": pipeline.image_shape[1], "streaming": False})
 
 
 def read_if_intact(path: Path, parse: Callable[[str], Any]) -> dict[str, Any]:

@@ -19,7 +19,7 @@ from diffusers_cfg.data.sources import load_labelled_images
 from diffusers_cfg.evaluation.class_labels import choose_class_labels, classes_of
 from diffusers_cfg.evaluation.grids import make_grid
 from diffusers_cfg.evaluation.measure import measure, measure_floor
-from diffusers_cfg.evaluation.records import recorded_data
+from diffusers_cfg.evaluation.records import data_config, recorded_data
 from diffusers_cfg.evaluation.reports import METRICS_FILE, write_report
 from diffusers_cfg.evaluation.sample_sets import SETTINGS_FILE, SampleSet, claimed
 from diffusers_cfg.evaluation.sampling import (
@@ -34,7 +34,6 @@ from diffusers_cfg.evaluation.sampling import (
 from diffusers_cfg.evaluation.settings import EvaluationConfig, format_number
 from diffusers_cfg.evaluation.statistics import RealStatistics
 from diffusers_cfg.files import check_writable, refuse_data_folder, save_image
-from diffusers_cfg.settings import DataConfig
 
 # The folder of the samples in the output folder.
 SAMPLES = "samples"
@@ -176,8 +175,7 @@ def load_data(
 
     Args:
         model (`str`): the folder or repository of the model.
-        given (`dict[str, Any]`): settings of `DataConfig` that override the training settings. If they name a dataset,
-            the training settings are ignored.
+        given (`dict[str, Any]`): settings that override the training settings, as in `data_config`.
         pipeline (`CFGPipeline`): the pipeline of the model.
         show_progress (`bool`): whether to show a progress bar while the images are decoded.
 
@@ -188,15 +186,10 @@ def load_data(
         UserError: if the training data is unknown, or the data does not match the classes, channels or resolution of
             the model.
     """
-    is_other_data = "dataset_name" in given or "train_data_dir" in given
-    settings = {} if is_other_data else recorded_data(model, pipeline)
-    if settings is None:
-        raise UserError(
-            f"The training data of {model} is unknown or not public. Pass --dataset_name or --train_data_dir."
-        )
-    channels, resolution, _ = pipeline.image_shape
-    config = DataConfig(**{**settings, **given, "resolution": resolution, "streaming": False})
+    config = data_config(model, given, pipeline)
     images = load_labelled_images(config)
+    channels, resolution, _ = pipeline.image_shape
+    is_other_data = "dataset_name" in given or "train_data_dir" in given
 
     names = pipeline.id2label or images.id2label
     if len(images.id2label) != pipeline.unet.num_classes or names != images.id2label:

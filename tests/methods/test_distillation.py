@@ -96,6 +96,26 @@ def test_student_target_is_the_guided_teacher(teacher, tmp_path, monkeypatch):
     assert {*torch.cat([c for _, _, c, _ in inputs]).tolist()} > {10}
 
 
+@pytest.mark.parametrize(
+    ("argv", "held_out"),
+    [
+        ([], 0.25),
+        (["--train_val_split", "0.5"], 0.5),
+        (["--train_val_split", "0"], 0.0),
+        (["--dataset_name", "pets"], 0.25),
+        (["--dataset_name", "cars"], 0.0),
+        (["--dataset_split", "test"], 0.0),
+        (["--dataset_name", "cars", "--streaming"], 0.0),
+        (["--resolution", "16"], 0.25),
+    ],
+)
+def test_a_student_holds_out_its_teachers_images(tmp_path, argv, held_out):
+    """Of other data it holds out what its own flags say."""
+    CFGConfig(dataset_name="pets", train_val_split=0.25).save(tmp_path / "train_config.yaml")
+    config = parse_config(DistillationConfig, ["--teacher", str(tmp_path), *argv])
+    assert config.train_val_split == held_out
+
+
 def test_a_student_loads_and_guides_in_one_pass(teacher, student):
     pipeline = CFGPipeline.from_pretrained(student)
     pipeline.set_progress_bar_config(disable=True)
