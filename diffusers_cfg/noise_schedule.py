@@ -94,11 +94,10 @@ class NoiseSchedule(torch.nn.Module):
                 self.gamma_1.clamp_(min=self.gamma_0 + MIN_RANGE)
         if not self.learn_shape:
             return Shape(times, torch.ones_like(times), self.gamma_0, self.gamma_1)
-        with torch.autocast(times.device.type, enabled=False):
-            ends, _ = self._rise(torch.arange(2, dtype=times.dtype, device=times.device))
-            rise, slope = self._rise(times)
-            length = ends[1] - ends[0]
-            return Shape((rise - ends[0]) / length, slope / length, self.gamma_0, self.gamma_1)
+        ends, _ = self._rise(torch.arange(2, device=times.device))
+        rise, slope = self._rise(times)
+        length = ends[1] - ends[0]
+        return Shape((rise - ends[0]) / length, slope / length, self.gamma_0, self.gamma_1)
 
     def _rise(self, times: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Return g(t) and g'(t)."""
@@ -120,7 +119,7 @@ def linear(gamma_0: float, gamma_1: float) -> Schedule:
 
     def gamma(times: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         rise = gamma_1 - gamma_0
-        return gamma_0 + rise * times.double(), torch.full_like(times, rise, dtype=torch.float64)
+        return gamma_0 + rise * times, torch.full_like(times, rise, dtype=torch.float64)
 
     return _between(gamma, gamma_0, gamma_1)
 
@@ -130,7 +129,7 @@ def cosine(gamma_0: float, gamma_1: float) -> Schedule:
     start, end = (math.atan(math.exp(gamma / 2)) for gamma in (gamma_0, gamma_1))
 
     def gamma(times: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        angle = start + (end - start) * times.double()
+        angle = start + (end - start) * times
         return 2 * angle.tan().log(), 4 * (end - start) / (2 * angle).sin()
 
     return _between(gamma, gamma_0, gamma_1)
@@ -146,7 +145,7 @@ def beta_linear(gamma_0: float, gamma_1: float) -> Schedule:
     )
 
     def gamma(times: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        s = start + (end - start) * times.double()
+        s = start + (end - start) * times
         integral = linear_term * s + square_term * s**2
         slope = (end - start) * (linear_term + 2 * square_term * s)
         return integral.expm1().log(), slope / -(-integral).expm1()
@@ -157,13 +156,13 @@ def beta_linear(gamma_0: float, gamma_1: float) -> Schedule:
 def _between(
     gamma: Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor]], gamma_0: float, gamma_1: float
 ) -> Schedule:
-    """Return a schedule from a function that maps times to γ and γ' in float64."""
+    """Return a schedule from a function that maps times to γ and γ'."""
 
     def schedule(times: torch.Tensor) -> Shape:
         value, slope = gamma(times)
         n, slope = (value - gamma_0) / (gamma_1 - gamma_0), slope / (gamma_1 - gamma_0)
         ends = (torch.tensor(end, dtype=times.dtype, device=times.device) for end in (gamma_0, gamma_1))
-        return Shape(n.to(times.dtype), slope.to(times.dtype), *ends)
+        return Shape(n, slope, *ends)
 
     return schedule
 

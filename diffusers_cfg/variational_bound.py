@@ -29,9 +29,8 @@ def diffuse(x: torch.Tensor, noise: torch.Tensor, gamma: torch.Tensor) -> torch.
 
 def prior_term(x: torch.Tensor, gamma_1: torch.Tensor) -> torch.Tensor:
     """Return KL(q(z₁|x) ‖ N(0, I)) (equation 11) of images x `(batch, …)`, for γ₁ `()`."""
-    variance = gamma_1.sigmoid()
-    # log σ² as a logsigmoid: the logarithm of a rounded variance has no correct digits near 1.
-    per_element = (-gamma_1).sigmoid() * x**2 + variance - torch.nn.functional.logsigmoid(gamma_1) - 1
+    # α²x² + σ² - log σ² - 1, without the cancellation of σ² and 1
+    per_element = (-gamma_1).sigmoid() * (x**2 - 1) + torch.nn.functional.softplus(-gamma_1)
     return 0.5 * per_element.flatten(1).sum(1)
 
 
@@ -72,12 +71,12 @@ def noise_error(
         "v_prediction": (alpha * noise - sigma * x, (-gamma).sigmoid()),
         "sample": (x, (-gamma).exp()),
     }[prediction_type]
-    return factor * (target - pred.to(x.dtype)).square().flatten(1).sum(1)
+    return factor * (target - pred).square().flatten(1).sum(1)
 
 
 def discrete_times(u: torch.Tensor, steps: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Return s = (i - 1)/T and t = i/T with i = ⌊uT⌋ + 1, for u in [0, 1) and T steps."""
-    i = (u * steps).floor().clamp(max=steps - 1) + 1
+    i = (u * steps).floor() + 1  # not ⌈uT⌉, which is 0 at u = 0
     return (i - 1) / steps, i / steps
 
 
