@@ -15,9 +15,14 @@ from .model_files import (
     EVALUATION,
     GRID,
     INDEX,
+    LIKELIHOOD,
+    LIKELIHOOD_TABLE,
     RUN,
     SAMPLES,
+    SCHEDULE_FIGURE,
     TABLE,
+    TRAINING_FIGURE,
+    VARIANCE_FIGURE,
     find_samples,
     read_json,
 )
@@ -30,6 +35,12 @@ CAPTIONS = {
     GRID: "One row per guidance scale w; each column uses the same noise",
 }
 
+LIKELIHOOD_FIGURES = {
+    SCHEDULE_FIGURE: "The noise schedule: −log SNR and SNR over time",
+    VARIANCE_FIGURE: "The variance of the loss over time, for several noise schedules",
+    TRAINING_FIGURE: "Bits per dimension over training",
+}
+
 # The Hub's identifiers of the metrics that it knows.
 METRIC_TYPES = {"FID": "fid", "KID": "kid", "IS": "inception_score", "Fréchet distance": "frechet_distance"}
 
@@ -38,14 +49,18 @@ METRIC_TYPES = {"FID": "fid", "KID": "kid", "IS": "inception_score", "Fréchet d
 BEGIN = "<!-- Written by diffusers-cfg and replaced at every push. Add your own text below the end marker. -->"
 END = "<!-- End of what diffusers-cfg writes. -->"
 
-CITATION = """```bibtex
-@article{ho2022classifier,
+GUIDANCE_PAPER = """@article{ho2022classifier,
   title   = {Classifier-Free Diffusion Guidance},
   author  = {Ho, Jonathan and Salimans, Tim},
   journal = {arXiv:2207.12598},
   year    = {2022}
-}
-```"""
+}"""
+VARIATIONAL_PAPER = """@article{kingma2021variational,
+  title   = {Variational Diffusion Models},
+  author  = {Kingma, Diederik P. and Salimans, Tim and Poole, Ben and Ho, Jonathan},
+  journal = {arXiv:2107.00630},
+  year    = {2021}
+}"""
 
 
 def class_picture(class_id: int) -> str:
@@ -74,7 +89,7 @@ def model_card(folder: Path, repo_id: str, existing: str | None = None, pictured
     Returns:
         `str`: The card: YAML metadata and Markdown. Unknown facts are omitted.
     """
-    index, run, evaluation = (read_json(folder / name) for name in (INDEX, RUN, EVALUATION))
+    index, run, evaluation, likelihood = (read_json(folder / name) for name in (INDEX, RUN, EVALUATION, LIKELIHOOD))
     unet, scheduler = (
         read_json(folder / "unet" / "config.json"),
         read_json(folder / "scheduler" / "scheduler_config.json"),
@@ -88,17 +103,18 @@ def model_card(folder: Path, repo_id: str, existing: str | None = None, pictured
         for class_id in example_classes(index, run)
     ]
     widget += [{"text": CAPTIONS[name], "output": {"url": name}} for name, exists in gallery.items() if exists]
-    data = card_metadata(repo_id, run, evaluation, widget)
+    data = card_metadata(repo_id, run, evaluation, likelihood, widget)
     sections = [
-        introduction(repo_id, index, unet, run, has_samples),
+        introduction(repo_id, index, unet, run, has_samples, is_variational(scheduler)),
         usage_section(repo_id, index, run),
         guidance_section(index, unet),
         classes_section(index),
         training_section(index, unet, scheduler, run),
         reproduction_section(run),
         results_section(folder),
+        likelihood_section(folder),
         LIMITS,
-        f"## Citation\n\n{CITATION}",
+        citation_section(is_variational(scheduler)),
     ]
     body = "\n\n".join([BEGIN, *(section for section in sections if section), END])
     if existing is None:
@@ -115,7 +131,11 @@ def model_card(folder: Path, repo_id: str, existing: str | None = None, pictured
 
 
 def card_metadata(
-    repo_id: str, run: dict[str, Any], evaluation: dict[str, Any], widget: list[dict[str, Any]]
+    repo_id: str,
+    run: dict[str, Any],
+    evaluation: dict[str, Any],
+    likelihood: dict[str, Any],
+    widget: list[dict[str, Any]],
 ) -> ModelCardData:
     """Return the card's metadata: license, dataset, gallery, and the results at w = 0 and at the best w."""
     facts: dict[str, Any] = {}
@@ -127,23 +147,19 @@ def card_metadata(
         facts["base_model"] = run["base_model"]
     if widget:
         facts["widget"] = widget
-    if evaluation and run.get("dataset"):
+    measured = sample_metrics(evaluation) + likelihood_metrics(likelihood)
+    if measured and run.get("dataset"):
         facts["model_name"] = repo_id.split("/")[-1]
         facts["eval_results"] = [
             EvalResult(
                 task_type="unconditional-image-generation",
                 dataset_type=run.get("dataset_id") or run["dataset"],
                 dataset_name=run["dataset"],
-                metric_type=METRIC_TYPES.get(name) or name.replace(" ", "_"),
-                metric_name=f"{name} at w = {row['guidance_scale']:g}, {evaluation['num_samples']} samples, "
-                f"{row['network_evaluations']:g} network evaluations, features of "
-                f"{evaluation['feature_extractor']['name']}",
-                metric_value=round(row[metric], 4),
+                metric_type=METRIC_TYPES.get(metric) or metric.replace(" ", "_"),
+                metric_name=f"{metric} {conditions}",
+                metric_value=round(value, 4),
             )
-            for row in evaluation["results"]
-            if row["guidance_scale"] in {0, *evaluation["best"].values()}  # the table has all of them
-            for metric, name in evaluation["metric_names"].items()
-            if metric in row
+            for metric, conditions, value in measured
         ]
     return ModelCardData(
         library_name="diffusers",
@@ -153,7 +169,41 @@ def card_metadata(
     )
 
 
-def introduction(repo_id: str, index: dict, unet: dict, run: dict, has_samples: bool) -> str:
+def sample_metrics(evaluation: dict[str, Any]) -> list[tuple[str, str, float]]:
+    """Return the name, the conditions and the value of each metric of samples at w = 0 and at the best w."""
+    if not evaluation:
+        return []
+    return [
+        (
+            name,
+            f"at w = {row['guidance_scale']:g}, {evaluation['num_samples']} samples, "
+            f"{row['network_evaluations']:g} network evaluations, features of "
+            f"{evaluation['feature_extractor']['name']}",
+            row[metric],
+        )
+        for row in evaluation["results"]
+        if row["guidance_scale"] in {0, *evaluation["best"].values()}  # the table has all of them
+        for metric, name in evaluation["metric_names"].items()
+        if metric in row
+    ]
+
+
+def likelihood_metrics(likelihood: dict[str, Any]) -> list[tuple[str, str, float]]:
+    """Return the name, the conditions and the value of the bound on p(x|c), or p(x), with the most steps."""
+    if not likelihood:
+        return []
+    row = likelihood["results"][-1]
+    name, bound = ("p(x|c)", row["conditional"]) if "conditional" in row else ("p(x)", row["null"])
+    conditions = f"of {name}, T = {row['diffusion_steps'] or '∞'}, {bound['num_images']} images, {likelihood['images']}"
+    return [("bits per dimension", conditions, bound["bits_per_dim"])]
+
+
+def is_variational(scheduler: dict[str, Any]) -> bool:
+    """Return whether a model is a variational diffusion model, by its noise process."""
+    return scheduler.get("log_snr_schedule", scheduler.get("_log_snr_schedule")) == "linear"
+
+
+def introduction(repo_id: str, index: dict, unet: dict, run: dict, has_samples: bool, variational: bool) -> str:
     """Return the title, a sentence about the model, and its samples."""
     size, channels = unet["sample_size"], unet["in_channels"]
     height, width = (size, size) if isinstance(size, int) else size
@@ -163,8 +213,9 @@ def introduction(repo_id: str, index: dict, unet: dict, run: dict, has_samples: 
         else {1: "grayscale images", 3: "colour images"}.get(channels, "images")
     )
     data = f" of {run['dataset']}" if run.get("dataset") else ""
+    name = "[variational diffusion model](https://arxiv.org/abs/2107.00630)" if variational else "diffusion model"
     text = (
-        f"# {repo_id.split('/')[-1]}\n\nA class-conditional diffusion model of {height}×{width} {kind}{data}, "
+        f"# {repo_id.split('/')[-1]}\n\nA class-conditional {name} of {height}×{width} {kind}{data}, "
         f"{unet['num_class_embeds'] - 1} classes, trained for "
         f"[classifier-free guidance](https://arxiv.org/abs/2207.12598) with {package_link()}."
     )
@@ -307,6 +358,21 @@ def results_section(folder: Path) -> str:
     if (folder / GRID).is_file():
         text += f"\n\n![{CAPTIONS[GRID]}]({GRID})"
     return text
+
+
+def likelihood_section(folder: Path) -> str:
+    """Return the table and figures of the likelihood; empty if it was not evaluated."""
+    if not (folder / LIKELIHOOD_TABLE).is_file():
+        return ""
+    text = f"## Likelihood\n\n{(folder / LIKELIHOOD_TABLE).read_text(encoding='utf-8').strip()}"
+    figures = [f"![{title}]({name})" for name, title in LIKELIHOOD_FIGURES.items() if (folder / name).is_file()]
+    return "\n\n".join([text, *figures])
+
+
+def citation_section(variational: bool) -> str:
+    """Return the papers to cite."""
+    papers = [GUIDANCE_PAPER, VARIATIONAL_PAPER] if variational else [GUIDANCE_PAPER]
+    return "\n\n".join(["## Citation", *(f"```bibtex\n{paper}\n```" for paper in papers)])
 
 
 LIMITS = """## Intended use and limits

@@ -14,7 +14,12 @@ RUN, SAMPLES = "run.json", "samples.png"
 EVALUATION, TABLE, CURVES, GRID = (
     f"evaluation/{name}" for name in ("metrics.json", "metrics.md", "curves.png", "grid.png")
 )
+LIKELIHOOD, LIKELIHOOD_TABLE, SCHEDULE_FIGURE, VARIANCE_FIGURE, TRAINING_FIGURE = (
+    f"evaluation/{name}"
+    for name in ("likelihood.json", "likelihood.md", "noise_schedule.png", "loss_variance.png", "bits_per_dim.png")
+)
 FACTS = (RUN, EVALUATION, TABLE, CURVES, GRID)
+FACTS += (LIKELIHOOD, LIKELIHOOD_TABLE, SCHEDULE_FIGURE, VARIANCE_FIGURE, TRAINING_FIGURE)
 # The learned noise schedule, with its shape
 NOISE_SCHEDULE = "noise_schedule.safetensors"
 # The settings of the run, which are published from run.json: those of the run's folder have local paths.

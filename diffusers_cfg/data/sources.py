@@ -22,7 +22,7 @@ from diffusers_cfg.data.columns import (
     outermost_column,
     values_of,
 )
-from diffusers_cfg.data.folders import ImageFolder, count_kinds, has_image_files, list_folder, read_folder
+from diffusers_cfg.data.folders import ImageFolder, count_kinds, find_splits, has_image_files, list_folder, read_folder
 from diffusers_cfg.data.images import LabelledImages, split_images
 from diffusers_cfg.data.labels import UNLABELLED, class_ids, label_to_id, listed, names_of, warn_about_numbers
 from diffusers_cfg.data.order import Position, shuffled_blocks
@@ -235,6 +235,21 @@ def load_all_images(config: DataConfig, needs_labels: bool) -> LabelledImages:
             return load_folder(folder, config, needs_labels)
         dataset = load_dataset(source, config)
         return make_images(DatasetImages, dataset, config, needs_labels)
+
+
+def split_names(config: DataConfig) -> list[str]:
+    """Return the names of the splits of the dataset that the settings name; `["train"]` if it has only one part."""
+    source = config.train_data_dir or config.dataset_name
+    if source is None:
+        return ["train"]
+    with named_errors(source):
+        folder = find_image_folder(source, config)
+        if folder is not None:
+            return [*find_splits(folder, needs_labels=False)]
+        if is_saved_to_disk(source):
+            dataset = datasets.load_from_disk(source)
+            return ["train"] if isinstance(dataset, datasets.Dataset) else [*map(str, dataset)]
+        return datasets.get_dataset_split_names(source, config.dataset_config_name, cache_dir=config.cache_dir)
 
 
 def find_image_folder(source: str, config: DataConfig) -> ImageFolder | None:

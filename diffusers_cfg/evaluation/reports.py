@@ -9,7 +9,7 @@ from matplotlib.figure import Figure
 from diffusers_cfg.evaluation.settings import format_number
 from diffusers_cfg.files import atomic_write
 
-METRICS_FILE = "metrics.json"
+METRICS_FILE, LIKELIHOOD_FILE = "metrics.json", "likelihood.json"
 LOWER_IS_BETTER = ("frechet_distance", "kernel_distance")
 # Half the width of a 95 % interval, in standard errors.
 INTERVAL = 1.96

@@ -102,16 +102,16 @@ class SampleSet:
 
 def claim_folder(folder: Path, settings: dict[str, Any]) -> None:
     """
-    Record the sampling settings of a folder. Samples in it whose settings are not known are deleted, with a warning.
+    Record the settings of a folder of shards. Shards in it whose settings are not known are deleted, with a warning.
 
     Raises:
-        UserError: if the folder holds samples with different settings.
+        UserError: if the folder holds results with different settings.
     """
     path, settings = folder / SETTINGS_FILE, json.loads(json.dumps(settings))
     known = read_if_intact(path, json.loads)
     if not known:
         if unknown := sorted(folder.rglob(SHARDS)):
-            logger.warning("%d shards in %s have unknown settings and are drawn again.", len(unknown), folder)
+            logger.warning("%d shards in %s have unknown settings and are computed again.", len(unknown), folder)
         for shard in unknown:
             shard.unlink()
         with atomic_write(path) as unfinished:
@@ -121,19 +121,19 @@ def claim_folder(folder: Path, settings: dict[str, Any]) -> None:
     if changed:
         changes = ", ".join(f"{name} {known.get(name)!r}, now {settings[name]!r}" for name in changed)
         raise UserError(
-            f"{folder} holds samples with different settings ({changes}). Choose a different --output_dir, or delete "
-            "the samples."
+            f"{folder} holds results with different settings ({changes}). Choose a different --output_dir, or delete "
+            "that folder."
         )
 
 
 @contextmanager
 def claimed(folder: Path, settings: dict[str, Any], accelerator: Accelerator) -> Iterator[None]:
     """
-    Lock a folder of samples in the block and record its settings, on the main process.
+    Lock a folder of shards in the block and record its settings, on the main process.
 
     Raises:
-        UserError: if another process uses the folder, it holds samples with different settings, or a file cannot be
-            written in the block. The message then says which samples are kept, and how to go on.
+        UserError: if another process uses the folder, it holds results with different settings, or a file cannot be
+            written in the block. The message then says which results are kept, and how to go on.
     """
     try:
         with ExitStack() as stack:
@@ -143,8 +143,8 @@ def claimed(folder: Path, settings: dict[str, Any], accelerator: Accelerator) ->
             yield
     except OSError as error:
         raise UserError(
-            f"A file cannot be written: {error}. The images drawn so far are kept in {folder}. Repeat the command to "
-            "go on from them, after freeing disk space if the disk is full."
+            f"A file cannot be written: {error}. The results so far are kept in {folder}. Repeat the command to go "
+            "on from them, after freeing disk space if the disk is full."
         ) from error
 
 

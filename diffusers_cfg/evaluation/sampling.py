@@ -19,7 +19,7 @@ from diffusers_cfg.config import UserError
 from diffusers_cfg.evaluation.class_labels import parse_class_labels
 from diffusers_cfg.evaluation.records import recorded_data
 from diffusers_cfg.evaluation.sample_sets import SETTINGS_FILE, WRITERS, SampleSet, Shard, claimed
-from diffusers_cfg.evaluation.settings import SampleConfig, SamplingConfig, format_number
+from diffusers_cfg.evaluation.settings import SampleConfig, SamplingConfig, SavedModelConfig, format_number
 from diffusers_cfg.files import check_writable, digest, refuse_data_folder
 from diffusers_cfg.loading import load_guide_unet
 from diffusers_cfg.randomness import seeded_generator
@@ -40,20 +40,28 @@ def load_pipeline(config: SamplingConfig, device: torch.device | str) -> CFGPipe
         UserError: if a model cannot be loaded, or the scheduler is not supported.
     """
     guidance_arguments(config, 0.0)  # raises UserError for an unknown guider
-    try:
-        pipeline = CFGPipeline.from_pretrained(config.model, variant=config.variant)
-        if config.guide_model is not None:
+    pipeline = load_model(config)
+    if config.guide_model is not None:
+        try:
             pipeline.guide_unet = load_guide(config.guide_model, pipeline)
-    except (OSError, ValueError) as error:
-        guide = f" or --guide_model {config.guide_model}" if config.guide_model is not None else ""
-        raise UserError(f"--model {config.model}{guide} cannot be loaded: {error}") from error
+        except (OSError, ValueError) as error:
+            raise UserError(f"--guide_model {config.guide_model} cannot be loaded: {error}") from error
     if pipeline.guider is not None:
         logger.warning("The model's own %s is ignored. Pass --guider to use a guider.", type(pipeline.guider).__name__)
         pipeline.guider = None
     if config.scheduler is not None:
         pipeline.scheduler = choose_scheduler(config.scheduler, pipeline)
-    pipeline.set_progress_bar_config(disable=True)
     return pipeline.to(device)
+
+
+def load_model(config: SavedModelConfig) -> CFGPipeline:
+    """Load the model of the settings, in float32 on the CPU. Raise `UserError` if that fails."""
+    try:
+        pipeline = CFGPipeline.from_pretrained(config.model, variant=config.variant)
+    except (OSError, ValueError) as error:
+        raise UserError(f"--model {config.model} cannot be loaded: {error}") from error
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
 
 
 def load_guide(name: str, pipeline: CFGPipeline) -> UNet2DCFGModel:

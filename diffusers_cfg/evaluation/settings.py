@@ -1,9 +1,9 @@
 """Declare the settings of sampling and of evaluation."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 from diffusers_cfg.config import CACHE_DIR, Config, UserError, flag
 from diffusers_cfg.run_settings import MIN_SAMPLES
@@ -11,7 +11,9 @@ from diffusers_cfg.run_settings import MIN_SAMPLES
 PAPER_SCALES = [0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 1.0, 2.0, 3.0, 4.0]
 
 # Far more than any use needs. Larger values are mistakes, which would fill the memory before an image is drawn.
-MAX_STEPS, MAX_SAMPLES = 100_000, 100_000_000
+MAX_STEPS, MAX_SAMPLES, MAX_DIFFUSION_STEPS = 100_000, 100_000_000, 1_000_000
+# Of which a likelihood is evaluated by default. Its standard error is then well below 0.1 %.
+MAX_IMAGES = 10_000
 
 
 def format_number(value: float) -> str:
@@ -28,13 +30,48 @@ def refuse_flags(argv: list[str], hints: Mapping[str, str]) -> None:
 
 
 @dataclass(frozen=True, kw_only=True)
-class SamplingConfig(Config):
+class SavedModelConfig(Config):
+    """The settings of all commands that load a model."""
+
+    group = "model"
+
+    model: str = flag(help="The output folder of a training run, or a Hub repository.")
+    variant: str | None = flag(None, "The variant of the weights to load, such as ema999.")
+    seed: int = flag(0, "Random seed; each image depends on the seed and its index.", at_least=0)
+
+    @property
+    def model_name(self) -> str:
+        """The last component of the model's path or repository, which names its results."""
+        return Path(self.model).resolve().name
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluatedDataConfig(Config):
+    """The settings that name the data of an evaluation, as those of `DataConfig` name the data of a training run."""
+
+    group = "data; by default that of the training run"
+
+    dataset_name: str | None = flag(None, "A dataset on the Hub, or a local folder or file that `datasets` can load.")
+    dataset_config_name: str | None = flag(None, "The configuration of the dataset.")
+    dataset_split: str | None = flag(None, "The split of the dataset.")
+    train_data_dir: str | None = flag(None, "A folder with one subfolder of images per class, named after the class.")
+    image_column: str | None = flag(None, "The dataset column with the images.")
+    label_column: str | None = flag(None, "The dataset column with the class labels.")
+    class_names: str | None = flag(None, "Names of the classes of plain labels, as for training.", relative=True)
+
+    @property
+    def given_data(self) -> dict[str, Any]:
+        """The settings of the data that are set, which override those of the training run."""
+        names = [setting.name for setting in fields(EvaluatedDataConfig)]
+        return {name: getattr(self, name) for name in names if getattr(self, name) is not None}
+
+
+@dataclass(frozen=True, kw_only=True)
+class SamplingConfig(SavedModelConfig):
     """The settings of sampling, which `sample.py` and `evaluate_cfg.py` share."""
 
     group = "sampling"
 
-    model: str = flag(help="The output folder of a training run, or a Hub repository.")
-    variant: str | None = flag(None, "The variant of the weights to load, such as ema999.")
     num_inference_steps: int | None = flag(
         None, "Number of sampling steps T; defaults to the model's own.", at_least=1, at_most=MAX_STEPS
     )
@@ -50,12 +87,6 @@ class SamplingConfig(Config):
         None, "A guider class of diffusers to use instead of the pipeline's own guidance, at scale w."
     )
     batch_size: int = flag(250, "Number of images that each process generates at a time.", at_least=1)
-    seed: int = flag(0, "Random seed; each image depends on the seed and its index.", at_least=0)
-
-    @property
-    def model_name(self) -> str:
-        """The last component of the model's path or repository, which names its results."""
-        return Path(self.model).resolve().name
 
     def check(self) -> None:
         conflicts = {
@@ -90,13 +121,13 @@ class SampleConfig(SamplingConfig):
 
 
 @dataclass(frozen=True, kw_only=True)
-class EvaluationConfig(SamplingConfig):
+class EvaluationConfig(SamplingConfig, EvaluatedDataConfig):
     """The settings of `evaluate_cfg.py`."""
 
     description: ClassVar[str] = (
         "Evaluate a trained model over guidance scales w, as in the paper's tables 1 and 2 and figure 4."
     )
-    group = "evaluation; the data defaults to the training data"
+    group = "evaluation"
 
     guidance_scales: list[float] = flag(PAPER_SCALES, "Guidance scales w, as defined in the paper.")
     num_samples: int = flag(
@@ -112,15 +143,66 @@ class EvaluationConfig(SamplingConfig):
     )
     output_dir: str | None = flag(None, "Output folder; defaults to MODEL/evaluation, which the model card shows.")
     statistics_dir: str = flag(str(CACHE_DIR), "Folder that caches the statistics of the real images.")
-    dataset_name: str | None = flag(None, "A dataset on the Hub, or a local folder or file that `datasets` can load.")
-    dataset_config_name: str | None = flag(None, "The configuration of the dataset.")
-    dataset_split: str | None = flag(None, "The split of the dataset to compare with.")
-    train_data_dir: str | None = flag(None, "A folder with one subfolder of images per class, named after the class.")
-    image_column: str | None = flag(None, "The dataset column with the images.")
-    label_column: str | None = flag(None, "The dataset column with the class labels.")
-    class_names: str | None = flag(None, "Names of the classes of plain labels, as for training.", relative=True)
 
     def check(self) -> None:
         super().check()
         if len(set(self.guidance_scales)) < len(self.guidance_scales):
             raise UserError(f"guidance_scales must not repeat a value, but is {self.guidance_scales}.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class LikelihoodConfig(SavedModelConfig, EvaluatedDataConfig):
+    """The settings of `evaluate_likelihood.py`."""
+
+    description: ClassVar[str] = (
+        "Evaluate the variational bound of a trained model on held-out images, in bits per dimension "
+        "(arXiv 2107.00630)."
+    )
+    group = "likelihood"
+
+    images: Literal["held_out", "training"] = flag(
+        "held_out",
+        "The images of the training run's data: those of --train_val_split, or without it of its split test or "
+        "validation; or those that the model was trained on, for comparison.",
+    )
+    num_images: int | None = flag(
+        None, f"Number of images, drawn at random; by default all, at most {MAX_IMAGES:,}.", at_least=1
+    )
+    diffusion_steps: list[int] = flag(
+        [0], "Numbers of steps T of the bound; 0 is continuous time.", at_least=0, at_most=MAX_DIFFUSION_STEPS
+    )
+    times_per_image: int = flag(
+        64, "Number of times in [0, 1] at which each image is evaluated, stratified.", at_least=1, at_most=MAX_STEPS
+    )
+    noise_schedule: Literal["linear", "learned"] = flag(
+        "linear",
+        "The shape of the log-SNR over time, on which the bound of T steps depends and that in continuous time does "
+        "not: linear, or that of the training run's noise_schedule.safetensors.",
+    )
+    log_snr_max: float | None = flag(
+        None,
+        "Log-SNR λ_max at the clean end of the bound, by default that of the model. Any value in the model's range "
+        "gives a bound. The best is near 13, where the 256 levels become distinct: the 20 of train_cfg.py costs bits.",
+        at_least=-60,
+        at_most=60,
+    )
+    log_snr_min: float | None = flag(
+        None, "Log-SNR λ_min at the noisy end of the bound, by default that of the model.", at_least=-60, at_most=60
+    )
+    batch_size: int = flag(
+        250, "Number of noisy images that the network of each process evaluates at a time.", at_least=1
+    )
+    output_dir: str | None = flag(None, "Output folder; defaults to MODEL/evaluation, which the model card shows.")
+
+    def check(self) -> None:
+        if len(set(self.diffusion_steps)) < len(self.diffusion_steps):
+            raise UserError(f"diffusion_steps must not repeat a value, but is {self.diffusion_steps}.")
+        low, high = self.log_snr_min, self.log_snr_max
+        if low is not None and high is not None and low >= high:
+            raise UserError(f"log_snr_min={low} must be below log_snr_max={high}.")
+        ends = [name for name in ("log_snr_max", "log_snr_min") if getattr(self, name) is not None]
+        if ends and self.noise_schedule == "learned":
+            raise UserError(
+                f"{', '.join(ends)}: the learned schedule has its own ends. Leave it out, or pass --noise_schedule "
+                "linear."
+            )

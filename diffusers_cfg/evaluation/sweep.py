@@ -20,7 +20,7 @@ from diffusers_cfg.evaluation.class_labels import choose_class_labels, classes_o
 from diffusers_cfg.evaluation.grids import make_grid
 from diffusers_cfg.evaluation.measure import measure, measure_floor
 from diffusers_cfg.evaluation.records import data_config, recorded_data
-from diffusers_cfg.evaluation.reports import METRICS_FILE, write_report
+from diffusers_cfg.evaluation.reports import LIKELIHOOD_FILE, METRICS_FILE, write_report
 from diffusers_cfg.evaluation.sample_sets import SETTINGS_FILE, SampleSet, claimed
 from diffusers_cfg.evaluation.sampling import (
     call_arguments,
@@ -31,16 +31,12 @@ from diffusers_cfg.evaluation.sampling import (
     sampling_settings,
     with_model_defaults,
 )
-from diffusers_cfg.evaluation.settings import EvaluationConfig, format_number
+from diffusers_cfg.evaluation.settings import EvaluationConfig, LikelihoodConfig, format_number
 from diffusers_cfg.evaluation.statistics import RealStatistics
 from diffusers_cfg.files import check_writable, refuse_data_folder, save_image
 
 # The folder of the samples in the output folder.
 SAMPLES = "samples"
-DATA_SETTINGS = [
-    *("dataset_name", "dataset_config_name", "dataset_split"),
-    *("train_data_dir", "image_column", "label_column", "class_names"),
-]
 
 
 def run_sweep(config: EvaluationConfig, accelerator: Accelerator) -> dict[str, Any]:
@@ -62,11 +58,10 @@ def run_sweep(config: EvaluationConfig, accelerator: Accelerator) -> dict[str, A
     pipeline = load_pipeline(config, accelerator.device)
     config = with_model_defaults(config, pipeline)
     check_sampling(config, pipeline)
-    given = {name: getattr(config, name) for name in DATA_SETTINGS if getattr(config, name) is not None}
     output_dir = output_folder(config)
-    check_folders(config, {**(recorded_data(config.model, pipeline) or {}), **given})
+    check_folders(config, {**(recorded_data(config.model, pipeline) or {}), **config.given_data})
     with accelerator.main_process_first():
-        dataset, id2label, data_name = load_data(config.model, given, pipeline, accelerator.is_main_process)
+        dataset, id2label, data_name = load_data(config.model, config.given_data, pipeline, accelerator.is_main_process)
     settings = {"class_labels": config.class_labels, **sampling_settings(config, pipeline)}
     with claimed(output_dir / SAMPLES, settings, accelerator):
         real = RealStatistics(
@@ -100,20 +95,21 @@ def check_sampling(config: EvaluationConfig, pipeline: CFGPipeline) -> None:
     pipeline.scheduler = original
 
 
-def check_folders(config: EvaluationConfig, data: dict[str, Any]) -> None:
+def check_folders(config: EvaluationConfig | LikelihoodConfig, data: dict[str, Any]) -> None:
     """Raise `UserError` if a folder cannot be written, or the output folder has other files."""
     output_dir = output_folder(config)
     check_writable(output_dir, "--output_dir")
-    check_writable(Path(config.statistics_dir), "--statistics_dir")
+    if isinstance(config, EvaluationConfig):
+        check_writable(Path(config.statistics_dir), "--statistics_dir")
     if config.output_dir is not None:  # the default lies in the model's folder
         refuse_data_folder(output_dir, data)
-    own = [output_dir / METRICS_FILE, output_dir / SAMPLES / SETTINGS_FILE]
-    if output_dir.is_dir() and any(output_dir.iterdir()) and not any(path.is_file() for path in own):
+    own = [path.is_file() for path in (output_dir / METRICS_FILE, output_dir / LIKELIHOOD_FILE)]
+    if output_dir.is_dir() and any(output_dir.iterdir()) and not any([*own, *output_dir.glob(f"*/{SETTINGS_FILE}")]):
         raise UserError(f"--output_dir {output_dir} has files that no evaluation wrote. Choose a different folder.")
 
 
-def output_folder(config: EvaluationConfig) -> Path:
-    """Return the output folder of a sweep. The default is the model's folder `evaluation`, which its card shows."""
+def output_folder(config: EvaluationConfig | LikelihoodConfig) -> Path:
+    """Return the output folder of an evaluation, by default the model's folder `evaluation`, which its card shows."""
     if config.output_dir is not None:
         return Path(config.output_dir)
     return (Path(config.model) if Path(config.model).is_dir() else Path()) / "evaluation"

@@ -213,7 +213,7 @@ def test_full_disk_ends_with_one_line_and_the_repeated_command_goes_on(
     expected = draw(model, *argv).rename(model.parent / "expected")
     with monkeypatch.context() as patch:
         patch.setattr(owner, name, fail_after(number, getattr(owner, name), FULL))
-        with pytest.raises(UserError, match="No space left on device. The images drawn so far are kept in .*samples"):
+        with pytest.raises(UserError, match="No space left on device. The results so far are kept in .*samples"):
             draw(model, *argv)
     kept = {path: path.stat().st_mtime_ns for path in (model.parent / "images" / ".samples").glob("shard-*.npz")}
     assert len(kept) == (1 if name == "savez_compressed" else 3)

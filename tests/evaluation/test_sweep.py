@@ -171,7 +171,7 @@ def test_interrupted_sweep_resumes(model, swept, evaluate, monkeypatch):
     ],
 )
 def test_samples_with_different_settings_are_not_mixed(model, swept, evaluate, argv, change):
-    with pytest.raises(UserError, match=f"samples holds samples with different settings \\({change}\\)"):
+    with pytest.raises(UserError, match=f"samples holds results with different settings \\({change}\\)"):
         evaluate(model, swept, *argv)
 
 
@@ -209,7 +209,7 @@ def test_full_disk_keeps_the_samples(model, swept, evaluate, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(np, "savez_compressed", lambda *_, **__: full())
         with pytest.raises(
-            UserError, match="No space left on device. The images drawn so far are kept in .*samples. R"
+            UserError, match="No space left on device. The results so far are kept in .*samples. R"
         ):
             evaluate(model, swept)
     assert len(shards(swept)) == 5

@@ -1,0 +1,284 @@
+"""Evaluate the likelihood bound of a model: estimate the terms of all images, and write a report."""
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from tqdm.auto import tqdm
+
+from diffusers_cfg import CFGPipeline, LogSNRScheduler
+from diffusers_cfg.config import UserError
+from diffusers_cfg.evaluation.likelihood import (
+    END_TOLERANCE,
+    ImageTerms,
+    check_ends,
+    check_model,
+    estimate,
+    noise_process,
+)
+from diffusers_cfg.evaluation.likelihood_data import EvaluatedImages, load_images
+from diffusers_cfg.evaluation.likelihood_reports import (
+    SCHEDULE_FIGURE,
+    TRAINING_FIGURE,
+    VARIANCE_FIGURE,
+    logged_bounds,
+    plot_schedules,
+    plot_training,
+    plot_variance,
+    steps_text,
+    write_likelihood,
+)
+from diffusers_cfg.evaluation.likelihood_summary import (
+    compare_schedules,
+    error_moments,
+    schedules_between,
+    summarize,
+)
+from diffusers_cfg.evaluation.records import recorded_data
+from diffusers_cfg.evaluation.sample_sets import claimed
+from diffusers_cfg.evaluation.sampling import check_call, load_model
+from diffusers_cfg.evaluation.settings import LikelihoodConfig
+from diffusers_cfg.evaluation.sweep import check_folders, output_folder
+from diffusers_cfg.files import atomic_write, digest, read_safetensors
+from diffusers_cfg.model_files import NOISE_SCHEDULE
+from diffusers_cfg.noise_schedule import NoiseSchedule, Schedule, linear
+from diffusers_cfg.variational_bound import bits_per_dim
+
+logger = logging.getLogger(__name__)
+
+# The folder of the terms in the output folder.
+TERMS = "likelihood"
+# Images per shard. A killed process loses at most one shard, which takes some thousand network evaluations.
+SHARD_SIZE = 32
+
+
+class TermSet:
+    """
+    The terms of the bound with T steps of all images on disk, in shards such as `shard-00000.npz`.
+
+    Args:
+        folder (`Path`): the folder of the shards.
+        class_labels (`torch.Tensor` of shape `(images,)`): the classes of the images. A set of fewer images can reuse
+            the full shards of a larger one.
+        times_per_image (`int`): K.
+    """
+
+    def __init__(self, folder: Path, class_labels: torch.Tensor, times_per_image: int) -> None:
+        self.folder, self.class_labels, self.times_per_image = folder, class_labels, times_per_image
+        self.shards = [*torch.arange(len(class_labels)).split(SHARD_SIZE)]
+
+    def path(self, shard: torch.Tensor) -> Path:
+        """Return the path of a shard, which is given by the indices of its images."""
+        return self.folder / f"shard-{int(shard[0]) // SHARD_SIZE:05}.npz"
+
+    def has(self, shard: torch.Tensor) -> bool:
+        """Return whether a shard exists, is intact, and has the terms of these images."""
+        if not self.path(shard).is_file():
+            return False
+        try:
+            terms, labels = self.load(shard), self.class_labels[shard]
+            shape, expected = terms.error.shape, (len(shard), self.times_per_image, 2)
+        except Exception as error:  # a damaged file raises exceptions of many types
+            logger.warning("%s is damaged (%s) and computed again.", self.path(shard), error)
+            return False
+        is_labelled = torch.equal(terms.diffusion[:, 0].isnan(), labels < 0)
+        return shape == expected and is_labelled and bool(terms.prior.isfinite().all())
+
+    def save(self, shard: torch.Tensor, terms: ImageTerms) -> None:
+        """Write a shard atomically."""
+        with atomic_write(self.path(shard)) as unfinished, unfinished.open("wb") as file:
+            np.savez_compressed(file, **{name: value.numpy() for name, value in terms._asdict().items()})
+
+    def load(self, shard: torch.Tensor) -> ImageTerms:
+        """Read a shard. A missing or damaged one raises an exception of any type."""
+        with np.load(self.path(shard)) as file:
+            return ImageTerms(*(torch.from_numpy(file[name][: len(shard)]) for name in ImageTerms._fields))
+
+    def load_all(self) -> ImageTerms:
+        """Read all shards."""
+        return ImageTerms(*map(torch.cat, zip(*map(self.load, self.shards), strict=True)))
+
+
+def run_likelihood(config: LikelihoodConfig, accelerator: Accelerator) -> dict[str, Any]:
+    """
+    Estimate the bound of a model with each number of steps, and write a report to `output_folder(config)`. Existing
+    terms are reused, so that an interrupted evaluation resumes.
+
+    Args:
+        config (`LikelihoodConfig`): the settings of the command `evaluate_likelihood.py`.
+        accelerator (`Accelerator`): the processes that share the work.
+
+    Returns:
+        On the main process the contents of likelihood.json; on the other processes an empty dictionary.
+
+    Raises:
+        UserError: if the settings do not fit the model, the data or the existing terms, or a file cannot be written.
+    """
+    pipeline = load_model(config).to(accelerator.device)
+    check_model(pipeline)
+    check_call(pipeline, guidance_scale=0.0)  # whether the noise process of the network is known
+    process, learned = noise_process(pipeline), load_schedule(pipeline)
+    ends = ends_of(config, process)
+    schedule = choose_schedule(config, ends, learned)
+    check_ends(process, schedule)
+    output_dir = output_folder(config)
+    check_folders(config, {**(recorded_data(config.model, pipeline) or {}), **config.given_data})
+    with accelerator.main_process_first():
+        images = load_images(config, pipeline, accelerator.is_main_process)
+    check_labels(config, images, pipeline)
+    measured = {
+        **{name: getattr(config, name) for name in ("times_per_image", "seed", "noise_schedule")},
+        "log_snr_max": -ends[0],
+        "log_snr_min": -ends[1],
+    }
+    contents = {
+        "images": config.images,
+        "data": images.fingerprint,
+        "network": digest(pipeline.unet.state_dict()),
+        "shape": digest(learned.state_dict()) if learned is not None and schedule is learned else None,
+    }
+    with claimed(output_dir / TERMS, {**measured, **contents}, accelerator):
+        # Finite numbers of steps first
+        order = sorted(config.diffusion_steps, key=lambda steps: steps or float("inf"))
+        folders = {steps: output_dir / TERMS / f"T={steps or 'inf'}" for steps in order}
+        sets = {
+            steps: TermSet(folder, images.class_labels, config.times_per_image) for steps, folder in folders.items()
+        }
+        estimate_sets(config, accelerator, pipeline, schedule, images, sets)
+        if not accelerator.is_main_process:
+            return {}
+        terms = {steps: term_set.load_all() for steps, term_set in sets.items()}
+        shape = pipeline.image_shape
+        record = {
+            **images.facts,
+            **measured,
+            "image_shape": list(shape),
+            "prediction_type": process.config.prediction_type,
+            **summarize(terms, images.class_labels, images.class_log_probs, pipeline.id2label, shape),
+        }
+        schedules = schedules_between(ends, learned if learned is not None and are_same(ends, learned.ends()) else None)
+        plot_schedules(schedules, output_dir / SCHEDULE_FIGURE)
+        if 0 in terms:
+            moments = error_moments(terms[0], images.class_labels, ends)
+            record["variance"] = compare_schedules(moments, schedules, shape)
+            path = output_dir / VARIANCE_FIGURE
+            plot_variance(moments, schedules, record["variance"], bits_per_dim(shape), path)
+        if logged := logged_bounds(Path(config.model)):
+            plot_training(logged, output_dir / TRAINING_FIGURE)
+        write_likelihood(output_dir, record)
+    return record
+
+
+def ends_of(config: LikelihoodConfig, process: LogSNRScheduler) -> tuple[float, float]:
+    """Return the ends γ₀ and γ₁ of the bound: those of the noise process unless the settings name others."""
+    first = process.config.log_snr_max if config.log_snr_max is None else config.log_snr_max
+    last = process.config.log_snr_min if config.log_snr_min is None else config.log_snr_min
+    return -first, -last
+
+
+def load_schedule(pipeline: CFGPipeline) -> NoiseSchedule | None:
+    """
+    Load the noise schedule that a training run has saved beside its model, in float64. Return `None` if there is none.
+
+    Raises:
+        UserError: if the file is damaged, or has other ends than the model.
+    """
+    path = Path(pipeline.name_or_path) / NOISE_SCHEDULE
+    if not path.is_file():
+        return None
+    try:
+        tensors, _ = read_safetensors(path)
+        ends = tensors["gamma_0"].item(), tensors["gamma_1"].item()
+        hidden = {"hidden_size": len(tensors["w2"])} if "w2" in tensors else {}
+        schedule = NoiseSchedule(*ends, learn_ends=False, learn_shape=bool(hidden), **hidden)
+        schedule.load_state_dict(tensors)
+    except (OSError, KeyError, TypeError, ValueError, RuntimeError) as error:
+        raise UserError(f"{path} cannot be read: {error}. Restore the file, or remove it.") from error
+    process = noise_process(pipeline).config
+    expected = -process.log_snr_max, -process.log_snr_min
+    if not are_same(ends, expected):
+        raise UserError(
+            f"{path} belongs to another model: its γ goes from {ends[0]:g} to {ends[1]:g}, but that of the model from "
+            f"{expected[0]:g} to {expected[1]:g}. Restore the file of this model, or remove it."
+        )
+    return schedule.double().requires_grad_(False)
+
+
+def are_same(ends: tuple[float, float], others: tuple[float, float]) -> bool:
+    """Return whether two pairs of ends differ by rounding only."""
+    return max(abs(end - other) for end, other in zip(ends, others, strict=True)) <= END_TOLERANCE
+
+
+def choose_schedule(config: LikelihoodConfig, ends: tuple[float, float], learned: NoiseSchedule | None) -> Schedule:
+    """Return the schedule of the settings. Raise `UserError` if there is no learned one."""
+    if config.noise_schedule == "linear":
+        return linear(*ends)
+    if learned is None:
+        raise UserError(
+            f"--noise_schedule learned needs the file {NOISE_SCHEDULE}, which train_vdm.py writes beside the model and "
+            f"which is not published, but {config.model} has none. Pass --noise_schedule linear."
+        )
+    return learned
+
+
+def check_labels(config: LikelihoodConfig, images: EvaluatedImages, pipeline: CFGPipeline) -> None:
+    """Raise `UserError` if the images have no labels and the model no null class."""
+    if bool((images.class_labels < 0).all()) and not has_null_class(pipeline):
+        raise UserError(
+            f"The images have no labels, but {config.model} was trained with conditioning_dropout_prob = 0 and models "
+            "images of a class only. Pass labelled images, or --label_column."
+        )
+
+
+def has_null_class(pipeline: CFGPipeline) -> bool:
+    """Return whether the null class of a model was trained, as far as is known."""
+    return pipeline.config.conditioning_dropout_prob != 0
+
+
+def estimate_sets(
+    config: LikelihoodConfig,
+    accelerator: Accelerator,
+    pipeline: CFGPipeline,
+    schedule: Schedule,
+    images: EvaluatedImages,
+    sets: dict[int, TermSet],
+) -> None:
+    """
+    Compute the missing shards of each number of steps.
+
+    Args:
+        config (`LikelihoodConfig`): the settings.
+        accelerator (`Accelerator`): the processes that share the shards.
+        pipeline (`CFGPipeline`), schedule (`Schedule`), images (`EvaluatedImages`): what to evaluate.
+        sets (`dict[int, TermSet]`): the terms by the number of steps.
+    """
+    accelerator.wait_for_everyone()  # so that all processes find the same shards missing
+    missing = [(steps, shard) for steps, terms in sets.items() for shard in terms.shards if not terms.has(shard)]
+    accelerator.wait_for_everyone()
+    assigned = missing[accelerator.process_index :: accelerator.num_processes]
+    labelled, null_class = images.class_labels >= 0, has_null_class(pipeline)
+    total = sum(int(labelled[shard].sum()) + null_class * len(shard) for _, shard in assigned) * config.times_per_image
+    disable = None if accelerator.is_main_process and assigned else True  # None hides the bar unless in a terminal
+    with tqdm(total=total, unit="evaluation", unit_scale=True, desc="Evaluating", disable=disable) as progress:
+        for number, (steps, shard) in enumerate(assigned, 1):
+            progress.set_postfix_str(f"T = {steps_text(steps)}")
+            if progress.disable:
+                logger.info("Evaluating shard %d of %d, T = %s", number, len(assigned), steps_text(steps))
+            terms = estimate(
+                pipeline,
+                images.dataset.__getitems__(shard.tolist()).images,
+                images.class_labels[shard],
+                seed=config.seed,
+                first_index=int(shard[0]),
+                times_per_image=config.times_per_image,
+                diffusion_steps=steps,
+                schedule=schedule,
+                batch_size=config.batch_size,
+                null_class=null_class,
+                progress=progress.update,
+            )
+            sets[steps].save(shard, terms)
+    accelerator.wait_for_everyone()

@@ -1,0 +1,109 @@
+"""Summarize the terms of the bound of many images in bits per dimension, with standard errors."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from diffusers_cfg.evaluation.likelihood import ImageTerms
+from diffusers_cfg.evaluation.loss_variance import ErrorMoments, variances
+from diffusers_cfg.noise_schedule import SHAPES, Schedule
+from diffusers_cfg.variational_bound import bits_per_dim
+
+LEARNED = "learned"
+
+
+def figures(parts: Mapping[str, torch.Tensor]) -> dict[str, Any]:
+    """Return the mean of each part and of their sum, and the standard error of the sum (`None` for one image)."""
+    total = torch.stack([*parts.values()]).sum(0)
+    error = (total.std() / len(total) ** 0.5).item() if len(total) > 1 else None
+    means = {name: values.mean().item() for name, values in parts.items()}
+    return {"bits_per_dim": total.mean().item(), "bits_per_dim_error": error, **means, "num_images": len(total)}
+
+
+def bounds(terms: ImageTerms, class_labels: torch.Tensor, class_log_probs: torch.Tensor, bits: float) -> dict[str, Any]:
+    """
+    Return the three bounds, as far as there are images for them.
+
+    Args:
+        terms (`ImageTerms`): the terms of the images.
+        class_labels (`torch.Tensor` of shape `(images,)`): the classes, -1 for unlabelled images.
+        class_log_probs (`torch.Tensor` of shape `(num_classes,)`): log p(c).
+        bits (`float`): the unit, from `bits_per_dim`.
+
+    Returns:
+        `dict`: the `figures` of p(x|c) as `"conditional"`, of p(x) by the null class as `"null"`, and of p(x) by the
+        labels, -log p(x) ≤ -log p(x|c) - log p(c), as `"labels"`.
+    """
+    found, labelled = {}, class_labels >= 0
+    for name, rows, column in (("conditional", labelled, 0), ("null", ~terms.diffusion[:, 1].isnan(), 1)):
+        parts = {"prior": terms.prior, "reconstruction": terms.reconstruction, "diffusion": terms.diffusion[:, column]}
+        if rows.any():
+            found[name] = figures({part: bits * values[rows] for part, values in parts.items()})
+    if labelled.any():
+        given_class = terms.prior + terms.reconstruction + terms.diffusion[:, 0]
+        log_probs = class_log_probs[class_labels[labelled]]
+        found["labels"] = figures({"conditional": bits * given_class[labelled], "class": -bits * log_probs})
+    return found
+
+
+def by_class(terms: ImageTerms, class_labels: torch.Tensor, id2label: dict[int, str], bits: float) -> dict[str, Any]:
+    """Return the `figures` of p(x|c) of the images of each class, without their parts."""
+    rows = {}
+    for class_id in class_labels[class_labels >= 0].unique().tolist():
+        own = class_labels == class_id
+        total = terms.prior + terms.reconstruction + terms.diffusion[:, 0]
+        rows[id2label.get(class_id, str(class_id))] = figures({"sum": bits * total[own]})
+    return {name: {key: value for key, value in row.items() if key != "sum"} for name, row in rows.items()}
+
+
+def schedules_between(ends: tuple[float, float], learned: Schedule | None) -> dict[str, Schedule]:
+    """Return the schedules to compare between two ends of γ: the learned one, if any, and those of `SHAPES`."""
+    fixed = {name: shape(*ends) for name, shape in SHAPES.items()}
+    return {**({LEARNED: learned} if learned is not None else {}), **fixed}
+
+
+def error_moments(terms: ImageTerms, class_labels: torch.Tensor, ends: tuple[float, float]) -> ErrorMoments:
+    """Return the moments of the errors in continuous time, with the classes if there are any."""
+    rows = class_labels >= 0
+    labelled = bool(rows.any())
+    rows, column = (rows, 0) if labelled else (~rows, 1)
+    return ErrorMoments(terms.gamma[rows].flatten(), terms.error[rows][..., column].flatten(), ends)
+
+
+def summarize(
+    terms: Mapping[int, ImageTerms],
+    class_labels: torch.Tensor,
+    class_log_probs: torch.Tensor,
+    id2label: dict[int, str],
+    image_shape: tuple[int, int, int],
+) -> dict[str, Any]:
+    """
+    Return the results for the report.
+
+    Args:
+        terms (`Mapping[int, ImageTerms]`): the terms of the images by the number of steps, 0 for continuous time.
+        class_labels (`torch.Tensor`), class_log_probs (`torch.Tensor`): as in `bounds`.
+        id2label (`dict[int, str]`): the names of the classes.
+        image_shape (`tuple[int, int, int]`): channels, height and width.
+
+    Returns:
+        `dict`: `results`, a row for each number of steps, and `by_class`, for the last of them.
+    """
+    bits = bits_per_dim(image_shape)
+    results = [
+        {
+            "diffusion_steps": steps,
+            **bounds(own, class_labels, class_log_probs, bits),
+            "network_evaluations": own.network_evaluations,
+        }
+        for steps, own in terms.items()
+    ]
+    return {"results": results, "by_class": by_class([*terms.values()][-1], class_labels, id2label, bits)}
+
+
+def compare_schedules(
+    moments: ErrorMoments, schedules: Mapping[str, Schedule], image_shape: tuple[int, int, int]
+) -> dict[str, float]:
+    """Return the variance of the one-sample estimate under each schedule, in (bits per dimension)²."""
+    return {name: bits_per_dim(image_shape) ** 2 * value for name, value in variances(moments, schedules).items()}
