@@ -17,7 +17,8 @@ from diffusers_cfg.engine.trainer import Trainer
 from diffusers_cfg.evaluation.in_training import training_evaluation
 from diffusers_cfg.methods.cfg import ClassifierFreeGuidance
 from diffusers_cfg.methods.distillation import GuidanceDistillation
-from diffusers_cfg.settings import CFGConfig, DistillationConfig, TrainConfig
+from diffusers_cfg.methods.vdm import VariationalDiffusion
+from diffusers_cfg.settings import CFGConfig, DistillationConfig, TrainConfig, VDMConfig
 
 ROOT = Path(__file__).parents[2]
 TRAINING = ROOT / "training"
@@ -56,6 +57,18 @@ def train(
         tiny = [*NETWORK, *SHARED]
     config = parse_config(config_class, [*tiny, "--output_dir", str(output_dir), *argv])
     Trainer(config, method, preemption, training_evaluation).run()
+    return config
+
+
+def train_vdm(output_dir: Path, *argv: str, preemption: Preemption | None = None) -> VDMConfig:
+    """Train a variational diffusion model with a network of one level without attention, with `train`."""
+    network = [] if "--pretrained_model_name_or_path" in argv else [*ONE_LEVEL, "--layers_per_block", "1"]
+    if network:
+        network += ["--attention_resolutions", "0"]
+    config = train(
+        output_dir, *network, *argv, method=VariationalDiffusion, config_class=VDMConfig, preemption=preemption
+    )
+    assert isinstance(config, VDMConfig)
     return config
 
 
