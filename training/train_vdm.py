@@ -27,7 +27,7 @@ def main(argv: list[str] | None = None) -> None:
 
     evaluation = None
     if config.eval_steps:  # It imports matplotlib, which builds a font cache at its first import.
-        from diffusers_cfg.evaluation.in_training import training_evaluation as evaluation
+        from diffusers_cfg.evaluation.in_training import likelihood_evaluation as evaluation
 
     Trainer(config, VariationalDiffusion, preemption, evaluation).run()
 

@@ -1,22 +1,33 @@
-"""Evaluate the samples of a model during training."""
+"""Evaluate the samples and the likelihood of a model during training."""
 
 from collections.abc import Callable
 from typing import Protocol
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import gather_object
 from torch.utils.data import Dataset
 
 from diffusers_cfg import CFGPipeline
 from diffusers_cfg.config import CACHE_DIR
+from diffusers_cfg.data.datasets import StreamedImages, training_dataset
+from diffusers_cfg.data.sources import load_held_out_images
 from diffusers_cfg.evaluation.class_labels import balanced_class_labels, classes_of
 from diffusers_cfg.evaluation.features import SMALL, pretrained_extractor
+from diffusers_cfg.evaluation.likelihood import ImageTerms, estimate, has_null_class
+from diffusers_cfg.evaluation.likelihood_data import random_part
+from diffusers_cfg.evaluation.likelihood_summary import bounds
 from diffusers_cfg.evaluation.measure import measure
 from diffusers_cfg.evaluation.sampling import draw_images
 from diffusers_cfg.evaluation.settings import format_number
 from diffusers_cfg.evaluation.statistics import BATCH_SIZE, RealStatistics, labelled_images
 from diffusers_cfg.files import check_writable
 from diffusers_cfg.settings import TrainConfig
+from diffusers_cfg.variational_bound import bits_per_dim
+
+# K of the likelihood, with which its standard error is mostly that over images.
+TIMES_PER_IMAGE = 8
+PARTS = ("bits_per_dim", "prior", "reconstruction", "diffusion")
 
 
 class SampledMethod(Protocol):
@@ -71,6 +82,54 @@ def training_evaluation(
                 metrics |= {
                     f"{name}/w={format_number(w)}": value for name, value in row.items() if isinstance(value, float)
                 }
+        return metrics
+
+    return evaluate
+
+
+def likelihood_evaluation(
+    method: SampledMethod, config: TrainConfig, accelerator: Accelerator, dataset: Dataset
+) -> Callable[[CFGPipeline], dict[str, float]]:
+    """
+    Return a function that evaluates a pipeline during training like `training_evaluation`, and its likelihood bound in
+    continuous time. The arguments are those of `training_evaluation`. Without `train_val_split` there is no bound.
+
+    Returns:
+        A function that maps a pipeline to metrics. Those of the bound, in bits per dimension of up to
+        `num_eval_samples` held-out images, are `"validation/bits_per_dim"` and its parts with the class of each image,
+        and `"validation/bits_per_dim_null"` and its parts with the null class.
+    """
+    evaluate_samples = training_evaluation(method, config, accelerator, dataset)
+    if config.dry_run or not config.train_val_split:
+        return evaluate_samples
+    channels = method.pipeline.image_shape[0]
+    with accelerator.main_process_first():
+        held_out = random_part(load_held_out_images(config), config.num_eval_samples)
+        images = training_dataset(held_out, config, channels, show_progress=False)
+    assert not isinstance(images, StreamedImages)
+    class_labels = images.class_labels
+    rows = torch.arange(len(class_labels)).tensor_split(accelerator.num_processes)[accelerator.process_index]
+
+    def evaluate(pipeline: CFGPipeline) -> dict[str, float]:
+        metrics = evaluate_samples(pipeline)
+        own = []
+        if len(rows):
+            terms = estimate(
+                pipeline,
+                images.__getitems__(rows.tolist()).images,
+                class_labels[rows],
+                seed=config.seed,
+                first_index=int(rows[0]),
+                times_per_image=TIMES_PER_IMAGE,
+                null_class=has_null_class(pipeline),
+            )
+            own.append(terms)
+        terms = ImageTerms(*map(torch.cat, zip(*gather_object(own), strict=True)))
+        if accelerator.is_main_process:
+            found = bounds(terms, class_labels, bits_per_dim(pipeline.image_shape))
+            for bound, suffix in (("conditional", ""), ("null", "_null")):
+                if bound in found:
+                    metrics |= {f"validation/{part}{suffix}": found[bound][part] for part in PARTS}
         return metrics
 
     return evaluate

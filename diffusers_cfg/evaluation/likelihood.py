@@ -39,6 +39,11 @@ class ImageTerms(NamedTuple):
     error: torch.Tensor  # (images, times, 2): ‖ε - ε̂‖²
 
     @property
+    def given_class(self) -> torch.Tensor:
+        """The bound on -log p(x|c), `(images,)`; NaN for unlabelled images."""
+        return self.prior + self.reconstruction + self.diffusion[:, 0]
+
+    @property
     def network_evaluations(self) -> int:
         """The number of network evaluations."""
         return int((~self.error.isnan()).sum())
@@ -48,6 +53,11 @@ def noise_process(pipeline: CFGPipeline) -> LogSNRScheduler:
     """Return the noise process that a pipeline's network was trained with; the scheduler's, if it records none."""
     process = pipeline.unet.noise_process or {}
     return cast(LogSNRScheduler, LogSNRScheduler.from_config(pipeline.scheduler.config, **process))
+
+
+def has_null_class(pipeline: CFGPipeline) -> bool:
+    """Return whether the null class of a model was trained, as far as is known."""
+    return pipeline.config.conditioning_dropout_prob != 0
 
 
 def check_model(pipeline: CFGPipeline) -> None:

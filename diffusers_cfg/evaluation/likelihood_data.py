@@ -63,9 +63,7 @@ def load_images(config: LikelihoodConfig, pipeline: CFGPipeline, show_progress: 
     images, training, settings, part = choose_images(config, pipeline)
     channels, resolution, _ = pipeline.image_shape
     ids = model_classes(images, pipeline, config.model)
-    # The first images of a shuffled order, so that few images are a sample of all, and a part of more images.
-    order = torch.randperm(len(images), generator=seeded_generator("cpu", "likelihood images"))
-    chosen = ImageSubset(images, order[: config.num_images or MAX_IMAGES].numpy())
+    chosen = random_part(images, config.num_images or MAX_IMAGES)
     require_8_bits(chosen)
     dataset = training_dataset(chosen, settings, channels, show_progress)
     facts = {
@@ -93,6 +91,12 @@ def load_images(config: LikelihoodConfig, pipeline: CFGPipeline, show_progress: 
             f"{images.fingerprint()} {images.class_labels.tolist()} {decoded}".encode()
         ).hexdigest(),
     )
+
+
+def random_part(images: LabelledImages, number: int) -> LabelledImages:
+    """Return up to `number` images, drawn at random. Those of a smaller number are the first of a larger one."""
+    order = torch.randperm(len(images), generator=seeded_generator("cpu", "likelihood images"))
+    return ImageSubset(images, order[:number].numpy())
 
 
 def choose_images(config: LikelihoodConfig, pipeline: CFGPipeline) -> Chosen:

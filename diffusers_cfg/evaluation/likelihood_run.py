@@ -17,6 +17,7 @@ from diffusers_cfg.evaluation.likelihood import (
     check_ends,
     check_model,
     estimate,
+    has_null_class,
     noise_process,
 )
 from diffusers_cfg.evaluation.likelihood_data import EvaluatedImages, load_images
@@ -231,11 +232,6 @@ def check_labels(config: LikelihoodConfig, images: EvaluatedImages, pipeline: CF
             f"The images have no labels, but {config.model} was trained with conditioning_dropout_prob = 0 and models "
             "images of a class only. Pass labelled images, or --label_column."
         )
-
-
-def has_null_class(pipeline: CFGPipeline) -> bool:
-    """Return whether the null class of a model was trained, as far as is known."""
-    return pipeline.config.conditioning_dropout_prob != 0
 
 
 def estimate_sets(

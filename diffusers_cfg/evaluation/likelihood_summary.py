@@ -21,15 +21,17 @@ def figures(parts: Mapping[str, torch.Tensor]) -> dict[str, Any]:
     return {"bits_per_dim": total.mean().item(), "bits_per_dim_error": error, **means, "num_images": len(total)}
 
 
-def bounds(terms: ImageTerms, class_labels: torch.Tensor, class_log_probs: torch.Tensor, bits: float) -> dict[str, Any]:
+def bounds(
+    terms: ImageTerms, class_labels: torch.Tensor, bits: float, class_log_probs: torch.Tensor | None = None
+) -> dict[str, Any]:
     """
-    Return the three bounds, as far as there are images for them.
+    Return the bounds, as far as there are images for them.
 
     Args:
         terms (`ImageTerms`): the terms of the images.
         class_labels (`torch.Tensor` of shape `(images,)`): the classes, -1 for unlabelled images.
-        class_log_probs (`torch.Tensor` of shape `(num_classes,)`): log p(c).
         bits (`float`): the unit, from `bits_per_dim`.
+        class_log_probs (`torch.Tensor` of shape `(num_classes,)`, *optional*): log p(c), for the bound by the labels.
 
     Returns:
         `dict`: the `figures` of p(x|c) as `"conditional"`, of p(x) by the null class as `"null"`, and of p(x) by the
@@ -40,10 +42,9 @@ def bounds(terms: ImageTerms, class_labels: torch.Tensor, class_log_probs: torch
         parts = {"prior": terms.prior, "reconstruction": terms.reconstruction, "diffusion": terms.diffusion[:, column]}
         if rows.any():
             found[name] = figures({part: bits * values[rows] for part, values in parts.items()})
-    if labelled.any():
-        given_class = terms.prior + terms.reconstruction + terms.diffusion[:, 0]
+    if class_log_probs is not None and labelled.any():
         log_probs = class_log_probs[class_labels[labelled]]
-        found["labels"] = figures({"conditional": bits * given_class[labelled], "class": -bits * log_probs})
+        found["labels"] = figures({"conditional": bits * terms.given_class[labelled], "class": -bits * log_probs})
     return found
 
 
@@ -51,10 +52,9 @@ def by_class(terms: ImageTerms, class_labels: torch.Tensor, id2label: dict[int, 
     """Return the `figures` of p(x|c) of the images of each class, without their parts."""
     rows = {}
     for class_id in class_labels[class_labels >= 0].unique().tolist():
-        own = class_labels == class_id
-        total = terms.prior + terms.reconstruction + terms.diffusion[:, 0]
-        rows[id2label.get(class_id, str(class_id))] = figures({"sum": bits * total[own]})
-    return {name: {key: value for key, value in row.items() if key != "sum"} for name, row in rows.items()}
+        own = figures({"sum": bits * terms.given_class[class_labels == class_id]})
+        rows[id2label.get(class_id, str(class_id))] = {name: own[name] for name in own if name != "sum"}
+    return rows
 
 
 def schedules_between(ends: tuple[float, float], learned: Schedule | None) -> dict[str, Schedule]:
@@ -94,7 +94,7 @@ def summarize(
     results = [
         {
             "diffusion_steps": steps,
-            **bounds(own, class_labels, class_log_probs, bits),
+            **bounds(own, class_labels, bits, class_log_probs),
             "network_evaluations": own.network_evaluations,
         }
         for steps, own in terms.items()

@@ -13,17 +13,9 @@ from diffusers_cfg.data.sources import Digits
 from diffusers_cfg.evaluation.likelihood import estimate
 from diffusers_cfg.evaluation.mixture import GaussianMixtureModel
 from diffusers_cfg.noise_schedule import SHAPES, NoiseSchedule, linear
-from tests.support.models import make_pipeline, make_unet
+from tests.support.models import make_pipeline, make_unet, vdm
 
 ENDS = -13.3, 5.0
-
-
-def vdm(prediction_type: str = "v_prediction", ends: tuple[float, float] = ENDS) -> CFGPipeline:
-    """Return a model of digits between two ends of γ, with random weights."""
-    scheduler = LogSNRScheduler(
-        log_snr_schedule="linear", log_snr_max=-ends[0], log_snr_min=-ends[1], prediction_type=prediction_type
-    )
-    return make_pipeline(make_unet(num_class_embeds=11), scheduler, id2label=Digits().id2label)
 
 
 class ZeroModel(GaussianMixtureModel):

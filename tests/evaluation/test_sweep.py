@@ -208,9 +208,7 @@ def test_full_disk_keeps_the_samples(model, swept, evaluate, monkeypatch):
     (swept / "samples" / "w=1" / "shard-00002.npz").unlink()
     with monkeypatch.context() as patch:
         patch.setattr(np, "savez_compressed", lambda *_, **__: full())
-        with pytest.raises(
-            UserError, match="No space left on device. The results so far are kept in .*samples. R"
-        ):
+        with pytest.raises(UserError, match="No space left on device. The results so far are kept in .*samples. R"):
             evaluate(model, swept)
     assert len(shards(swept)) == 5
     evaluate(model, swept)

@@ -4,6 +4,7 @@ import torch
 from diffusers import SchedulerMixin
 
 from diffusers_cfg import CFGPipeline, LogSNRScheduler, UNet2DCFGModel
+from diffusers_cfg.data.sources import Digits
 
 NAMES = {0: "zero", 1: "one", 2: "two"}
 
@@ -34,6 +35,14 @@ def make_pipeline(
     pipeline = CFGPipeline(unet or make_unet(), scheduler or LogSNRScheduler(), **settings)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
+
+
+def vdm(prediction_type: str = "v_prediction", ends: tuple[float, float] = (-13.3, 5.0), **settings) -> CFGPipeline:
+    """Return a variational diffusion model of the digits between two ends of γ, with random weights."""
+    scheduler = LogSNRScheduler(
+        log_snr_schedule="linear", log_snr_max=-ends[0], log_snr_min=-ends[1], prediction_type=prediction_type
+    )
+    return make_pipeline(make_unet(num_class_embeds=11), scheduler, id2label=Digits().id2label, **settings)
 
 
 def generators(*seeds: int) -> list[torch.Generator]:
