@@ -20,6 +20,7 @@ from .model_files import (
     RUN,
     SAMPLES,
     SCHEDULE_FIGURE,
+    SCHEDULE_PICTURE,
     TABLE,
     TRAINING_FIGURE,
     VARIANCE_FIGURE,
@@ -35,8 +36,9 @@ CAPTIONS = {
     GRID: "One row per guidance scale w; each column uses the same noise",
 }
 
+SCHEDULE_CAPTION = "The noise schedule between its ends, beside three others: −log SNR and SNR over time"
 LIKELIHOOD_FIGURES = {
-    SCHEDULE_FIGURE: "The noise schedule: −log SNR and SNR over time",
+    SCHEDULE_FIGURE: SCHEDULE_CAPTION,
     VARIANCE_FIGURE: "The variance of the loss over time, for several noise schedules",
     TRAINING_FIGURE: "Bits per dimension over training",
 }
@@ -110,6 +112,7 @@ def model_card(folder: Path, repo_id: str, existing: str | None = None, pictured
         guidance_section(index, unet),
         classes_section(index),
         training_section(index, unet, scheduler, run),
+        schedule_section(folder),
         reproduction_section(run),
         results_section(folder),
         likelihood_section(folder),
@@ -334,6 +337,13 @@ def training_section(
     }
     rows = [f"| {name} | {value} |" for name, value in facts.items() if value is not None]
     return "## Training\n\n| | |\n|---|---|\n" + "\n".join(rows)
+
+
+def schedule_section(folder: Path) -> str:
+    """Return the picture of the noise schedule of a training run; empty if there is none, or the evaluation has it."""
+    if not (folder / SCHEDULE_PICTURE).is_file() or (folder / SCHEDULE_FIGURE).is_file():
+        return ""
+    return f"![{SCHEDULE_CAPTION}]({SCHEDULE_PICTURE})"
 
 
 def reproduction_section(run: dict[str, Any]) -> str:

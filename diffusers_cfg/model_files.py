@@ -18,10 +18,10 @@ LIKELIHOOD, LIKELIHOOD_TABLE, SCHEDULE_FIGURE, VARIANCE_FIGURE, TRAINING_FIGURE 
     f"evaluation/{name}"
     for name in ("likelihood.json", "likelihood.md", "noise_schedule.png", "loss_variance.png", "bits_per_dim.png")
 )
-FACTS = (RUN, EVALUATION, TABLE, CURVES, GRID)
+# The learned noise schedule, which is not published, and its picture
+NOISE_SCHEDULE, SCHEDULE_PICTURE = "noise_schedule.safetensors", "noise_schedule.png"
+FACTS = (RUN, SCHEDULE_PICTURE, EVALUATION, TABLE, CURVES, GRID)
 FACTS += (LIKELIHOOD, LIKELIHOOD_TABLE, SCHEDULE_FIGURE, VARIANCE_FIGURE, TRAINING_FIGURE)
-# The learned noise schedule, with its shape
-NOISE_SCHEDULE = "noise_schedule.safetensors"
 # The settings of the run, which are published from run.json: those of the run's folder have local paths.
 CONFIG = "train_config.yaml"
 

@@ -19,14 +19,14 @@ from diffusers_cfg.files import (
     refuse_data_folder,
     remove,
 )
-from diffusers_cfg.model_files import INDEX, RUN, checkpoints
+from diffusers_cfg.model_files import INDEX, NOISE_SCHEDULE, RUN, SCHEDULE_PICTURE, checkpoints
 from diffusers_cfg.settings import CONFIG_FILE, TrainConfig
 
 logger = logging.getLogger(__name__)
 
 # The names of all that runs and evaluations write to the folder, besides logs. --overwrite_output_dir deletes them.
 RUN_FILES = re.compile(
-    "|".join(map(re.escape, (CONFIG_FILE, RUN, INDEX, "pipeline_cfg.py")))
+    "|".join(map(re.escape, (CONFIG_FILE, RUN, INDEX, "pipeline_cfg.py", NOISE_SCHEDULE, SCHEDULE_PICTURE)))
     + r"|unet|scheduler|vae|evaluation|(old-|tmp-)?checkpoint-\d+|tmp-model"
 )
 # The settings that may be paths of what a run reads.

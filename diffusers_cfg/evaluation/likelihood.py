@@ -3,13 +3,14 @@ arXiv 2107.00630, sections 3 and 4). The seed and an image's index determine the
 """
 
 from collections.abc import Callable
-from typing import NamedTuple, cast
+from typing import NamedTuple
 
 import torch
 
 from diffusers_cfg import CFGPipeline, LogSNRScheduler
 from diffusers_cfg.config import UserError
 from diffusers_cfg.data.decoding import to_float
+from diffusers_cfg.evaluation.records import noise_process
 from diffusers_cfg.noise_schedule import Schedule, linear
 from diffusers_cfg.randomness import seeded_generator
 from diffusers_cfg.variational_bound import (
@@ -47,12 +48,6 @@ class ImageTerms(NamedTuple):
     def network_evaluations(self) -> int:
         """The number of network evaluations."""
         return int((~self.error.isnan()).sum())
-
-
-def noise_process(pipeline: CFGPipeline) -> LogSNRScheduler:
-    """Return the noise process that a pipeline's network was trained with; the scheduler's, if it records none."""
-    process = pipeline.unet.noise_process or {}
-    return cast(LogSNRScheduler, LogSNRScheduler.from_config(pipeline.scheduler.config, **process))
 
 
 def has_null_class(pipeline: CFGPipeline) -> bool:

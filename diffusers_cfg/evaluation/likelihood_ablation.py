@@ -10,7 +10,6 @@ from accelerate import Accelerator
 
 from diffusers_cfg import CFGPipeline
 from diffusers_cfg.evaluation.likelihood_run import TERMS, TermSet, run_likelihood
-from diffusers_cfg.evaluation.likelihood_summary import LEARNED
 from diffusers_cfg.evaluation.loss_variance import LEAST
 from diffusers_cfg.evaluation.reports import (
     INTERVAL,
@@ -22,6 +21,7 @@ from diffusers_cfg.evaluation.reports import (
     write_json,
     write_text,
 )
+from diffusers_cfg.evaluation.schedule_figures import LEARNED
 from diffusers_cfg.evaluation.settings import EvaluationConfig, LikelihoodConfig, format_number
 from diffusers_cfg.evaluation.sweep import check_folders, check_sampling, output_folder, run_sweep
 from diffusers_cfg.settings import TrainConfig, VDMConfig

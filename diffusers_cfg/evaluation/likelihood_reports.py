@@ -1,18 +1,13 @@
 """Write the results of a likelihood evaluation: likelihood.json, tables in Markdown and figures."""
 
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from diffusers_cfg.evaluation.likelihood_summary import LEARNED
-from diffusers_cfg.evaluation.loss_variance import ErrorMoments
 from diffusers_cfg.evaluation.reports import LIKELIHOOD_FILE, new_figure, save_figure, table, write_json, write_text
-from diffusers_cfg.noise_schedule import Schedule
 
-SCHEDULE_FIGURE, VARIANCE_FIGURE, TRAINING_FIGURE = "noise_schedule.png", "loss_variance.png", "bits_per_dim.png"
+VARIANCE_FIGURE, TRAINING_FIGURE = "loss_variance.png", "bits_per_dim.png"
 # The names of the bounds in tables.
 BOUNDS = {"conditional": "p(x\\|c)", "null": "p(x), null class", "labels": "p(x), by the labels"}
 # The logged values of a training run that are bounds in bits per dimension, and their names in the figure.
@@ -22,10 +17,6 @@ LOGGED = {
     "validation/bits_per_dim": "held out, p(x|c)",
     "validation/bits_per_dim_null": "held out, p(x) by the null class",
 }
-# How a schedule is drawn, apart from dashed.
-LINES = {LEARNED: "k-"}
-# Number of points of a curve.
-POINTS = 1001
 
 
 def steps_text(steps: int) -> str:
@@ -113,34 +104,6 @@ def write_likelihood(output_dir: Path, record: dict[str, Any]) -> None:
     """Write likelihood.json and likelihood.md to a folder."""
     write_json(record, output_dir / LIKELIHOOD_FILE)
     write_text(likelihood_table(record), output_dir / "likelihood.md")
-
-
-def plot_schedules(schedules: Mapping[str, Schedule], path: Path) -> None:
-    """Plot γ(t) = -log SNR and the SNR of noise schedules on the CPU."""
-    figure, times = new_figure(1, 2, size=(10, 4)), torch.linspace(0, 1, POINTS, dtype=torch.float64)
-    for name, schedule in schedules.items():
-        gamma = schedule(times).gamma
-        for axis, values in zip(figure.axes, (gamma, (-gamma).exp()), strict=True):
-            axis.plot(times, values, LINES.get(name, "--"), label=name)
-    for axis, name in zip(figure.axes, ("γ(t) = −log SNR", "SNR(t)"), strict=True):
-        axis.set(xlabel="t", ylabel=name)
-    figure.axes[1].set_yscale("log")
-    figure.axes[0].legend()
-    save_figure(figure, path)
-
-
-def plot_variance(
-    moments: ErrorMoments, schedules: Mapping[str, Schedule], variance: dict[str, float], bits: float, path: Path
-) -> None:
-    """Plot the second moment of the diffusion term over t under each schedule, in (bits per dimension)²."""
-    figure, times = new_figure(), torch.linspace(0, 1, POINTS, dtype=torch.float64)
-    axis = figure.axes[0]
-    for name, schedule in schedules.items():
-        values = bits**2 * moments.over_time(schedule, times)
-        axis.plot(times, values, LINES.get(name, "--"), label=f"{name}: variance {variance[name]:.3g}")
-    axis.set(xlabel="t", ylabel="E[(diffusion term at t)²], (bits per dimension)²", yscale="log")
-    axis.legend()
-    save_figure(figure, path)
 
 
 def logged_bounds(folder: Path) -> dict[str, list[tuple[int, float]]]:

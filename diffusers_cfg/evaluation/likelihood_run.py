@@ -18,29 +18,25 @@ from diffusers_cfg.evaluation.likelihood import (
     check_model,
     estimate,
     has_null_class,
-    noise_process,
 )
 from diffusers_cfg.evaluation.likelihood_data import EvaluatedImages, load_images
 from diffusers_cfg.evaluation.likelihood_reports import (
-    SCHEDULE_FIGURE,
     TRAINING_FIGURE,
     VARIANCE_FIGURE,
     logged_bounds,
-    plot_schedules,
     plot_training,
-    plot_variance,
     steps_text,
     write_likelihood,
 )
 from diffusers_cfg.evaluation.likelihood_summary import (
     compare_schedules,
     error_moments,
-    schedules_between,
     summarize,
 )
-from diffusers_cfg.evaluation.records import recorded_data
+from diffusers_cfg.evaluation.records import noise_process, recorded_data
 from diffusers_cfg.evaluation.sample_sets import claimed
 from diffusers_cfg.evaluation.sampling import check_call, load_model
+from diffusers_cfg.evaluation.schedule_figures import SCHEDULE_FIGURE, plot_schedules, plot_variance, schedules_between
 from diffusers_cfg.evaluation.settings import LikelihoodConfig
 from diffusers_cfg.evaluation.sweep import check_folders, output_folder
 from diffusers_cfg.files import atomic_write, digest, read_safetensors

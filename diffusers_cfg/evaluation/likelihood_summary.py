@@ -7,10 +7,8 @@ import torch
 
 from diffusers_cfg.evaluation.likelihood import ImageTerms
 from diffusers_cfg.evaluation.loss_variance import ErrorMoments, variances
-from diffusers_cfg.noise_schedule import SHAPES, Schedule
+from diffusers_cfg.noise_schedule import Schedule
 from diffusers_cfg.variational_bound import bits_per_dim
-
-LEARNED = "learned"
 
 
 def figures(parts: Mapping[str, torch.Tensor]) -> dict[str, Any]:
@@ -55,12 +53,6 @@ def by_class(terms: ImageTerms, class_labels: torch.Tensor, id2label: dict[int, 
         own = figures({"sum": bits * terms.given_class[class_labels == class_id]})
         rows[id2label.get(class_id, str(class_id))] = {name: own[name] for name in own if name != "sum"}
     return rows
-
-
-def schedules_between(ends: tuple[float, float], learned: Schedule | None) -> dict[str, Schedule]:
-    """Return the schedules to compare between two ends of γ: the learned one, if any, and those of `SHAPES`."""
-    fixed = {name: shape(*ends) for name, shape in SHAPES.items()}
-    return {**({LEARNED: learned} if learned is not None else {}), **fixed}
 
 
 def error_moments(terms: ImageTerms, class_labels: torch.Tensor, ends: tuple[float, float]) -> ErrorMoments:

@@ -5,16 +5,23 @@ import logging
 from collections.abc import Callable, Mapping
 from dataclasses import fields
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import yaml
 
-from diffusers_cfg import CFGPipeline
+from diffusers_cfg import CFGPipeline, LogSNRScheduler
 from diffusers_cfg.config import UserError
 from diffusers_cfg.model_files import RUN
 from diffusers_cfg.settings import CONFIG_FILE, DataConfig, data_source
 
 logger = logging.getLogger(__name__)
+
+
+def noise_process(pipeline: CFGPipeline) -> LogSNRScheduler:
+    """Return the noise process that a pipeline's network was trained with; the scheduler's, if it records none."""
+    process = pipeline.unet.noise_process or {}
+    # `from_config` is annotated to return a tuple as well, but does so only with `return_unused_kwargs`.
+    return cast(LogSNRScheduler, LogSNRScheduler.from_config(pipeline.scheduler.config, **process))
 
 
 def run_record(pipeline: CFGPipeline) -> dict[str, Any]:

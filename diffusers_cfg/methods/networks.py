@@ -12,6 +12,7 @@ from diffusers import AutoencoderKL, DPMSolverMultistepScheduler, SchedulerMixin
 from diffusers_cfg import CFGPipeline, LogSNRScheduler, UNet2DCFGModel
 from diffusers_cfg.config import UserError
 from diffusers_cfg.data.images import LabelledImages
+from diffusers_cfg.evaluation.records import noise_process
 from diffusers_cfg.loading import find_folder, load_autoencoder
 from diffusers_cfg.model_files import read_object
 from diffusers_cfg.run_settings import ATTENTION_RESOLUTIONS, ModelConfig
@@ -69,13 +70,6 @@ def new_pipeline(
 def record_process(unet: UNet2DCFGModel, scheduler: LogSNRScheduler) -> None:
     """Record the noise process that a network is trained with in its config."""
     unet.noise_process = {name: scheduler.config[name] for name in NOISE_PROCESS}
-
-
-def noise_process(pipeline: CFGPipeline) -> LogSNRScheduler:
-    """Return the noise process that a pipeline's network was trained with; the scheduler's, if it records none."""
-    process = pipeline.unet.noise_process or {}
-    # `from_config` is annotated to return a tuple as well, but does so only with `return_unused_kwargs`.
-    return cast(LogSNRScheduler, LogSNRScheduler.from_config(pipeline.scheduler.config, **process))
 
 
 def load_pretrained(

@@ -2,6 +2,7 @@
 and whose noise schedule is learned.
 """
 
+import copy
 import math
 from collections.abc import Iterable
 from pathlib import Path
@@ -15,6 +16,7 @@ from diffusers_cfg import CFGPipeline, LogSNRScheduler
 from diffusers_cfg.config import UserError
 from diffusers_cfg.data.images import UNLABELLED, LabelledImages, require_8_bits, require_classes
 from diffusers_cfg.engine.method import Batch, Networks, Objective, Terms
+from diffusers_cfg.evaluation.schedule_figures import plot_schedules, schedules_between
 from diffusers_cfg.methods.guided import GuidedMethod
 from diffusers_cfg.methods.networks import (
     build_unet,
@@ -25,7 +27,7 @@ from diffusers_cfg.methods.networks import (
     refuse_distilled,
 )
 from diffusers_cfg.methods.objectives import NOISE_LEVELS, by_group, drop_class_labels, level_names
-from diffusers_cfg.model_files import NOISE_SCHEDULE
+from diffusers_cfg.model_files import NOISE_SCHEDULE, SCHEDULE_PICTURE
 from diffusers_cfg.noise_schedule import NoiseSchedule, linear
 from diffusers_cfg.settings import VDMConfig
 from diffusers_cfg.variational_bound import (
@@ -187,6 +189,9 @@ class VariationalDiffusion(GuidedMethod):
         """Save the pipeline, and the noise schedule, which samples and the bound in continuous time do not need."""
         super().save(folder)
         save_file(self.noise_schedule.state_dict(), folder / NOISE_SCHEDULE)
+        learned = copy.deepcopy(self.noise_schedule).cpu() if self.noise_schedule.learn_shape else None
+        with torch.no_grad():
+            plot_schedules(schedules_between(self.noise_schedule.ends(), learned), folder / SCHEDULE_PICTURE)
 
     def facts(self) -> dict[str, Any]:
         """Return the facts of `GuidedMethod`, and the settings of the bound."""
