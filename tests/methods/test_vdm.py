@@ -177,6 +177,21 @@ def test_everything_minimises_the_bound_with_steps():
     assert all(gradient.any() for gradient in actual[len(outer) - 2 :])
 
 
+@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
+def test_loss_in_bfloat16_is_close_to_float32(prediction_type):
+    """The trainer runs the network under autocast, and all else in float32."""
+    method = make_method("--prediction_type", prediction_type)
+    unet, losses = method.pipeline.unet, []
+    forward = unet.forward
+    for enabled in (False, True):
+        unet.forward = torch.autocast("cpu", dtype=torch.bfloat16, enabled=enabled)(forward)
+        with torch.no_grad():
+            losses.append(loss_of(method, make_batch()).loss)
+    assert losses[1].dtype == torch.float32
+    assert not torch.equal(*losses)
+    assert losses[1].mean().item() == pytest.approx(losses[0].mean().item(), rel=0.02)
+
+
 @pytest.mark.parametrize(
     ("noise_schedule", "learned"),
     [
