@@ -32,7 +32,7 @@ PARTS = ("prior", "reconstruction", "diffusion")
 # The metrics of samples in the table.
 QUALITY = ("frechet_distance", "class_accuracy")
 TITLE = "bits/dim of p(x\\|c)"
-SEVERAL = "With several seeds, ± is the standard deviation over them, except for paired differences."
+SEVERAL = "With several seeds, ± is the standard deviation over them instead, except for paired differences."
 
 
 class Evaluation(NamedTuple):
@@ -262,7 +262,8 @@ def likelihood_table(measurements: list[Measurement], times_per_image: int) -> s
         f"{table(header, bounds)}\n\n"
         f"The bound in continuous time between γ₀ and γ₁, of {len(measurements[0].terms['conditional'])} held-out "
         f"images at {times_per_image} times each; p(x) is by the null class. ± of a bound is its standard error over "
-        "images, and ± of a difference that of the paired difference, over the same images and seeds."
+        "images, and ± of a difference that of the paired difference, over the same images and seeds; neither includes "
+        "the randomness of training."
         f"{several}\n\n"
         f"{table(['variant', *shapes, LEAST, f'linear / {LEARNED}'], variances)}\n\n"
         "Variance in (bits/dim)² of the diffusion term of one image at one time, under each shape of γ(t) between the "
