@@ -17,7 +17,7 @@ CASES = [
 ]
 # Each compiles for half a minute.
 COMPILED = [
-    pytest.param(method, "compile", marks=pytest.mark.slow) for method in ("cfg", "distillation", "adversarial")
+    pytest.param(method, "compile", marks=pytest.mark.slow) for method in ("cfg", "vdm", "distillation", "adversarial")
 ]
 
 
@@ -61,6 +61,12 @@ def test_equivalent_settings_reproduce_the_trajectory(request, runs, tmp_path, m
         out = request.getfixturevalue("two_processes") / method
     logged = trajectory_of(out)
     for tag, values in expected(method).items():
-        assert logged[tag] == pytest.approx({s: v for s, v in values.items() if s >= first}, rel=1e-4), tag
-    # Where the gradient is rounding noise, such as for the bias of the keys, weights differ by steps of Adam.
-    assert_same_tensors(whole / "unet" / WEIGHTS, out / "unet" / WEIGHTS, rtol=1e-3, atol=2e-3)
+        # The gradient of the noise schedule is a small difference of large terms.
+        rel = 1e-3 if tag == "grad_norm/noise_schedule" else 1e-4
+        assert logged[tag] == pytest.approx({s: v for s, v in values.items() if s >= first}, rel=rel), tag
+    if method == "vdm":
+        for module in ("unet", "noise_schedule"):
+            files = (folder / "checkpoint-20" / module / WEIGHTS for folder in (whole, out))
+            assert_same_tensors(*files, rtol=0, atol=3e-5)
+    else:  # Where the gradient is rounding noise, such as for the bias of the keys, weights differ by steps of Adam.
+        assert_same_tensors(whole / "unet" / WEIGHTS, out / "unet" / WEIGHTS, rtol=1e-3, atol=2e-3)
