@@ -28,11 +28,8 @@ from diffusers_cfg.evaluation.likelihood_reports import (
     steps_text,
     write_likelihood,
 )
-from diffusers_cfg.evaluation.likelihood_summary import (
-    compare_schedules,
-    error_moments,
-    summarize,
-)
+from diffusers_cfg.evaluation.likelihood_summary import error_moments, summarize
+from diffusers_cfg.evaluation.loss_variance import variances
 from diffusers_cfg.evaluation.records import noise_process, recorded_data
 from diffusers_cfg.evaluation.sample_sets import claimed
 from diffusers_cfg.evaluation.sampling import check_call, load_model
@@ -160,9 +157,8 @@ def run_likelihood(config: LikelihoodConfig, accelerator: Accelerator) -> dict[s
         plot_schedules(schedules, output_dir / SCHEDULE_FIGURE)
         if 0 in terms:
             moments = error_moments(terms[0], images.class_labels, ends)
-            record["variance"] = compare_schedules(moments, schedules, shape)
-            path = output_dir / VARIANCE_FIGURE
-            plot_variance(moments, schedules, record["variance"], bits_per_dim(shape), path)
+            record["variance"] = variances(moments, schedules, bits_per_dim(shape))
+            plot_variance(moments, schedules, record["variance"], bits_per_dim(shape), output_dir / VARIANCE_FIGURE)
         if logged := logged_bounds(Path(config.model)):
             plot_training(logged, output_dir / TRAINING_FIGURE)
         write_likelihood(output_dir, record)

@@ -6,8 +6,7 @@ from typing import Any
 import torch
 
 from diffusers_cfg.evaluation.likelihood import ImageTerms
-from diffusers_cfg.evaluation.loss_variance import ErrorMoments, variances
-from diffusers_cfg.noise_schedule import Schedule
+from diffusers_cfg.evaluation.loss_variance import ErrorMoments
 from diffusers_cfg.variational_bound import bits_per_dim
 
 
@@ -92,10 +91,3 @@ def summarize(
         for steps, own in terms.items()
     ]
     return {"results": results, "by_class": by_class([*terms.values()][-1], class_labels, id2label, bits)}
-
-
-def compare_schedules(
-    moments: ErrorMoments, schedules: Mapping[str, Schedule], image_shape: tuple[int, int, int]
-) -> dict[str, float]:
-    """Return the variance of the one-sample estimate under each schedule, in (bits per dimension)²."""
-    return {name: bits_per_dim(image_shape) ** 2 * value for name, value in variances(moments, schedules).items()}

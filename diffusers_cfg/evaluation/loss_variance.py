@@ -26,35 +26,28 @@ class ErrorMoments:
 
     def __init__(self, gamma: torch.Tensor, error: torch.Tensor, ends: tuple[float, float]) -> None:
         gamma, order = gamma.double().sort()
-        groups = [rows for rows in torch.arange(len(gamma)).tensor_split(min(BINS, len(gamma))) if len(rows)]
-        error = error.double()[order]
-        between = torch.stack(
-            [(gamma[rows[0] - 1] + gamma[rows[0]]) / 2 for rows in groups[1:]] or [gamma.new_empty(0)]
-        )
-        self.edges = torch.cat([gamma.new_tensor(ends[:1]), between.flatten(), gamma.new_tensor(ends[1:])])
-        self.first = torch.stack([error[rows].mean() for rows in groups])  # E ‖ε - ε̂‖²
-        self.second = torch.stack([error[rows].square().mean() for rows in groups])  # E ‖ε - ε̂‖⁴
-
-    def grid(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Return points in each interval, `(intervals, points)`, their width dγ, and E‖ε - ε̂‖⁴ `(intervals, 1)`."""
-        width = self.edges.diff()[:, None] / POINTS
-        return self.edges[:-1, None] + width * (torch.arange(POINTS) + 0.5), width, self.second[:, None]
-
-    def variance(self, schedule: Schedule) -> float:
-        """Return the variance of ½ γ'(t) ‖ε - ε̂‖² for t ~ U[0, 1], in squared nats, under a schedule."""
-        gamma, width, second = self.grid()
-        slope = schedule(times_of(schedule, gamma)).gamma_slope
-        # ∫ (γ'/2)² E‖ε - ε̂‖⁴ dt = ¼ ∫ γ' E‖ε - ε̂‖⁴ dγ
-        return ((slope * second * width).sum() / 4 - self.mean() ** 2).item()
-
-    def least_variance(self) -> float:
-        """Return the least variance of any schedule between the ends, that with γ' ∝ 1/√E‖ε - ε̂‖⁴."""
-        _, width, second = self.grid()
-        return ((second.sqrt() * width * POINTS).sum() ** 2 / 4 - self.mean() ** 2).item()
+        groups = error.double()[order].tensor_split(min(BINS, len(gamma)))
+        starts = torch.tensor([len(group) for group in groups[:-1]], dtype=torch.long).cumsum(0)
+        between = (gamma[starts - 1] + gamma[starts]) / 2
+        self.edges = torch.cat([gamma.new_tensor(ends[:1]), between, gamma.new_tensor(ends[1:])])
+        self.first = torch.stack([group.mean() for group in groups])  # E ‖ε - ε̂‖²
+        self.second = torch.stack([group.square().mean() for group in groups])  # E ‖ε - ε̂‖⁴
 
     def mean(self) -> float:
         """Return the diffusion term ½ ∫ E‖ε - ε̂‖² dγ in nats, which is that of every schedule."""
         return (self.first * self.edges.diff()).sum().item() / 2
+
+    def variance(self, schedule: Schedule) -> float:
+        """Return the variance of ½ γ'(t) ‖ε - ε̂‖² for t ~ U[0, 1], in squared nats, under a schedule."""
+        width = self.edges.diff()[:, None] / POINTS
+        gamma = self.edges[:-1, None] + width * (torch.arange(POINTS) + 0.5)
+        slope = schedule(times_of(schedule, gamma)).gamma_slope
+        # ∫ (γ'/2)² E‖ε - ε̂‖⁴ dt = ¼ ∫ γ' E‖ε - ε̂‖⁴ dγ
+        return ((slope * width).sum(1) @ self.second / 4 - self.mean() ** 2).item()
+
+    def least_variance(self) -> float:
+        """Return the least variance of any schedule between the ends, that with γ' ∝ 1/√E‖ε - ε̂‖⁴."""
+        return ((self.second.sqrt() @ self.edges.diff()) ** 2 / 4 - self.mean() ** 2).item()
 
     def over_time(self, schedule: Schedule, times: torch.Tensor) -> torch.Tensor:
         """Return E[(½ γ'(t) ‖ε - ε̂‖²)²] at some times, in squared nats: its mean minus `mean()`² is the variance."""
@@ -73,9 +66,10 @@ def times_of(schedule: Schedule, gamma: torch.Tensor) -> torch.Tensor:
     return (low + high) / 2
 
 
-def variances(moments: ErrorMoments, schedules: Mapping[str, Schedule]) -> dict[str, float]:
-    """Return the variance of the one-sample estimate in squared nats under each schedule, and the least possible."""
-    return {
-        **{name: moments.variance(schedule) for name, schedule in schedules.items()},
-        LEAST: moments.least_variance(),
-    }
+def variances(moments: ErrorMoments, schedules: Mapping[str, Schedule], unit: float) -> dict[str, float]:
+    """
+    Return the variance of the one-sample estimate under each schedule, and the least possible, for a unit in which one
+    nat is `unit`.
+    """
+    nats = {name: moments.variance(schedule) for name, schedule in schedules.items()}
+    return {name: unit**2 * value for name, value in {**nats, LEAST: moments.least_variance()}.items()}
