@@ -1,13 +1,17 @@
 """Write the results of a likelihood evaluation: likelihood.json, tables in Markdown and figures."""
 
+import logging
 from pathlib import Path
 from typing import Any
 
+from matplotlib.ticker import ScalarFormatter
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from diffusers_cfg.evaluation.reports import LIKELIHOOD_FILE, new_figure, save_figure, table, write_json, write_text
 
 VARIANCE_FIGURE, TRAINING_FIGURE = "loss_variance.png", "bits_per_dim.png"
+# TensorBoard logs the end of each file.
+logging.getLogger("tensorboard").setLevel(logging.WARNING)
 # The names of the bounds in tables.
 BOUNDS = {"conditional": "p(x\\|c)", "null": "p(x), null class", "labels": "p(x), by the labels"}
 # The logged values of a training run that are bounds in bits per dimension, and their names in the figure.
@@ -124,5 +128,7 @@ def plot_training(bounds: dict[str, list[tuple[int, float]]], path: Path) -> Non
         steps, bits = zip(*values, strict=True)
         axis.plot(steps, bits, "o-" if tag.startswith("validation") else "-", label=LOGGED[tag])
     axis.set(xlabel="step", ylabel="bits per dimension", yscale="log")
+    for set_formatter in (axis.yaxis.set_major_formatter, axis.yaxis.set_minor_formatter):
+        set_formatter(ScalarFormatter())  # no powers of ten
     axis.legend()
     save_figure(figure, path)

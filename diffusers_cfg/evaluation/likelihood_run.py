@@ -189,7 +189,8 @@ def load_schedule(pipeline: CFGPipeline) -> NoiseSchedule | None:
         schedule = NoiseSchedule(*ends, learn_ends=False, learn_shape=bool(hidden), **hidden)
         schedule.load_state_dict(tensors)
     except (OSError, KeyError, TypeError, ValueError, RuntimeError) as error:
-        raise UserError(f"{path} cannot be read: {error}. Restore the file, or remove it.") from error
+        reason = " ".join(str(error).split()).rstrip(" .")  # PyTorch describes wrong tensors in several lines
+        raise UserError(f"{path} cannot be read: {reason}. Restore the file, or remove it.") from error
     process = noise_process(pipeline).config
     expected = -process.log_snr_max, -process.log_snr_min
     if not are_same(ends, expected):

@@ -51,7 +51,11 @@ def model(tmp_path) -> Path:
     (folder / "evaluation" / "samples" / "shard-00000.npz").write_text("private")
     (folder / "evaluation" / "metrics.json").write_text(json.dumps(evaluation))
     (folder / "evaluation" / "metrics.md").write_text("| w | class accuracy |\n")
-    for name in ("grid.png", "curves.png"):
+    (folder / "evaluation" / "likelihood.md").write_text("| T | p(x|c) |\n")
+    (folder / "evaluation" / "likelihood").mkdir()
+    (folder / "evaluation" / "likelihood" / "settings.json").write_text("private")
+    (folder / "noise_schedule.safetensors").write_text("private")
+    for name in ("grid.png", "curves.png", "noise_schedule.png", "loss_variance.png", "bits_per_dim.png"):
         Image.new("RGB", (4, 4)).save(folder / "evaluation" / name)
     (folder / "samples").mkdir()
     for step, colour in ((900, "red"), (1000, "blue")):
@@ -67,10 +71,14 @@ PICTURES = [f"samples/class-{class_id}.png" for class_id in range(3)]
 PUBLISHED = [
     ".gitattributes",
     "README.md",
+    "evaluation/bits_per_dim.png",
     "evaluation/curves.png",
     "evaluation/grid.png",
+    "evaluation/likelihood.md",
+    "evaluation/loss_variance.png",
     "evaluation/metrics.json",
     "evaluation/metrics.md",
+    "evaluation/noise_schedule.png",
     "model_index.json",
     "pipeline_cfg.py",
     "run.json",
