@@ -10,8 +10,8 @@ import torch
 from PIL import Image
 
 from diffusers_cfg.data import decoding
-from diffusers_cfg.data.decoding import normalise, to_array, to_float
-from tests.support.odd_images import INKS, LIME, READABLE, RED, WHITE, encoded, row_in
+from diffusers_cfg.data.decoding import has_8_bits, normalise, to_array, to_float
+from tests.support.odd_images import INKS, LIME, READABLE, RED, UNREADABLE, WHITE, encoded, row_in
 
 
 def test_images_are_resized_to_cover_the_square_and_cropped():
@@ -37,6 +37,16 @@ def test_odd_images_are_decoded_as_they_are_displayed(kind):
     image = normalise(Image.open(io.BytesIO(data)))
     assert image.mode == ("RGB" if isinstance(expected[0], tuple) else "L")
     np.testing.assert_array_equal(np.asarray(image)[0], expected)
+
+
+@pytest.mark.parametrize("kind", READABLE)
+def test_more_than_8_bits_are_recognized_in_the_header(kind):
+    assert has_8_bits(Image.open(io.BytesIO(READABLE[kind][0]))) == ("16-bit" not in kind)
+
+
+@pytest.mark.parametrize("name", ["float.tif", "integer.tif"])
+def test_32_bits_are_recognized_in_the_header(name):
+    assert not has_8_bits(Image.open(io.BytesIO(UNREADABLE[name][0])))
 
 
 def test_palette_with_an_alpha_channel():

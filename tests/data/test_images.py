@@ -8,10 +8,11 @@ import pytest
 
 from diffusers_cfg.config import UserError
 from diffusers_cfg.data.datasets import CachedImages, LazyImages, fingerprint, stack_images, training_dataset
-from diffusers_cfg.data.images import ImageSubset, LabelledImages
+from diffusers_cfg.data.images import ImageSubset, LabelledImages, require_8_bits
 from diffusers_cfg.data.sources import Digits, load_held_out_images, load_labelled_images
 from diffusers_cfg.settings import DataConfig, TrainConfig
 from tests.support.images import save_class_folders, save_dataset, save_shards, solid
+from tests.support.odd_images import READABLE
 
 
 def source(kind: str, folder: Path) -> dict[str, Any]:
@@ -166,3 +167,13 @@ def test_files_left_out_are_shared_in_proportion(tmp_path):
         assert len(stack_images(part, config, 1, show_progress=False)) == len(part)
     with pytest.raises(UserError, match="3 of 12 images cannot be read"):
         stack_images(held_out, DataConfig(max_unreadable_fraction=0.2), 1, show_progress=False)
+
+
+def test_images_with_more_than_8_bits_are_refused_by_name(tmp_path):
+    folder = save_class_folders(tmp_path / "images")
+    require_8_bits(load_labelled_images(DataConfig(train_data_dir=folder)))
+    (tmp_path / "images" / "ant" / "broken.png").write_bytes(b"broken")  # counted when the images are decoded
+    (tmp_path / "images" / "bee" / "scan.png").write_bytes(READABLE["16-bit grayscale"][0])
+    images = load_labelled_images(DataConfig(train_data_dir=folder))
+    with pytest.raises(UserError, match=r"bee.scan.png. has more than 8 bits per channel \(mode I;16\), but the"):
+        require_8_bits(images)

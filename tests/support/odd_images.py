@@ -1,6 +1,8 @@
 """Make files of every kind of image that PIL reads, with their pixels, and files that cannot be read."""
 
 import io
+import struct
+import zlib
 
 import numpy as np
 import PIL
@@ -58,6 +60,16 @@ def transparent_16_bit() -> bytes:
     return data[:offset] + chunk.getvalue() + data[offset:]
 
 
+def color_16_bit() -> bytes:
+    """Return an RGB PNG of one pixel with 16 bits per channel, which PIL opens with 8 bits."""
+    file, pixel = io.BytesIO(b"\x89PNG\r\n\x1a\n"), struct.pack(">x3H", 65535, 257, 0)
+    file.seek(0, io.SEEK_END)
+    PngImagePlugin.putchunk(file, b"IHDR", struct.pack(">2I5B", 1, 1, 16, 2, 0, 0, 0))
+    PngImagePlugin.putchunk(file, b"IDAT", zlib.compress(pixel))
+    PngImagePlugin.putchunk(file, b"IEND")
+    return file.getvalue()
+
+
 GRAY_BLOCK = Image.new("L", (8, 8), 40)
 INKS = {WHITE: (0, 0, 0, 0), (0, 255, 255): (255, 0, 0, 0), (0, 0, 0): (0, 0, 0, 255)}
 
@@ -71,6 +83,7 @@ READABLE = {
     "16-bit grayscale, PGM": (encoded(row(0, 257, 65535, dtype="uint16"), "PPM"), [0, 1, 255]),
     "16-bit grayscale, on its side": (on_its_side(row(0, 65535, dtype="uint16")), [0, 255]),
     "16-bit grayscale, transparent": (transparent_16_bit(), [0, 255, 255]),
+    "16-bit color": (color_16_bit(), [(255, 1, 0)]),
     "alpha": (encoded(row((*RED, 0), (*LIME, 255), (*BLUE, 128)), "PNG"), [WHITE, LIME, HALF_BLUE]),
     "alpha, WebP": (
         encoded(row((*RED, 0), (*LIME, 255), (*BLUE, 128)), "WEBP", lossless=True, exact=True),
