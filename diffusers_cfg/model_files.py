@@ -14,12 +14,12 @@ RUN, SAMPLES = "run.json", "samples.png"
 EVALUATION, TABLE, CURVES, GRID = (
     f"evaluation/{name}" for name in ("metrics.json", "metrics.md", "curves.png", "grid.png")
 )
-LIKELIHOOD, LIKELIHOOD_TABLE, SCHEDULE_FIGURE, VARIANCE_FIGURE, TRAINING_FIGURE = (
-    f"evaluation/{name}"
-    for name in ("likelihood.json", "likelihood.md", "noise_schedule.png", "loss_variance.png", "bits_per_dim.png")
-)
 # The learned noise schedule, which is not published, and its picture
 NOISE_SCHEDULE, SCHEDULE_PICTURE = "noise_schedule.safetensors", "noise_schedule.png"
+LIKELIHOOD, LIKELIHOOD_TABLE, SCHEDULE_FIGURE, VARIANCE_FIGURE, TRAINING_FIGURE = (
+    f"evaluation/{name}"
+    for name in ("likelihood.json", "likelihood.md", SCHEDULE_PICTURE, "loss_variance.png", "bits_per_dim.png")
+)
 FACTS = (RUN, SCHEDULE_PICTURE, EVALUATION, TABLE, CURVES, GRID)
 FACTS += (LIKELIHOOD, LIKELIHOOD_TABLE, SCHEDULE_FIGURE, VARIANCE_FIGURE, TRAINING_FIGURE)
 # The settings of the run, which are published from run.json: those of the run's folder have local paths.

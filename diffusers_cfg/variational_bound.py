@@ -17,14 +17,16 @@ def bits_per_dim(shape: torch.Size | tuple[int, ...]) -> float:
     return 1 / (math.prod(shape) * math.log(2))
 
 
-def like(values: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-    """Return one value for each sample, in a shape that broadcasts against x `(batch, …)`."""
-    return values.view(-1, *(1,) * (x.ndim - 1))
+def alpha_sigma(gamma: torch.Tensor, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return α and σ at γ `(batch,)`, in a shape that broadcasts against x `(batch, …)`."""
+    alpha, sigma = (square.sqrt().view(-1, *(1,) * (x.ndim - 1)) for square in ((-gamma).sigmoid(), gamma.sigmoid()))
+    return alpha, sigma
 
 
 def diffuse(x: torch.Tensor, noise: torch.Tensor, gamma: torch.Tensor) -> torch.Tensor:
     """Return z = αx + σε at γ `(batch,)`, in the shape of x."""
-    return like((-gamma).sigmoid().sqrt(), x) * x + like(gamma.sigmoid().sqrt(), x) * noise
+    alpha, sigma = alpha_sigma(gamma, x)
+    return alpha * x + sigma * noise
 
 
 def prior_term(x: torch.Tensor, gamma_1: torch.Tensor) -> torch.Tensor:
@@ -64,7 +66,7 @@ def noise_error(
         x, noise (`torch.Tensor` of the same shape): images, and ε.
         gamma (`torch.Tensor` of shape `(batch,)`): γ.
     """
-    alpha, sigma = like((-gamma).sigmoid().sqrt(), x), like(gamma.sigmoid().sqrt(), x)
+    alpha, sigma = alpha_sigma(gamma, x)
     # Not from ε̂, which cancels at one end of the process: ε - ε̂ = α (v - v̂) = -(α/σ) (x - x̂)
     target, factor = {
         "epsilon": (noise, torch.ones_like(gamma)),

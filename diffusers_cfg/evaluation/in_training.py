@@ -14,7 +14,7 @@ from diffusers_cfg.data.datasets import StreamedImages, training_dataset
 from diffusers_cfg.data.sources import load_held_out_images
 from diffusers_cfg.evaluation.class_labels import balanced_class_labels, classes_of
 from diffusers_cfg.evaluation.features import SMALL, pretrained_extractor
-from diffusers_cfg.evaluation.likelihood import ImageTerms, estimate, has_null_class
+from diffusers_cfg.evaluation.likelihood import PARTS, ImageTerms, estimate, has_null_class
 from diffusers_cfg.evaluation.likelihood_data import random_part
 from diffusers_cfg.evaluation.likelihood_summary import bounds
 from diffusers_cfg.evaluation.measure import measure
@@ -27,7 +27,6 @@ from diffusers_cfg.variational_bound import bits_per_dim
 
 # K of the likelihood, with which its standard error is mostly that over images.
 TIMES_PER_IMAGE = 8
-PARTS = ("bits_per_dim", "prior", "reconstruction", "diffusion")
 
 
 class SampledMethod(Protocol):
@@ -124,12 +123,12 @@ def likelihood_evaluation(
                 null_class=has_null_class(pipeline),
             )
             own.append(terms)
-        terms = ImageTerms(*map(torch.cat, zip(*gather_object(own), strict=True)))
+        terms = ImageTerms.concatenate(gather_object(own))
         if accelerator.is_main_process:
             found = bounds(terms, class_labels, bits_per_dim(pipeline.image_shape))
             for bound, suffix in (("conditional", ""), ("null", "_null")):
                 if bound in found:
-                    metrics |= {f"validation/{part}{suffix}": found[bound][part] for part in PARTS}
+                    metrics |= {f"validation/{part}{suffix}": found[bound][part] for part in ("bits_per_dim", *PARTS)}
         return metrics
 
     return evaluate

@@ -2,8 +2,8 @@
 arXiv 2107.00630, sections 3 and 4). The seed and an image's index determine the image's random numbers.
 """
 
-from collections.abc import Callable
-from typing import NamedTuple
+from collections.abc import Callable, Iterable
+from typing import NamedTuple, Self
 
 import torch
 
@@ -25,6 +25,8 @@ from diffusers_cfg.variational_bound import (
 
 # By how much the ends of a schedule may differ from those of a process, in units of γ: rounding to float32.
 END_TOLERANCE = 1e-4
+# The names of the terms in reports.
+PARTS = ("prior", "reconstruction", "diffusion")
 
 
 class ImageTerms(NamedTuple):
@@ -38,6 +40,11 @@ class ImageTerms(NamedTuple):
     diffusion: torch.Tensor  # (images, 2); NaN for an unlabelled image, or without the null class
     gamma: torch.Tensor  # (images, times): the noise levels at which the network was evaluated
     error: torch.Tensor  # (images, times, 2): ‖ε - ε̂‖²
+
+    @classmethod
+    def concatenate(cls, parts: Iterable[Self]) -> Self:
+        """Return the terms of several groups of images as one."""
+        return cls(*map(torch.cat, zip(*parts, strict=True)))
 
     @property
     def given_class(self) -> torch.Tensor:
@@ -154,7 +161,7 @@ def estimate(
         diffusion = (weight[..., None] * error).mean(1)
         prior = prior_term(x, gamma_1).double().cpu()
         parts.append(ImageTerms(prior, torch.cat(reconstruction).double().cpu(), diffusion, gamma, error))
-    return ImageTerms(*map(torch.cat, zip(*parts, strict=True)))
+    return ImageTerms.concatenate(parts)
 
 
 def noise_levels(

@@ -9,10 +9,12 @@ import torch
 from accelerate import Accelerator
 
 from diffusers_cfg import CFGPipeline
-from diffusers_cfg.evaluation.likelihood_run import TERMS, TermSet, run_likelihood
+from diffusers_cfg.evaluation.likelihood import PARTS
+from diffusers_cfg.evaluation.likelihood_reports import with_error
+from diffusers_cfg.evaluation.likelihood_run import TermSet, run_likelihood, term_folder
+from diffusers_cfg.evaluation.likelihood_summary import standard_error
 from diffusers_cfg.evaluation.loss_variance import LEAST
 from diffusers_cfg.evaluation.reports import (
-    INTERVAL,
     caption,
     cell,
     new_figure,
@@ -27,8 +29,6 @@ from diffusers_cfg.evaluation.sweep import check_folders, check_sampling, output
 from diffusers_cfg.settings import TrainConfig, VDMConfig
 from diffusers_cfg.variational_bound import bits_per_dim
 
-# The terms of the bound.
-PARTS = ("prior", "reconstruction", "diffusion")
 # The metrics of samples in the table.
 QUALITY = ("frechet_distance", "class_accuracy")
 TITLE = "bits/dim of p(x\\|c)"
@@ -149,18 +149,18 @@ def measure(evaluation: Evaluation, accelerator: Accelerator) -> Measurement | N
 
 def bits_of(config: LikelihoodConfig, record: dict[str, Any]) -> dict[str, torch.Tensor]:
     """Return the terms and the bounds of each image in bits/dim, from the files of an evaluation and its record."""
-    folder = output_folder(config) / TERMS / "T=inf"
-    nats = TermSet(folder, torch.zeros(record["num_images"]), config.times_per_image).load_all()
-    bits = bits_per_dim(record["image_shape"])
-    rest, diffusion = bits * (nats.prior + nats.reconstruction), bits * nats.diffusion
-    labelled = ~nats.diffusion[:, 0].isnan()
-    return {
-        "conditional": (rest + diffusion[:, 0])[labelled],
-        "prior": bits * nats.prior,
-        "reconstruction": bits * nats.reconstruction,
-        "diffusion": diffusion[labelled, 0],
-        **({"null": rest + diffusion[:, 1]} if "null" in record["results"][0] else {}),
+    nats = TermSet(term_folder(output_folder(config), 0), record["num_images"]).load_all()
+    labelled = ~nats.given_class.isnan()
+    values = {
+        "conditional": nats.given_class[labelled],
+        "prior": nats.prior,
+        "reconstruction": nats.reconstruction,
+        "diffusion": nats.diffusion[labelled, 0],
     }
+    if "null" in record["results"][0]:
+        values["null"] = nats.prior + nats.reconstruction + nats.diffusion[:, 1]
+    bits = bits_per_dim(record["image_shape"])
+    return {name: bits * value for name, value in values.items()}
 
 
 def write_ablation(measurements: list[Measurement], likelihood: LikelihoodConfig, output_dir: Path) -> str:
@@ -185,11 +185,6 @@ def write_ablation(measurements: list[Measurement], likelihood: LikelihoodConfig
     return "\n".join(tables.values())
 
 
-def standard_error(values: torch.Tensor) -> float:
-    """Return the standard error of the mean of some values, 0 for one value."""
-    return (values.std() / len(values) ** 0.5).item() if len(values) > 1 else 0.0
-
-
 def by_variant(measurements: list[Measurement]) -> dict[str, list[Measurement]]:
     """Return the measurements of each variant, in the order of the variants."""
     variants: dict[str, list[Measurement]] = {}
@@ -211,10 +206,10 @@ def bound(runs: list[Measurement], name: str) -> str:
     if any(name not in run.terms for run in runs):
         return ""
     means = [run.terms[name].mean().item() for run in runs]
-    return spread(means) if len(runs) > 1 else f"{means[0]:.3f} ± {standard_error(runs[0].terms[name]):.3f}"
+    return spread(means) if len(runs) > 1 else with_error(means[0], standard_error(runs[0].terms[name]))
 
 
-def paired_difference(runs: list[Measurement], others: list[Measurement]) -> tuple[float, float] | None:
+def paired_difference(runs: list[Measurement], others: list[Measurement]) -> tuple[float, float | None] | None:
     """
     Return by how much the bound of p(x|c) of a variant is above that of another, over the same held-out images and the
     seeds that both have, and the standard error over images. Return `None` if they share no seed.
@@ -242,7 +237,7 @@ def likelihood_table(measurements: list[Measurement], times_per_image: int) -> s
         bounds.append(
             [
                 *(variant, str(len(runs)), bound(runs, "conditional")),
-                "" if difference is None else f"{difference[0]:+.3f} ± {difference[1]:.3f}",
+                "" if difference is None else with_error(*difference, sign="+"),
                 *(spread([run.terms[part].mean().item() for run in runs]) for part in PARTS),
                 *(bound(runs, "null"), spread(gaps)),
                 *(spread([run.ends[end] for run in runs], 2) for end in (0, 1)),
@@ -298,13 +293,8 @@ def quality_table(measurements: list[Measurement]) -> str:
 
 
 def metric_cell(rows: list[dict[str, Any]], metric: str) -> str:
-    """Format a metric of samples: with one seed ± a 95 % interval, with several ± its spread over seeds."""
-    if any(metric not in row for row in rows):
-        return ""
-    if len(rows) > 1:
-        return spread([row[metric] for row in rows])
-    error = rows[0].get(f"{metric}_error")
-    return f"{rows[0][metric]:.3f}" + ("" if error is None else f" ± {INTERVAL * error:.3f}")
+    """Format a metric of samples: with one seed as in `cell`, with several ± its spread over seeds."""
+    return cell(rows[0], metric) if len(rows) == 1 else spread([row[metric] for row in rows if metric in row])
 
 
 def plot_bounds(measurements: list[Measurement], path: Path) -> None:

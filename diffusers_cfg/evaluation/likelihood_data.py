@@ -16,7 +16,7 @@ from diffusers_cfg.data.images import ImageSubset, LabelledImages, require_8_bit
 from diffusers_cfg.data.labels import listed
 from diffusers_cfg.data.naming import local_name
 from diffusers_cfg.data.sources import load_all_images, load_labelled_images, split_names
-from diffusers_cfg.evaluation.records import data_config, recorded_data
+from diffusers_cfg.evaluation.records import data_config, names_data, recorded_data
 from diffusers_cfg.evaluation.settings import MAX_IMAGES, LikelihoodConfig
 from diffusers_cfg.randomness import seeded_generator
 from diffusers_cfg.settings import DataConfig, data_source
@@ -181,11 +181,6 @@ def images_of_run(config: LikelihoodConfig, given: dict[str, Any], pipeline: CFG
     settings = data_config(model, {**given, "dataset_split": split}, pipeline)
     images = load_labelled_images(settings, needs_labels=False)
     return Chosen(images, training_images(trained, recorded), settings, f"split {split}")
-
-
-def names_data(settings: dict[str, Any]) -> bool:
-    """Return whether settings name a dataset or a folder."""
-    return "dataset_name" in settings or "train_data_dir" in settings
 
 
 def held_out_split(config: DataConfig) -> str | None:

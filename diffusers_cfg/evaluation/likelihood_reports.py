@@ -7,6 +7,7 @@ from typing import Any
 from matplotlib.ticker import ScalarFormatter
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from diffusers_cfg.evaluation.likelihood import PARTS
 from diffusers_cfg.evaluation.reports import LIKELIHOOD_FILE, new_figure, save_figure, table, write_json, write_text
 
 VARIANCE_FIGURE, TRAINING_FIGURE = "loss_variance.png", "bits_per_dim.png"
@@ -28,20 +29,21 @@ def steps_text(steps: int) -> str:
     return str(steps) if steps else "∞"
 
 
+def with_error(value: float, error: float | None, sign: str = "") -> str:
+    """Format a value and its standard error, if any; `sign="+"` also shows the sign of positive values."""
+    return f"{value:{sign}.3f}" + ("" if error is None else f" ± {error:.3f}")
+
+
 def cell(figures: dict[str, Any] | None) -> str:
     """Format a bound and its standard error."""
-    if figures is None:
-        return ""
-    error = figures["bits_per_dim_error"]
-    return f"{figures['bits_per_dim']:.3f}" + (f" ± {error:.3f}" if error is not None else "")
+    return "" if figures is None else with_error(figures["bits_per_dim"], figures["bits_per_dim_error"])
 
 
 def likelihood_table(record: dict[str, Any]) -> str:
     """Return the tables of a likelihood evaluation in Markdown, and how they were measured."""
     results = record["results"]
     names = {name: title for name, title in BOUNDS.items() if any(name in row for row in results)}
-    parts = ("prior", "reconstruction", "diffusion")
-    header = ["T", *names.values(), *parts[:2]]
+    header = ["T", *names.values(), *PARTS[:2]]
     header += [f"diffusion, {'c' if name == 'conditional' else '∅'}" for name in names if name != "labels"]
     rows = []
     for row in results:
@@ -49,7 +51,7 @@ def likelihood_table(record: dict[str, Any]) -> str:
         diffusion = [f"{row[name]['diffusion']:.3f}" for name in names if name != "labels"]
         values = [cell(row.get(name)) for name in names]
         evaluations = f"{row['network_evaluations']:,}"
-        first = [f"{shown[part]:.3f}" for part in parts[:2]]
+        first = [f"{shown[part]:.3f}" for part in PARTS[:2]]
         rows.append([steps_text(row["diffusion_steps"]), *values, *first, *diffusion, evaluations])
     sections = [table([*header, "network evaluations"], rows), caption(record)]
     if record["by_class"]:

@@ -33,11 +33,11 @@ from diffusers_cfg.evaluation.loss_variance import variances
 from diffusers_cfg.evaluation.records import noise_process, recorded_data
 from diffusers_cfg.evaluation.sample_sets import claimed
 from diffusers_cfg.evaluation.sampling import check_call, load_model
-from diffusers_cfg.evaluation.schedule_figures import SCHEDULE_FIGURE, plot_schedules, plot_variance, schedules_between
+from diffusers_cfg.evaluation.schedule_figures import plot_schedules, plot_variance, schedules_between
 from diffusers_cfg.evaluation.settings import LikelihoodConfig
 from diffusers_cfg.evaluation.sweep import check_folders, output_folder
 from diffusers_cfg.files import atomic_write, digest, read_safetensors
-from diffusers_cfg.model_files import NOISE_SCHEDULE
+from diffusers_cfg.model_files import NOISE_SCHEDULE, SCHEDULE_PICTURE
 from diffusers_cfg.noise_schedule import NoiseSchedule, Schedule, linear
 from diffusers_cfg.variational_bound import bits_per_dim
 
@@ -55,30 +55,27 @@ class TermSet:
 
     Args:
         folder (`Path`): the folder of the shards.
-        class_labels (`torch.Tensor` of shape `(images,)`): the classes of the images. A set of fewer images can reuse
-            the full shards of a larger one.
-        times_per_image (`int`): K.
+        num_images (`int`): the number of images. A smaller set can reuse the shards of a larger one.
     """
 
-    def __init__(self, folder: Path, class_labels: torch.Tensor, times_per_image: int) -> None:
-        self.folder, self.class_labels, self.times_per_image = folder, class_labels, times_per_image
-        self.shards = [*torch.arange(len(class_labels)).split(SHARD_SIZE)]
+    def __init__(self, folder: Path, num_images: int) -> None:
+        self.folder, self.shards = folder, [*torch.arange(num_images).split(SHARD_SIZE)]
 
     def path(self, shard: torch.Tensor) -> Path:
         """Return the path of a shard, which is given by the indices of its images."""
         return self.folder / f"shard-{int(shard[0]) // SHARD_SIZE:05}.npz"
 
-    def has(self, shard: torch.Tensor) -> bool:
-        """Return whether a shard exists, is intact, and has the terms of these images."""
+    def has(self, shard: torch.Tensor, class_labels: torch.Tensor, times_per_image: int) -> bool:
+        """Return whether a shard exists, is intact, and has as many times and the same labelled images."""
         if not self.path(shard).is_file():
             return False
         try:
-            terms, labels = self.load(shard), self.class_labels[shard]
-            shape, expected = terms.error.shape, (len(shard), self.times_per_image, 2)
+            terms = self.load(shard)
+            shape, expected = terms.error.shape, (len(shard), times_per_image, 2)
         except Exception as error:  # a damaged file raises exceptions of many types
             logger.warning("%s is damaged (%s) and computed again.", self.path(shard), error)
             return False
-        is_labelled = torch.equal(terms.diffusion[:, 0].isnan(), labels < 0)
+        is_labelled = torch.equal(terms.diffusion[:, 0].isnan(), class_labels < 0)
         return shape == expected and is_labelled and bool(terms.prior.isfinite().all())
 
     def save(self, shard: torch.Tensor, terms: ImageTerms) -> None:
@@ -93,7 +90,12 @@ class TermSet:
 
     def load_all(self) -> ImageTerms:
         """Read all shards."""
-        return ImageTerms(*map(torch.cat, zip(*map(self.load, self.shards), strict=True)))
+        return ImageTerms.concatenate(map(self.load, self.shards))
+
+
+def term_folder(output_dir: Path, steps: int) -> Path:
+    """Return the folder of the terms with T steps in an output folder; 0 is continuous time."""
+    return output_dir / TERMS / f"T={steps or 'inf'}"
 
 
 def run_likelihood(config: LikelihoodConfig, accelerator: Accelerator) -> dict[str, Any]:
@@ -137,10 +139,7 @@ def run_likelihood(config: LikelihoodConfig, accelerator: Accelerator) -> dict[s
     with claimed(output_dir / TERMS, {**measured, **contents}, accelerator):
         # Finite numbers of steps first
         order = sorted(config.diffusion_steps, key=lambda steps: steps or float("inf"))
-        folders = {steps: output_dir / TERMS / f"T={steps or 'inf'}" for steps in order}
-        sets = {
-            steps: TermSet(folder, images.class_labels, config.times_per_image) for steps, folder in folders.items()
-        }
+        sets = {steps: TermSet(term_folder(output_dir, steps), len(images.class_labels)) for steps in order}
         estimate_sets(config, accelerator, pipeline, schedule, images, sets)
         if not accelerator.is_main_process:
             return {}
@@ -154,7 +153,7 @@ def run_likelihood(config: LikelihoodConfig, accelerator: Accelerator) -> dict[s
             **summarize(terms, images.class_labels, images.class_log_probs, pipeline.id2label, shape),
         }
         schedules = schedules_between(ends, learned if learned is not None and are_same(ends, learned.ends()) else None)
-        plot_schedules(schedules, output_dir / SCHEDULE_FIGURE)
+        plot_schedules(schedules, output_dir / SCHEDULE_PICTURE)
         if 0 in terms:
             moments = error_moments(terms[0], images.class_labels, ends)
             record["variance"] = variances(moments, schedules, bits_per_dim(shape))
@@ -245,7 +244,12 @@ def estimate_sets(
         sets (`dict[int, TermSet]`): the terms by the number of steps.
     """
     accelerator.wait_for_everyone()  # so that all processes find the same shards missing
-    missing = [(steps, shard) for steps, terms in sets.items() for shard in terms.shards if not terms.has(shard)]
+    missing = [
+        (steps, shard)
+        for steps, terms in sets.items()
+        for shard in terms.shards
+        if not terms.has(shard, images.class_labels[shard], config.times_per_image)
+    ]
     accelerator.wait_for_everyone()
     assigned = missing[accelerator.process_index :: accelerator.num_processes]
     labelled, null_class = images.class_labels >= 0, has_null_class(pipeline)

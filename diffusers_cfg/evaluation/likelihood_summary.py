@@ -10,12 +10,21 @@ from diffusers_cfg.evaluation.loss_variance import ErrorMoments
 from diffusers_cfg.variational_bound import bits_per_dim
 
 
+def standard_error(values: torch.Tensor) -> float | None:
+    """Return the standard error of the mean of some values, `None` for one value."""
+    return (values.std() / len(values) ** 0.5).item() if len(values) > 1 else None
+
+
 def figures(parts: Mapping[str, torch.Tensor]) -> dict[str, Any]:
     """Return the mean of each part and of their sum, and the standard error of the sum (`None` for one image)."""
     total = torch.stack([*parts.values()]).sum(0)
-    error = (total.std() / len(total) ** 0.5).item() if len(total) > 1 else None
     means = {name: values.mean().item() for name, values in parts.items()}
-    return {"bits_per_dim": total.mean().item(), "bits_per_dim_error": error, **means, "num_images": len(total)}
+    return {
+        "bits_per_dim": total.mean().item(),
+        "bits_per_dim_error": standard_error(total),
+        **means,
+        "num_images": len(total),
+    }
 
 
 def bounds(

@@ -39,6 +39,11 @@ def recorded_data(model: str, pipeline: CFGPipeline) -> dict[str, Any] | None:
     return {name: value for name, value in known.items() if name in names}
 
 
+def names_data(settings: Mapping[str, Any]) -> bool:
+    """Return whether settings name a dataset or a folder."""
+    return "dataset_name" in settings or "train_data_dir" in settings
+
+
 def data_config(model: str, given: Mapping[str, Any], pipeline: CFGPipeline) -> DataConfig:
     """
     Return the settings of the data of a model: those of its training run, unless others are given.
@@ -57,13 +62,12 @@ def data_config(model: str, given: Mapping[str, Any], pipeline: CFGPipeline) -> 
         UserError: if the training data is unknown, or a setting is wrong.
     """
     recorded = recorded_data(model, pipeline)
-    names_data = "dataset_name" in given or "train_data_dir" in given
-    if recorded is None and not names_data:
+    if recorded is None and not names_data(given):
         raise UserError(
             f"The training data of {model} is unknown or not public. Pass --dataset_name or --train_data_dir."
         )
     recorded = recorded or {}
-    settings = {**({} if names_data else recorded), **given}
+    settings = {**({} if names_data(given) else recorded), **given}
     is_same = data_source(settings) == data_source(recorded)
     settings["train_val_split"] = recorded.get("train_val_split", 0.0) if is_same else 0.0
     return DataConfig(**{**settings, "resolution": pipeline.image_shape[1], "streaming": False})

@@ -9,7 +9,6 @@ from diffusers_cfg.evaluation.loss_variance import ErrorMoments
 from diffusers_cfg.evaluation.reports import new_figure, save_figure
 from diffusers_cfg.noise_schedule import SHAPES, Schedule
 
-SCHEDULE_FIGURE = "noise_schedule.png"
 LEARNED = "learned"
 # How a schedule is drawn, apart from dashed.
 LINES = {LEARNED: "k-"}
