@@ -17,10 +17,14 @@ def bits_per_dim(shape: torch.Size | tuple[int, ...]) -> float:
     return 1 / (math.prod(shape) * math.log(2))
 
 
+def like(values: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    """Return one value for each sample, in a shape that broadcasts against x `(batch, …)`."""
+    return values.view(-1, *(1,) * (x.ndim - 1))
+
+
 def alpha_sigma(gamma: torch.Tensor, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Return α and σ at γ `(batch,)`, in a shape that broadcasts against x `(batch, …)`."""
-    alpha, sigma = (square.sqrt().view(-1, *(1,) * (x.ndim - 1)) for square in ((-gamma).sigmoid(), gamma.sigmoid()))
-    return alpha, sigma
+    return like((-gamma).sigmoid().sqrt(), x), like(gamma.sigmoid().sqrt(), x)
 
 
 def diffuse(x: torch.Tensor, noise: torch.Tensor, gamma: torch.Tensor) -> torch.Tensor:
