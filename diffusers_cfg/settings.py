@@ -249,7 +249,9 @@ class VDMConfig(CFGConfig):
     }
 
     noise_schedule: Literal["learned", "linear", "fixed"] = fixed(
-        "learned", "Learn the ends and the shape of the schedule, the ends of a linear one, or nothing (linear)."
+        "learned",
+        "What is learned of γ(t) = -log SNR. learned: its ends and its shape; linear: its ends; fixed: nothing, and it is "
+        "linear.",
     )
     log_snr_min: float = fixed(
         -5.0, "Log-SNR λ_min at the noisy end of the noise process, at the start of the run.", at_least=-60, at_most=60
@@ -269,8 +271,8 @@ class VDMConfig(CFGConfig):
     )
     loss_weighting: Literal["bound", "sigmoid", "simple"] = fixed(
         "bound",
-        "Weight of ‖ε - ε̂‖² over the log-SNR λ: that of the bound, times sigmoid(2 - λ), or equal for all steps of "
-        "train_cfg.py's process.",
+        "Weight of ‖ε - ε̂‖² over the log-SNR λ. bound: the likelihood's; sigmoid: the bound's times sigmoid(2 - λ); "
+        "simple: equal at all steps of train_cfg.py's process.",
     )
     adam_beta2: float = recorded(0.99, "β2 of AdamW, the decay rate of the second moment.", at_least=0, below=1)
     adam_weight_decay: float = recorded(0.01, "Weight decay of AdamW, for the network only.", at_least=0)
@@ -287,13 +289,13 @@ class VDMConfig(CFGConfig):
         super().check()
         if self.random_flip:
             raise UserError(
-                "--random_flip trains on another distribution than that of the images, so its loss is no likelihood of "
-                "them. Leave it out."
+                "--random_flip changes the distribution of the images, so the loss would not be their likelihood. Leave "
+                "it out."
             )
         if self.pretrained_vae_model_name_or_path is not None:
             raise UserError(
-                "--pretrained_vae_model_name_or_path: a likelihood of latents is none of images. Leave it out, or use "
-                "train_cfg.py."
+                "--pretrained_vae_model_name_or_path: the likelihood of latents is not that of the images. Leave it "
+                "out, or use train_cfg.py."
             )
         if self.log_snr_max - self.log_snr_min < 1:
             raise UserError(

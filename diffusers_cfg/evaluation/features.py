@@ -115,6 +115,7 @@ def small_classifier(dataset: Dataset, data_name: str, id2label: dict[int, str],
         classifier = SmallClassifier(resolution, id2label)
     path = folder / f"classifier-{data_name}.safetensors"
     if not load_classifier(classifier, path):
+        logger.info("Training the classifier of the dataset, once: it is kept in %s", folder)
         classifier.accuracy = train_classifier(classifier, dataset)
         write_safetensors(classifier.state_dict(), {"accuracy": str(classifier.accuracy)}, path)
     classifier.name = f"{SMALL}-{digest(classifier.state_dict())}"
