@@ -250,8 +250,8 @@ class VDMConfig(CFGConfig):
 
     noise_schedule: Literal["learned", "linear", "fixed"] = fixed(
         "learned",
-        "What is learned of γ(t) = -log SNR. learned: its ends and its shape; linear: its ends; fixed: nothing, and it is "
-        "linear.",
+        "What is learned of γ(t) = -log SNR. learned: its ends and its shape; linear: its ends; fixed: nothing, and "
+        "it is linear.",
     )
     log_snr_min: float = fixed(
         -5.0, "Log-SNR λ_min at the noisy end of the noise process, at the start of the run.", at_least=-60, at_most=60
@@ -289,8 +289,8 @@ class VDMConfig(CFGConfig):
         super().check()
         if self.random_flip:
             raise UserError(
-                "--random_flip changes the distribution of the images, so the loss would not be their likelihood. Leave "
-                "it out."
+                "--random_flip changes the distribution of the images, so the loss would not be their likelihood. "
+                "Leave it out."
             )
         if self.pretrained_vae_model_name_or_path is not None:
             raise UserError(
