@@ -100,7 +100,10 @@ def choose_scheduler(name: str, pipeline: CFGPipeline) -> SchedulerMixin:
 
 def make_scheduler(name: str, scheduler: SchedulerMixin, **settings: Any) -> SchedulerMixin:
     """Create a scheduler, a class of diffusers or `LogSNRScheduler`, for the noise process of a given scheduler."""
-    created = getattr(diffusers, name, LogSNRScheduler).from_config(scheduler.config, **settings)
+    scheduler_class = getattr(diffusers, name, LogSNRScheduler)
+    if isinstance(scheduler, LogSNRScheduler):  # without a warning about its own settings
+        scheduler = scheduler.solver(scheduler_class)
+    created = scheduler_class.from_config(scheduler.config, **settings)
     assert isinstance(created, SchedulerMixin)
     return created
 
