@@ -262,7 +262,8 @@ def likelihood_table(measurements: list[Measurement], times_per_image: int) -> s
         f"{several}\n\n"
         f"{table(['variant', *shapes, LEAST, f'linear / {LEARNED}'], variances)}\n\n"
         "Variance in (bits/dim)² of the diffusion term of one image at one time, under each shape of γ(t) between the "
-        f"ends of the bound; {LEARNED} is the shape that the model was trained with.\n"
+        f"ends of the bound; {LEARNED} is the shape that the model was trained with, which a weighted loss fits to the "
+        "variance of that loss.\n"
     )
 
 
