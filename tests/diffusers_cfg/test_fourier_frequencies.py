@@ -76,7 +76,7 @@ def test_saved_pipeline_draws_the_same_images(tmp_path, remote_code):
         loaded = CFGPipeline.from_pretrained(tmp_path)
     loaded.set_progress_bar_config(disable=True)
     assert loaded.unet.config.fourier_frequencies == FREQUENCIES
-    images = [p([0, 1], 1.0, generator=generators(0, 1), output_type="pt").images for p in (pipeline, loaded)]
+    images: Any = [p([0, 1], 1.0, generator=generators(0, 1), output_type="pt").images for p in (pipeline, loaded)]
     assert_same_draws(images[1], images[0], pipeline, 1.0, 4)
     # diffusers' own class does not know the setting, and says that the shapes differ.
     with pytest.raises((ValueError, RuntimeError), match="conv_in"):
