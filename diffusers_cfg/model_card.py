@@ -309,7 +309,7 @@ def training_section(
     index: dict[str, Any], unet: dict[str, Any], scheduler: dict[str, Any], run: dict[str, Any]
 ) -> str:
     """Return a table of facts about the training run."""
-    seconds, precision = run.get("seconds"), run.get("mixed_precision")
+    seconds, precision, method = run.get("seconds"), run.get("mixed_precision"), run.get("method", {})
     duration = None
     if seconds is not None:
         duration = f"{seconds / 3600:.1f} h" if seconds > 5400 else f"{seconds / 60:.0f} min"
@@ -322,7 +322,9 @@ def training_section(
         "pretrained model": run.get("base_model"),
         "label dropout p_uncond": index.get("conditioning_dropout_prob"),
         "prediction type": scheduler.get("prediction_type"),
-        "log-SNR λ": f"{low:g} … {high:g}" if low is not None else None,
+        "noise schedule": method.get("noise_schedule"),
+        "loss weighting": method.get("loss_weighting"),
+        "log-SNR λ": f"{low:.4g} … {high:.4g}" if low is not None else None,
         "sampler": f"{index['scheduler'][1]}, {steps} steps by default" if steps else None,
         "parameters": f"{run['num_parameters'] / 1e6:.1f} M" if "num_parameters" in run else None,
         "channels": ", ".join(map(str, unet["block_out_channels"])),

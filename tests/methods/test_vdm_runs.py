@@ -183,6 +183,9 @@ def test_published_model_is_loaded(hub, monkeypatch, tmp_path):
     assert json.loads(files["scheduler/scheduler_config.json"]) == scheduler_config(tmp_path / "out")
     assert scheduler_config(tmp_path / "out")["log_snr_schedule"] == "linear"
     assert not any("optimizer" in name or "checkpoint" in name for name in files)
+    card = files["README.md"].decode()
+    assert "class-conditional [variational diffusion model]" in card
+    assert "| noise schedule | learned |\n| loss weighting | bound |" in card
     published = CFGPipeline.from_pretrained("me/vdm")
     for name, data in files.items():
         path = tmp_path / "copy" / name
