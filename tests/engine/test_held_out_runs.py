@@ -12,9 +12,9 @@ from diffusers_cfg.config import UserError
 from diffusers_cfg.data import datasets
 from diffusers_cfg.data.datasets import CachedImages, fingerprint
 from diffusers_cfg.evaluation.sweep import load_data
-from tests.support.runs import WEIGHTS, assert_same_tensors, train
+from tests.support.runs import ONE_LEVEL, WEIGHTS, assert_same_tensors, train
 
-SPLIT = ["--train_val_split", "0.25"]
+SPLIT = [*ONE_LEVEL, "--train_val_split", "0.25"]
 
 
 @pytest.fixture(scope="module")
@@ -51,7 +51,7 @@ def test_a_resumed_run_cannot_change_the_split(model, tmp_path):
     resumed = tmp_path / "out"
     shutil.copytree(model / "checkpoint-2", resumed / "checkpoint-2")
     with pytest.raises(UserError, match="--train_val_split was 0.25 and is 0.0"):
-        train(resumed, "--resume_from_checkpoint", "latest")
+        train(resumed, *ONE_LEVEL, "--resume_from_checkpoint", "latest")
     train(resumed, *SPLIT, "--resume_from_checkpoint", "latest")
     assert_same_tensors(model / "unet" / WEIGHTS, resumed / "unet" / WEIGHTS)
 

@@ -86,11 +86,11 @@ def test_bound_of_the_exact_denoiser_of_discrete_pixels_is_their_entropy(predict
     scheduler = vdm(prediction_type, (-15.0, 8.0)).scheduler
     model = GaussianMixtureModel(scheduler, levels, torch.zeros(3), torch.tensor([0, 0, 1]), probs)
     pipeline = CFGPipeline(model, scheduler)  # pyright: ignore[reportArgumentType]  (in place of a U-Net)
-    k = torch.tensor([0] * 20 + [1] * 50 + [2] * 30).repeat(20)
+    k = torch.tensor([0] * 20 + [1] * 50 + [2] * 30).repeat(10)
     images, labels = ((levels[k] + 1) * 127.5).round().to(torch.uint8), torch.tensor([0, 0, 1])[k]
     found = {}
     for steps in (10, 100, 1000, 0):
-        terms = estimate(pipeline, images, labels, diffusion_steps=steps, times_per_image=100, batch_size=50_000)
+        terms = estimate(pipeline, images, labels, diffusion_steps=steps, times_per_image=50, batch_size=50_000)
         found[steps] = (terms.prior + terms.reconstruction)[:, None] + terms.diffusion
     joint, given_class = -(probs * probs.log()).sum(), -(0.2 * math.log(2 / 7) + 0.5 * math.log(5 / 7))
     difference = found[0].mean(0) - torch.tensor([given_class, joint])

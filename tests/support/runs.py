@@ -26,6 +26,7 @@ WEIGHTS = "diffusion_pytorch_model.safetensors"
 NETWORK = ["--block_out_channels", "8", "16"]
 # After the flags of `TINY`: half the time, for tests of what does not depend on the network
 ONE_LEVEL = ["--block_out_channels", "8"]
+SMALLEST = [*ONE_LEVEL, "--layers_per_block", "1", "--attention_resolutions", "0"]
 SHARED = [
     "--train_batch_size", "8", "--max_train_steps", "4", "--lr_warmup_steps", "1",
     "--learning_rate", "1e-3", "--checkpointing_steps", "2", "--validation_steps", "0", "--num_inference_steps", "2",
@@ -62,9 +63,7 @@ def train(
 
 def train_vdm(output_dir: Path, *argv: str, preemption: Preemption | None = None) -> VDMConfig:
     """Train a variational diffusion model with a network of one level without attention, with `train`."""
-    network = [] if "--pretrained_model_name_or_path" in argv else [*ONE_LEVEL, "--layers_per_block", "1"]
-    if network:
-        network += ["--attention_resolutions", "0"]
+    network = [] if "--pretrained_model_name_or_path" in argv else SMALLEST
     config = train(
         output_dir, *network, *argv, method=VariationalDiffusion, config_class=VDMConfig, preemption=preemption
     )

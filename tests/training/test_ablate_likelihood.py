@@ -10,16 +10,15 @@ from diffusers_cfg.evaluation import features
 from diffusers_cfg.evaluation.settings import EvaluationConfig
 from diffusers_cfg.settings import CFGConfig, VDMConfig
 from tests.support.commands import load_command
-from tests.support.runs import ONE_LEVEL, SETTINGS, reset_accelerate
+from tests.support.runs import SETTINGS, SMALLEST, reset_accelerate
 
 ablate_likelihood = load_command("studies/ablate_likelihood")
-NETWORK = [*ONE_LEVEL, "--layers_per_block", "1", "--attention_resolutions", "0"]
 
 
 @pytest.fixture
 def argv(tmp_path) -> list[str]:
     flags = ["--output_dir", str(tmp_path / "out"), "--num_samples", "20", "--num_images", "20"]
-    return [*flags, "--times_per_image", "2", *SETTINGS, *NETWORK]
+    return [*flags, "--times_per_image", "2", *SETTINGS, *SMALLEST]
 
 
 def configs_of(argv: list[str]) -> dict[str, CFGConfig]:
