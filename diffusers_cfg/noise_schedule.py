@@ -118,8 +118,7 @@ def linear(gamma_0: float, gamma_1: float) -> Schedule:
     """Return the schedule that is linear in t, between two ends."""
 
     def gamma(times: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        rise = gamma_1 - gamma_0
-        return gamma_0 + rise * times, torch.full_like(times, rise, dtype=torch.float64)
+        return gamma_0 + (gamma_1 - gamma_0) * times, torch.full_like(times, gamma_1 - gamma_0)
 
     return _between(gamma, gamma_0, gamma_1)
 

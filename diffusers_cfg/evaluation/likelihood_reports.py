@@ -22,6 +22,11 @@ LOGGED = {
     "validation/bits_per_dim": "held out, p(x|c)",
     "validation/bits_per_dim_null": "held out, p(x) by the null class",
 }
+# What the table of the variance says.
+VARIANCE = (
+    "Variance of the diffusion term at one random time per image, in (bits per dimension)², if the noise schedule had "
+    "another shape between the same ends. Its mean, for T = ∞, is the same for all of them:"
+)
 
 
 def steps_text(steps: int) -> str:
@@ -66,12 +71,6 @@ def likelihood_table(record: dict[str, Any]) -> str:
         rows = [[name, f"{value:.4g}"] for name, value in record["variance"].items()]
         sections += [VARIANCE, table(["shape", "variance"], rows)]
     return "\n\n".join(sections) + "\n"
-
-
-VARIANCE = (
-    "Variance of the diffusion term at one random time per image, in (bits per dimension)², if the noise schedule had "
-    "another shape between the same ends. Its mean, for T = ∞, is the same for all of them:"
-)
 
 
 def caption(record: dict[str, Any]) -> str:

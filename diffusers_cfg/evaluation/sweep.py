@@ -19,7 +19,7 @@ from diffusers_cfg.data.sources import load_labelled_images
 from diffusers_cfg.evaluation.class_labels import choose_class_labels, classes_of
 from diffusers_cfg.evaluation.grids import make_grid
 from diffusers_cfg.evaluation.measure import measure, measure_floor
-from diffusers_cfg.evaluation.records import data_config, recorded_data
+from diffusers_cfg.evaluation.records import data_config, names_data, recorded_data
 from diffusers_cfg.evaluation.reports import LIKELIHOOD_FILE, METRICS_FILE, write_report
 from diffusers_cfg.evaluation.sample_sets import SETTINGS_FILE, SampleSet, claimed
 from diffusers_cfg.evaluation.sampling import (
@@ -185,7 +185,7 @@ def load_data(
     config = data_config(model, given, pipeline)
     images = load_labelled_images(config)
     channels, resolution, _ = pipeline.image_shape
-    is_other_data = "dataset_name" in given or "train_data_dir" in given
+    is_other_data = names_data(given)
 
     names = pipeline.id2label or images.id2label
     if len(images.id2label) != pipeline.unet.num_classes or names != images.id2label:

@@ -16,13 +16,13 @@ from diffusers_cfg import CFGPipeline, LogSNRScheduler
 from diffusers_cfg.config import UserError
 from diffusers_cfg.data.images import UNLABELLED, LabelledImages, require_8_bits, require_classes
 from diffusers_cfg.engine.method import Batch, Networks, Objective, Terms
+from diffusers_cfg.evaluation.records import noise_process
 from diffusers_cfg.evaluation.schedule_figures import plot_schedules, schedules_between
 from diffusers_cfg.methods.guided import GuidedMethod
 from diffusers_cfg.methods.networks import (
     build_unet,
     load_pretrained,
     new_pipeline,
-    noise_process,
     record_process,
     refuse_distilled,
 )

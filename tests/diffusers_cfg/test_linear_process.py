@@ -10,7 +10,8 @@ from diffusers import DiffusionPipeline, DPMSolverMultistepScheduler
 
 from diffusers_cfg import CFGPipeline, LogSNRScheduler
 from diffusers_cfg.evaluation.mixture import GaussianMixtureModel
-from diffusers_cfg.methods.networks import noise_process, record_process
+from diffusers_cfg.evaluation.records import noise_process
+from diffusers_cfg.methods.networks import record_process
 from tests.support.draws import assert_same_draws
 from tests.support.models import generators, make_pipeline, make_unet
 from tests.support.pixels import Pixel

@@ -11,7 +11,7 @@ import torch
 from diffusers import DDIMScheduler, DiffusionPipeline, DPMSolverMultistepScheduler, UNet2DModel
 
 from diffusers_cfg import CFGPipeline, LogSNRScheduler, UNet2DCFGModel
-from diffusers_cfg.methods.networks import noise_process
+from diffusers_cfg.evaluation.records import noise_process
 from tests.support.models import generators, make_pipeline, make_unet
 from tests.support.runs import train
 

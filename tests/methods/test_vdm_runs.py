@@ -14,8 +14,8 @@ from safetensors.torch import load_file
 
 from diffusers_cfg import CFGPipeline
 from diffusers_cfg.config import UserError
+from diffusers_cfg.evaluation.records import noise_process
 from diffusers_cfg.evaluation.sampling import make_scheduler
-from diffusers_cfg.methods.networks import noise_process
 from diffusers_cfg.methods.vdm import VariationalDiffusion
 from diffusers_cfg.noise_schedule import NoiseSchedule
 from tests.support.draws import assert_same_draws
@@ -58,28 +58,29 @@ def scheduler_config(folder: Path) -> dict[str, Any]:
     return json.loads((folder / "scheduler" / "scheduler_config.json").read_text())
 
 
-@pytest.mark.parametrize("remote_code", [False, True])
-def test_learned_ends_are_those_of_the_saved_pipeline(run, remote_code):
+def test_learned_ends_are_those_of_the_saved_pipeline(run):
     gamma_0, gamma_1 = (load_file(run / SCHEDULE)[name].item() for name in ("gamma_0", "gamma_1"))
     assert abs(gamma_0 + 13.3) > 0.01
     assert abs(gamma_1 - 5) > 0.01
-    loaded: Any = load(run)
-    if remote_code:
-        loaded = DiffusionPipeline.from_pretrained(run, trust_remote_code=True)
-        loaded.set_progress_bar_config(disable=True)
-    config = loaded.scheduler.config
-    assert (config.log_snr_max, config.log_snr_min) == pytest.approx((-gamma_0, -gamma_1), abs=1e-6)
-    assert loaded.unet.noise_process.items() <= config.items()
-    assert (loaded.num_inference_steps, config.variance_interpolation) == (100, 0)
-    pipelines = loaded, load(run)
-    images: Any = [p([0, 1], 1.0, 4, generator=generators(0, 1), output_type="pt").images for p in pipelines]
-    assert_same_draws(images[0], images[1], load(run), 1.0, 4)
-    # The process travels to diffusers' solvers and back.
+    remote: Any = DiffusionPipeline.from_pretrained(run, trust_remote_code=True)
+    remote.set_progress_bar_config(disable=True)
+    images: Any = []
+    for pipeline in (load(run), remote):
+        config = pipeline.scheduler.config
+        assert (config.log_snr_max, config.log_snr_min) == pytest.approx((-gamma_0, -gamma_1), abs=1e-6)
+        assert pipeline.unet.noise_process.items() <= config.items()
+        assert (pipeline.num_inference_steps, config.variance_interpolation) == (100, 0)
+        images.append(pipeline([0, 1], 1.0, 4, generator=generators(0, 1), output_type="pt").images)
+    assert_same_draws(images[1], images[0], load(run), 1.0, 4)
+
+
+def test_the_process_travels_to_the_solvers_of_diffusers_and_back(run):
+    pipeline = load(run)
+    scheduler = pipeline.scheduler
     for name in CFGPipeline.schedulers:
-        solver = load(run)
-        solver.scheduler = make_scheduler(name, solver.scheduler)
-        assert noise_process(solver).config.log_snr_max == config.log_snr_max
-        assert solver("three", 0.0, 5, output_type="pt").images.isfinite().all()
+        pipeline.scheduler = make_scheduler(name, scheduler)
+        assert noise_process(pipeline).config.log_snr_max == scheduler.config.log_snr_max
+        assert pipeline("three", 0.0, 5, output_type="pt").images.isfinite().all()
 
 
 def test_averaged_ends_belong_to_the_averaged_network(run):

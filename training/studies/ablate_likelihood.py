@@ -101,16 +101,7 @@ def main(argv: list[str] | None = None) -> None:
 
     methods = {"by_the_bound": ShapeByTheBound, "train_cfg": ClassifierFreeGuidance}
     images, accelerator = load_labelled_images(base), make_accelerator(replace(base, report_to="none"))
-    likelihood = LikelihoodConfig(
-        model=args.output_dir,
-        num_images=min(args.num_images, images.num_held_out),
-        times_per_image=args.times_per_image,
-        log_snr_max=base.log_snr_max,
-        log_snr_min=base.log_snr_min,
-    )
-    samples = EvaluationConfig(
-        model=args.output_dir, guidance_scales=args.guidance_scales, num_samples=args.num_samples
-    )
+    likelihood, samples = evaluation_settings(args, base, images.num_held_out)
     evaluations = {
         config.output_dir: evaluations_of(variant, config, likelihood, samples, SAMPLERS if variant in SAMPLED else {})
         for variant, config in runs
@@ -125,8 +116,8 @@ def main(argv: list[str] | None = None) -> None:
 
     measurements, durations = [], []
     for number, (variant, config) in enumerate(runs, 1):
+        left = timedelta(seconds=round((len(runs) - number + 1) * mean(durations))) if durations else "unknown"
         if accelerator.is_main_process:
-            left = timedelta(seconds=round((len(runs) - number + 1) * mean(durations))) if durations else "unknown"
             say(f"Run {number} of {len(runs)}: {variant}, seed {config.seed} (time left: {left})")
         started = time.monotonic()
         if not (Path(config.output_dir) / "run.json").is_file():
@@ -151,6 +142,23 @@ def configs_of(args: Namespace, base: VDMConfig) -> list[tuple[str, CFGConfig]]:
         for variant in args.variants
         for seed in args.seeds
     ]
+
+
+def evaluation_settings(
+    args: Namespace, base: VDMConfig, num_held_out: int
+) -> tuple[LikelihoodConfig, EvaluationConfig]:
+    """Return the settings that all bounds share, and those that all samples share."""
+    likelihood = LikelihoodConfig(
+        model=args.output_dir,
+        num_images=min(args.num_images, num_held_out),
+        times_per_image=args.times_per_image,
+        log_snr_max=base.log_snr_max,
+        log_snr_min=base.log_snr_min,
+    )
+    samples = EvaluationConfig(
+        model=args.output_dir, guidance_scales=args.guidance_scales, num_samples=args.num_samples
+    )
+    return likelihood, samples
 
 
 def config_of(variant: str, base: VDMConfig, output_dir: Path) -> CFGConfig:
