@@ -356,8 +356,8 @@ def rounding_tolerance(
     # Guidance weighs two predictions by |1 + w| and |w|, and each of the T steps adds its error once.
     networks = [component for component in pipeline.components.values() if isinstance(component, torch.nn.Module)]
     depth = sum(parameter.ndim > 1 for network in networks for parameter in network.parameters())
-    # A network with Fourier features also sees sin(ωz) and cos(ωz), which change by up to ω times the error of z.
     w = max(abs(guidance_scale), abs(getattr(pipeline.guider, "guidance_scale", 0.0)))
     steps = num_inference_steps or pipeline.num_inference_steps
+    # A network with Fourier features also sees sin(ωz) and cos(ωz), which change by up to ω times the error of z.
     slope = 1 + 2 * max(pipeline.unet.config.get("fourier_frequencies") or [0])
     return torch.finfo(pipeline.unet.dtype).eps * math.sqrt(depth) * steps * (1 + 2 * w) * slope

@@ -132,17 +132,22 @@ class VariationalDiffusion(GuidedMethod):
         # With steps, the bound depends on the shape, so the shape minimises the bound.
         if self.minimises_variance and not steps:
             minimise_variance(diffusion, n, shape.slope)
+        logs = self.logs(parts, gamma.detach(), (c == null) | (c == UNLABELLED))
+        logs |= {name: getattr(shape, name).detach().expand(len(x)) for name in ("gamma_0", "gamma_1")}
+        return Terms(bound if is_bound else diffusion, logs)
 
-        is_null = (c == null) | (c == UNLABELLED)
+    def logs(
+        self, parts: dict[str, torch.Tensor], gamma: torch.Tensor, is_null: torch.Tensor
+    ) -> dict[str, torch.Tensor]:
+        """Return each part of the bound by the kind of label, and the diffusion term by noise level, `(batch,)`."""
+        parts = {part: values.detach() for part, values in parts.items()}
         logs = {
             f"{part}/{kind}": values
             for part, value in parts.items()
-            for kind, values in by_group(value.detach(), is_null.long(), ["conditional", "null"]).items()
+            for kind, values in by_group(value, is_null.long(), ["conditional", "null"]).items()
         }
-        level = (self.scheduler.u_at(-gamma.detach()) * NOISE_LEVELS).long().clamp(0, NOISE_LEVELS - 1)
-        logs |= by_group(parts["diffusion"].detach(), level, self.levels)
-        logs |= {name: getattr(shape, name).detach().expand(len(x)) for name in ("gamma_0", "gamma_1")}
-        return Terms(bound if is_bound else diffusion, {**logs, "dropout_rate": is_null.float()})
+        level = (self.scheduler.u_at(-gamma) * NOISE_LEVELS).long().clamp(0, NOISE_LEVELS - 1)
+        return {**logs, **by_group(parts["diffusion"], level, self.levels), "dropout_rate": is_null.float()}
 
     def error(
         self,
@@ -167,10 +172,10 @@ class VariationalDiffusion(GuidedMethod):
 
     def probe(self, batches: Iterable[Batch]) -> dict[str, float]:
         """Return `label_gain` of the diffusion term, with a linear schedule."""
-        ends = linear(*self.noise_schedule.ends())
+        schedule = linear(*self.noise_schedule.ends())
 
         def error(x: torch.Tensor, c: torch.Tensor, u: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
-            return self.error(self.pipeline.unet, x, c, u, ends(u.cpu()).gamma.to(u.device), noise)
+            return self.error(self.pipeline.unet, x, c, u, schedule(u).gamma, noise)
 
         return self.label_gain(batches, error)
 
@@ -199,31 +204,35 @@ class VariationalDiffusion(GuidedMethod):
         return {**super().facts(), **{name: getattr(self.config, name) for name in names}}
 
 
+def check_pretrained(config: VDMConfig, pipeline: CFGPipeline) -> None:
+    """Raise UserError if a pretrained pipeline is no variational diffusion model of images."""
+    source, scheduler = config.pretrained_model_name_or_path, noise_process(pipeline)
+    if pipeline.vae is not None:
+        raise UserError(
+            f"--pretrained_model_name_or_path {source} models latents, which have no likelihood of images. Start "
+            "from a model of images."
+        )
+    refuse_distilled(config, pipeline.unet)
+    if scheduler.config.log_snr_schedule != "linear":
+        raise UserError(
+            f"--pretrained_model_name_or_path {source} was trained with another noise process (log_snr_schedule "
+            f"{scheduler.config.log_snr_schedule}), in which the network's time has another meaning. Start from a "
+            "model of train_vdm.py, or train a new one."
+        )
+    low, high = scheduler.config.log_snr_min, scheduler.config.log_snr_max
+    if high - low < MIN_RANGE:
+        raise UserError(
+            f"--pretrained_model_name_or_path {source} has the log-SNR {low:g} … {high:g}, but a schedule needs "
+            f"ends at least {MIN_RANGE:g} apart. Start from another model."
+        )
+
+
 def build_pipeline(config: VDMConfig, images: LabelledImages) -> CFGPipeline:
     """Return a new or pretrained pipeline to train. Raise UserError if it does not fit the data or the method."""
-    source = config.pretrained_model_name_or_path
-    if source is not None:
+    if config.pretrained_model_name_or_path is not None:
         pretrained = load_pretrained(config, images)
-        scheduler = noise_process(pretrained)
-        if pretrained.vae is not None:
-            raise UserError(
-                f"--pretrained_model_name_or_path {source} models latents, which have no likelihood of images. Start "
-                "from a model of images."
-            )
-        refuse_distilled(config, pretrained.unet)
-        if scheduler.config.log_snr_schedule != "linear":
-            raise UserError(
-                f"--pretrained_model_name_or_path {source} was trained with another noise process (log_snr_schedule "
-                f"{scheduler.config.log_snr_schedule}), in which the network's time has another meaning. Start from a "
-                "model of train_vdm.py, or train a new one."
-            )
-        low, high = scheduler.config.log_snr_min, scheduler.config.log_snr_max
-        if high - low < MIN_RANGE:
-            raise UserError(
-                f"--pretrained_model_name_or_path {source} has the log-SNR {low:g} … {high:g}, but a schedule needs "
-                f"ends at least {MIN_RANGE:g} apart. Start from another model."
-            )
-        unet = pretrained.unet
+        check_pretrained(config, pretrained)
+        unet, scheduler = pretrained.unet, noise_process(pretrained)
     else:
         frequencies = [2.0**n * math.pi for n in config.fourier_features if n]
         extra = {"fourier_frequencies": frequencies} if frequencies else {}
