@@ -75,22 +75,27 @@ def load_images(config: LikelihoodConfig, pipeline: CFGPipeline, show_progress: 
         "trained_with_flips": bool((recorded_data(config.model, pipeline) or {}).get("random_flip")),
         "class_frequencies": "taken as equal" if training is None else "those of the training images",
     }
-    probs = torch.ones(pipeline.unet.num_classes)
-    if training is not None:
-        counts = torch.from_numpy(training.class_labels)
-        training_ids = model_classes(training, pipeline, config.model)
-        # One more than counted: a class without training images has no infinite term.
-        probs += torch.bincount(training_ids[counts[counts >= 0]], minlength=len(probs))
     decoded = (resolution, channels, settings.center_crop)
     return EvaluatedImages(
         dataset=dataset,
         class_labels=torch.where(dataset.class_labels < 0, -1, ids[dataset.class_labels]),
-        class_log_probs=(probs.double() / probs.sum()).log(),
+        class_log_probs=class_log_probs(training, pipeline, config.model),
         facts=facts,
         fingerprint=hashlib.sha256(
             f"{images.fingerprint()} {images.class_labels.tolist()} {decoded}".encode()
         ).hexdigest(),
     )
+
+
+def class_log_probs(training: LabelledImages | None, pipeline: CFGPipeline, model: str) -> torch.Tensor:
+    """Return log p(c) from the frequencies of the classes in training, or of equal ones if they are not known."""
+    counts = torch.ones(pipeline.unet.num_classes, dtype=torch.float64)
+    if training is not None:
+        labels = torch.from_numpy(training.class_labels)
+        ids = model_classes(training, pipeline, model)
+        # One more than counted: a class without training images has no infinite term.
+        counts += torch.bincount(ids[labels[labels >= 0]], minlength=len(counts))
+    return (counts / counts.sum()).log()
 
 
 def random_part(images: LabelledImages, number: int) -> LabelledImages:

@@ -18,8 +18,8 @@ from diffusers_cfg.randomness import Draws
 from diffusers_cfg.settings import CFGConfig, VDMConfig
 from diffusers_cfg.variational_bound import prior_term, reconstruction_term
 from tests.support.models import generators, make_unet
+from tests.support.runs import SMALLEST
 
-TINY = ["--block_out_channels", "8", "--layers_per_block", "1", "--attention_resolutions", "0"]
 BATCH_SIZE = 16
 BITS = 1 / (64 * math.log(2))  # bits per dimension of one nat, at 8×8
 DIGITS = Digits()
@@ -27,7 +27,7 @@ DIGITS = Digits()
 
 def make_method(*argv: str) -> VariationalDiffusion:
     """Return the method with a tiny network and, if the shape is learned, a shape that is far from a line."""
-    config = parse_config(VDMConfig, [*TINY, *argv])
+    config = parse_config(VDMConfig, [*SMALLEST, *argv])
     method = VariationalDiffusion(config, build_pipeline(config, DIGITS))
     schedule = method.noise_schedule
     if schedule.learn_shape:
