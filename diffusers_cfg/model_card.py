@@ -195,10 +195,14 @@ def likelihood_metrics(likelihood: dict[str, Any]) -> list[tuple[str, str, float
     """Return the name, the conditions and the value of the bound on p(x|c), or p(x), with the most steps."""
     if not likelihood:
         return []
-    row = likelihood["results"][-1]
-    name, bound = ("p(x|c)", row["conditional"]) if "conditional" in row else ("p(x)", row["null"])
-    conditions = f"of {name}, T = {row['diffusion_steps'] or '∞'}, {bound['num_images']} images, {likelihood['images']}"
-    return [("bits per dimension", conditions, bound["bits_per_dim"])]
+    try:
+        row = likelihood["results"][-1]
+        name, bound = ("p(x|c)", row["conditional"]) if "conditional" in row else ("p(x)", row["null"])
+        steps, number = row["diffusion_steps"] or "∞", bound["num_images"]
+        conditions = f"of {name}, T = {steps}, {number} images, {likelihood['images']}"
+        return [("bits per dimension", conditions, float(bound["bits_per_dim"]))]
+    except (LookupError, TypeError, ValueError) as error:
+        raise ValueError(f"{LIKELIHOOD} is damaged. Evaluate the model again, or delete the file.") from error
 
 
 def is_variational(scheduler: dict[str, Any]) -> bool:

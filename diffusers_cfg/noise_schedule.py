@@ -12,8 +12,12 @@ import torch
 
 # Beyond, α² rounds to 1 in float32. LogSNRScheduler refuses a larger log_snr_max.
 MIN_GAMMA = -15.0
-# Learned ends stay at least this far apart.
-MIN_RANGE = 1.0
+# Beyond, the clean end has no image left, and α² is lost in the float32 β of diffusers' schedulers.
+MAX_GAMMA_0 = 10.0
+# LogSNRScheduler refuses a smaller log_snr_min.
+MAX_GAMMA = 60.0
+# Learned ends stay at least this far apart, up to rounding.
+MIN_RANGE, TOLERANCE = 1.0, 1e-5
 
 
 class Shape(NamedTuple):
@@ -44,8 +48,8 @@ class NoiseSchedule(torch.nn.Module):
     from small random weights it would not change in thousands of steps.
 
     Args:
-        gamma_0 (`float`): γ₀ at the start, at least -15.
-        gamma_1 (`float`): γ₁ at the start, at least γ₀ + 1.
+        gamma_0 (`float`): γ₀ at the start, in [-15, 10].
+        gamma_1 (`float`): γ₁ at the start, in [γ₀ + 1, 60].
         learn_ends (`bool`): Whether γ₀ and γ₁ are parameters; otherwise they are buffers.
         learn_shape (`bool`): Whether the shape has parameters; otherwise γ is linear in t.
         hidden_size (`int`): Number of sigmoids.
@@ -66,10 +70,11 @@ class NoiseSchedule(torch.nn.Module):
         hidden_size: int = 1024,
     ) -> None:
         super().__init__()
-        if not MIN_GAMMA <= gamma_0 <= gamma_1 - MIN_RANGE:
+        within = MIN_GAMMA <= gamma_0 <= MAX_GAMMA_0 and gamma_1 <= MAX_GAMMA
+        if not (within and gamma_1 - gamma_0 >= MIN_RANGE - TOLERANCE):
             raise ValueError(
-                f"gamma_0 must be at least {MIN_GAMMA:g} and gamma_1 at least gamma_0 + {MIN_RANGE:g}, but they are "
-                f"{gamma_0} and {gamma_1}."
+                f"gamma_0 must lie in [{MIN_GAMMA:g}, {MAX_GAMMA_0:g}] and gamma_1 in [gamma_0 + {MIN_RANGE:g}, "
+                f"{MAX_GAMMA:g}], but they are {gamma_0} and {gamma_1}."
             )
         self.learn_ends, self.learn_shape = learn_ends, learn_shape
         for name, value in (("gamma_0", gamma_0), ("gamma_1", gamma_1)):
@@ -90,8 +95,8 @@ class NoiseSchedule(torch.nn.Module):
         """
         if self.learn_ends:
             with torch.no_grad():  # an optimizer step may have left the range
-                self.gamma_0.clamp_(min=MIN_GAMMA)
-                self.gamma_1.clamp_(min=self.gamma_0 + MIN_RANGE)
+                self.gamma_0.clamp_(MIN_GAMMA, MAX_GAMMA_0)
+                self.gamma_1.clamp_(min=self.gamma_0 + MIN_RANGE).clamp_(max=MAX_GAMMA)
         if not self.learn_shape:
             return Shape(times, torch.ones_like(times), self.gamma_0, self.gamma_1)
         ends, _ = self._rise(torch.arange(2, device=times.device))

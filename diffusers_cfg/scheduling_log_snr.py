@@ -171,6 +171,11 @@ class LogSNRScheduler(SchedulerMixin, ConfigMixin):
         """Return the β whose float32 cumulative product is `alphas_cumprod`; each β corrects earlier rounding."""
         betas, product = [], 1.0
         for target in alphas_cumprod:
+            if not product:
+                raise ValueError(
+                    "log_snr_min and log_snr_max are too small for so few timesteps: α² falls by more than a float32 β "
+                    "can express. Raise log_snr_max or num_train_timesteps."
+                )
             beta = c_float(1 - target / product).value  # rounded to float32, 20 times as fast as with a tensor
             product *= c_float(1 - beta).value
             betas.append(beta)

@@ -222,7 +222,7 @@ class CFGConfig(TrainConfig):
         "v_prediction", "Quantity that the network predicts: ε (as in the paper), v = αε - σx, or x."
     )
     log_snr_min: float = fixed(-20.0, "Log-SNR λ_min at the noisy end of the noise process.", at_least=-60, at_most=60)
-    log_snr_max: float = fixed(20.0, "Log-SNR λ_max at the clean end of the noise process.", at_least=-60, at_most=60)
+    log_snr_max: float = fixed(20.0, "Log-SNR λ_max at the clean end of the noise process.", at_least=-10, at_most=60)
     validation_guidance_scales: list[float] = free(
         [0.0, 0.5, 1.0, 2.0, 4.0], "Guidance scales, the paper's w, of the columns of the validation grid."
     )
@@ -257,7 +257,7 @@ class VDMConfig(CFGConfig):
         -5.0, "Log-SNR λ_min at the noisy end of the noise process, at the start of the run.", at_least=-60, at_most=60
     )
     log_snr_max: float = fixed(
-        13.3, "Log-SNR λ_max at the clean end of the noise process, at the start of the run.", at_least=-60, at_most=15
+        13.3, "Log-SNR λ_max at the clean end of the noise process, at the start of the run.", at_least=-10, at_most=15
     )
     schedule_learning_rate: float = recorded(1e-2, "Peak learning rate of the noise schedule.", above=0)
     diffusion_steps: int = fixed(
@@ -297,7 +297,7 @@ class VDMConfig(CFGConfig):
                 "--pretrained_vae_model_name_or_path: the likelihood of latents is not that of the images. Leave it "
                 "out, or use train_cfg.py."
             )
-        if self.log_snr_max - self.log_snr_min < 1:
+        if self.log_snr_max - self.log_snr_min < 1 - 1e-6:  # less rounding, as of 0.3 and -0.7
             raise UserError(
                 f"log_snr_min={self.log_snr_min} and log_snr_max={self.log_snr_max} must be at least 1 apart."
             )

@@ -63,6 +63,8 @@ class UNet2DCFGModel(UNet2DModel):
 
     # Layers are allocated before the weights are read, so a damaged config must not ask for too much memory.
     max_num_class_embeds, max_num_frequencies = 1_000_001, 64
+    # A float32 angle ωz has hardly a correct digit left beyond, and far beyond no finite sine.
+    max_frequency = 1e6
 
     # Not decorated with `register_to_config`: the parent registers its own arguments, and the two of this class are
     # registered only if set, so that `UNet2DModel` reads the config without a warning.
@@ -157,11 +159,11 @@ class UNet2DCFGModel(UNet2DModel):
         if fourier_frequencies is not None and not (
             isinstance(fourier_frequencies, (list, tuple))
             and 0 < len(fourier_frequencies) <= self.max_num_frequencies
-            and all(map(self._is_positive, fourier_frequencies))
+            and all(self._is_positive(value) and value <= self.max_frequency for value in fourier_frequencies)
         ):
             raise ValueError(
-                f"fourier_frequencies must be a list of up to {self.max_num_frequencies} positive numbers, but is "
-                f"{str(fourier_frequencies)[:100]}."
+                f"fourier_frequencies must be a list of up to {self.max_num_frequencies} positive numbers of at most "
+                f"{self.max_frequency:g}, but is {str(fourier_frequencies)[:100]}."
             )
 
     @staticmethod

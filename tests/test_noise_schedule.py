@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from diffusers_cfg.noise_schedule import MIN_GAMMA, SHAPES, NoiseSchedule, Schedule
+from diffusers_cfg.noise_schedule import MAX_GAMMA, MAX_GAMMA_0, MIN_GAMMA, SHAPES, NoiseSchedule, Schedule
 from diffusers_cfg.variational_bound import continuous_weight, minimise_variance
 from tests.support.pixels import F64, Pixel
 
@@ -124,13 +124,28 @@ def test_ends_stay_in_range():
         schedule.gamma_0.fill_(4.5)
     assert schedule.ends() == (4.5, 5.5)
     assert schedule(torch.tensor([0.0, 1.0])).gamma.tolist() == [4.5, 5.5]
+    with torch.no_grad():
+        schedule.gamma_0.fill_(-300.0)
+        schedule.gamma_1.fill_(300.0)
+    assert schedule.ends() == (MIN_GAMMA, MAX_GAMMA)
+    with torch.no_grad():
+        schedule.gamma_0.fill_(300.0)
+    assert schedule.ends() == (MAX_GAMMA_0, MAX_GAMMA)
     assert isinstance(schedule.gamma_0, torch.nn.Parameter)
 
 
-@pytest.mark.parametrize("ends", [(-15.1, 5.0), (5.0, -13.3), (1.0, 1.5), (0.0, math.nan)])
+@pytest.mark.parametrize("ends", [(-15.1, 5.0), (5.0, -13.3), (1.0, 1.5), (0.0, math.nan), (11.0, 20.0), (0.0, 61.0)])
 def test_invalid_ends_are_refused(ends):
-    with pytest.raises(ValueError, match="gamma_0 must be at least -15 and gamma_1 at least gamma_0 \\+ 1"):
+    with pytest.raises(ValueError, match=r"gamma_0 must lie in \[-15, 10\] and gamma_1 in \[gamma_0 \+ 1, 60\]"):
         NoiseSchedule(*ends)
+
+
+@pytest.mark.parametrize("gamma_0", [-0.3, -13.3, 0.1, 1 / 3])
+def test_rounding_does_not_make_the_shortest_range_too_short(gamma_0):
+    schedule = NoiseSchedule(gamma_0, gamma_0 + 1)
+    with torch.no_grad():
+        schedule.gamma_1.fill_(-60.0)
+    assert NoiseSchedule(*schedule.ends()).ends() == schedule.ends()
 
 
 @pytest.mark.parametrize("minimised", [True, False])

@@ -125,7 +125,8 @@ def estimate(
         `ImageTerms`: the terms of each image.
 
     Raises:
-        UserError: if the model has an autoencoder or is not in float32, or the ends lie outside its noise process.
+        UserError: if the model has an autoencoder, is not in float32 or does not predict finite values, or the ends lie
+            outside its noise process.
         ValueError: if a class is unknown.
     """
     process = noise_process(pipeline)
@@ -209,6 +210,13 @@ def errors(
         z = diffuse(x[i], epsilon, level)
         labels, timesteps = class_labels[i].to(x.device), process.timestep(u[i, k]).to(x.device)
         pred = pipeline.unet(z, timesteps, class_labels=labels).sample
-        result[i, k] = noise_error(process.config.prediction_type, pred, x[i], epsilon, level).double().cpu()
+        error = noise_error(process.config.prediction_type, pred, x[i], epsilon, level).double().cpu()
+        if not error.isfinite().all():
+            first_bad = -level[(~error.isfinite()).nonzero()[0, 0]].item()
+            raise UserError(
+                f"The network's prediction at log-SNR {first_bad:.4g} is not finite: its weights are damaged, or its "
+                "training diverged. Evaluate another --model or --variant."
+            )
+        result[i, k] = error
         progress(len(i))
     return result

@@ -71,12 +71,26 @@ class TermSet:
             return False
         try:
             terms = self.load(shard)
-            shape, expected = terms.error.shape, (len(shard), times_per_image, 2)
+            is_intact = self.is_intact(terms, class_labels, times_per_image)
         except Exception as error:  # a damaged file raises exceptions of many types
             logger.warning("%s is damaged (%s) and computed again.", self.path(shard), error)
             return False
-        is_labelled = torch.equal(terms.diffusion[:, 0].isnan(), class_labels < 0)
-        return shape == expected and is_labelled and bool(terms.prior.isfinite().all())
+        return is_intact
+
+    @staticmethod
+    def is_intact(terms: ImageTerms, class_labels: torch.Tensor, times_per_image: int) -> bool:
+        """Return whether terms have the shapes of these images, and are finite except where a class is unknown."""
+        images, errors = len(class_labels), (len(class_labels), times_per_image, 2)
+        shapes = [tuple(values.shape) for values in terms]
+        if shapes != [(images,), (images,), (images, 2), errors[:2], errors]:
+            return False
+        known = ~terms.diffusion.isnan()
+        return (
+            torch.equal(known[:, 0], class_labels >= 0)
+            and torch.equal(terms.diffusion.isfinite(), known)
+            and torch.equal(terms.error.isfinite(), known[:, None].expand(errors))
+            and all(bool(values.isfinite().all()) for values in (terms.prior, terms.reconstruction, terms.gamma))
+        )
 
     def save(self, shard: torch.Tensor, terms: ImageTerms) -> None:
         """Write a shard atomically."""
@@ -187,6 +201,8 @@ def load_schedule(pipeline: CFGPipeline) -> NoiseSchedule | None:
         hidden = {"hidden_size": len(tensors["w2"])} if "w2" in tensors else {}
         schedule = NoiseSchedule(*ends, learn_ends=False, learn_shape=bool(hidden), **hidden)
         schedule.load_state_dict(tensors)
+        if not schedule(torch.linspace(0, 1, 101)).gamma_slope.isfinite().all():
+            raise ValueError("its γ(t) is not finite")
     except (OSError, KeyError, TypeError, ValueError, RuntimeError) as error:
         reason = " ".join(str(error).split()).rstrip(" .")  # PyTorch describes wrong tensors in several lines
         raise UserError(f"{path} cannot be read: {reason}. Restore the file, or remove it.") from error

@@ -28,7 +28,7 @@ from diffusers_cfg.methods.networks import (
 )
 from diffusers_cfg.methods.objectives import NOISE_LEVELS, by_group, drop_class_labels, level_names
 from diffusers_cfg.model_files import NOISE_SCHEDULE, SCHEDULE_PICTURE
-from diffusers_cfg.noise_schedule import MIN_RANGE, NoiseSchedule, linear
+from diffusers_cfg.noise_schedule import MIN_RANGE, TOLERANCE, NoiseSchedule, linear
 from diffusers_cfg.settings import VDMConfig
 from diffusers_cfg.variational_bound import (
     bits_per_dim,
@@ -220,7 +220,7 @@ def check_pretrained(config: VDMConfig, pipeline: CFGPipeline) -> None:
             "model of train_vdm.py, or train a new one."
         )
     low, high = scheduler.config.log_snr_min, scheduler.config.log_snr_max
-    if high - low < MIN_RANGE:
+    if high - low < MIN_RANGE - TOLERANCE:
         raise UserError(
             f"--pretrained_model_name_or_path {source} has the log-SNR {low:g} … {high:g}, but a schedule needs "
             f"ends at least {MIN_RANGE:g} apart. Start from another model."

@@ -57,11 +57,28 @@ def test_settings_describe_z_and_are_json():
 
 @pytest.mark.parametrize(
     "frequencies",
-    [[], [0.0], [-1.0], [math.inf], [math.nan], [True], ["8"], 8.0, "8", {8.0: 1}, [[8.0]], [1.0] * 65],
+    [
+        [],
+        [0.0],
+        [-1.0],
+        [math.inf],
+        [math.nan],
+        [True],
+        ["8"],
+        8.0,
+        "8",
+        {8.0: 1},
+        [[8.0]],
+        [1.0] * 65,
+        [1e7],
+        [10**400],
+    ],
     ids=lambda value: str(value)[:20],
 )
 def test_invalid_frequencies_are_refused(frequencies):
-    with pytest.raises(ValueError, match="fourier_frequencies must be a list of up to 64 positive numbers, but is"):
+    with pytest.raises(
+        ValueError, match="fourier_frequencies must be a list of up to 64 positive numbers of at most 1e\\+06, but is"
+    ):
         make_unet(fourier_frequencies=frequencies)
 
 

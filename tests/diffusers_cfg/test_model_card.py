@@ -166,6 +166,16 @@ def test_damaged_record_is_named(folder, content):
 
 
 @pytest.mark.parametrize(
+    "results", [[], 3, None, [{}], [{"conditional": None}], [{"diffusion_steps": 0, "null": {"bits_per_dim": "x"}}]]
+)
+def test_damaged_likelihood_is_named(folder, results):
+    (folder / "evaluation").mkdir(exist_ok=True)
+    (folder / "evaluation" / "likelihood.json").write_text(json.dumps({"results": results, "images": "training"}))
+    with pytest.raises(ValueError, match="evaluation/likelihood.json is damaged.*Evaluate the model again"):
+        model_card(folder, "me/scribbles")
+
+
+@pytest.mark.parametrize(
     ("urls", "expected"),
     [
         (["Repository, https://example.org/cfg"], "[diffusers-cfg](https://example.org/cfg)"),

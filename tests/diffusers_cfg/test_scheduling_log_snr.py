@@ -240,6 +240,8 @@ def test_half_precision_is_computed_in_float32():
         ({"log_snr_min": -200.0}, "log_snr_min=-200"),
         ({"variance_interpolation": 1.5}, "1.5"),
         ({"num_train_timesteps": 1}, "num_train_timesteps.*1"),
+        ({"log_snr_min": -60.0, "log_snr_max": -30.0}, "log_snr_min and log_snr_max are too small"),
+        ({"log_snr_min": -60.0, "log_snr_max": 13.0, "log_snr_schedule": "linear", "num_train_timesteps": 4}, "Raise"),
     ],
 )
 def test_invalid_settings_are_refused(settings, message):

@@ -177,6 +177,16 @@ def test_model_in_half_precision_is_refused(data):
         estimate(vdm().to(torch.bfloat16), *data)
 
 
+@pytest.mark.parametrize("value", [math.nan, math.inf, 1e30])
+def test_prediction_that_is_not_finite_is_refused(data, value):
+    """It would be the bound of an image without a label, or no number at all."""
+    images, labels = data
+    pipeline = vdm()
+    torch.nn.init.constant_(pipeline.unet.conv_out.bias, value)
+    with pytest.raises(UserError, match="prediction at log-SNR .* is not finite: its weights are damaged"):
+        estimate(pipeline, images[:2], labels[:2], times_per_image=2)
+
+
 def test_unknown_class_is_refused(data):
     images, labels = data
     with pytest.raises(ValueError, match="11"):

@@ -1,6 +1,7 @@
 """Test the evaluation of likelihoods: which images, the report, resuming, and rejected models, settings and files."""
 
 import json
+import math
 import shutil
 from pathlib import Path
 from typing import Any
@@ -17,8 +18,9 @@ from diffusers_cfg import CFGPipeline, LogSNRScheduler
 from diffusers_cfg.config import UserError, parse_config
 from diffusers_cfg.data.sources import Digits
 from diffusers_cfg.evaluation import likelihood_run
+from diffusers_cfg.evaluation.likelihood import ImageTerms
 from diffusers_cfg.evaluation.likelihood_reports import likelihood_table, logged_bounds, plot_training
-from diffusers_cfg.evaluation.likelihood_run import run_likelihood
+from diffusers_cfg.evaluation.likelihood_run import TermSet, run_likelihood
 from diffusers_cfg.evaluation.settings import LikelihoodConfig
 from diffusers_cfg.model_card import model_card
 from diffusers_cfg.noise_schedule import NoiseSchedule
@@ -179,6 +181,24 @@ def test_interrupted_evaluation_resumes(evaluated, monkeypatch):
     assert computed == []
     assert (fewer["num_images"], fewer["num_available"]) == (16, 18)
     assert "16 images, drawn at random from 18, of scikit-learn's digits" in likelihood_table(fewer)
+
+
+@pytest.mark.parametrize(
+    ("name", "damage"),
+    [
+        *((name, lambda values: values[:3]) for name in ImageTerms._fields),
+        *((name, lambda values: values[..., None]) for name in ImageTerms._fields),
+        *((name, lambda values: np.full_like(values, np.nan)) for name in ImageTerms._fields),
+        *((name, lambda values: np.full_like(values, np.inf)) for name in ImageTerms._fields),
+    ],
+)
+def test_damaged_shard_is_computed_again(once, name, damage):
+    folder = once / "evaluation" / "likelihood" / "T=inf"
+    terms, labels = TermSet(folder, 18), torch.zeros(8, dtype=torch.int64)
+    intact = terms.load(terms.shards[0])
+    assert TermSet.is_intact(intact, labels, 4)
+    damaged = intact._replace(**{name: torch.from_numpy(damage(getattr(intact, name).numpy()))})
+    assert not TermSet.is_intact(damaged, labels, 4)
 
 
 @pytest.mark.parametrize(
@@ -385,7 +405,9 @@ def test_wrong_settings_are_refused(saved, flags, message):
         (lambda tensors: {**tensors, "gamma_0": torch.tensor(-12.0)}, "belongs to another model: its γ goes from -12"),
         (lambda tensors: {name: tensors[name] for name in tensors if name != "w1"}, "cannot be read: .*w1"),
         (lambda tensors: {name: tensors[name] for name in tensors if name != "gamma_1"}, "cannot be read: .*gamma_1"),
-        (lambda tensors: {**tensors, "gamma_1": torch.tensor(-99.0)}, "cannot be read: gamma_0 must be at least"),
+        (lambda tensors: {**tensors, "gamma_1": torch.tensor(-99.0)}, "cannot be read: gamma_0 must lie in"),
+        (lambda tensors: {**tensors, "w1": tensors["w1"] * math.nan}, r"cannot be read: its γ\(t\) is not finite"),
+        (lambda tensors: {**tensors, "w1": 0 * tensors["w1"], "w3": 0 * tensors["w3"]}, "is not finite"),
         (lambda tensors: None, "cannot be read"),
     ],
 )
