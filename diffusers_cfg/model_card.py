@@ -107,7 +107,7 @@ def model_card(folder: Path, repo_id: str, existing: str | None = None, pictured
     widget += [{"text": CAPTIONS[name], "output": {"url": name}} for name, exists in gallery.items() if exists]
     data = card_metadata(repo_id, run, evaluation, likelihood, widget)
     sections = [
-        introduction(repo_id, index, unet, run, has_samples, is_variational(scheduler)),
+        introduction(repo_id, index, unet, run, has_samples, is_variational(scheduler, unet)),
         usage_section(repo_id, index, run),
         guidance_section(index, unet),
         classes_section(index),
@@ -117,7 +117,7 @@ def model_card(folder: Path, repo_id: str, existing: str | None = None, pictured
         results_section(folder),
         likelihood_section(folder),
         LIMITS,
-        citation_section(is_variational(scheduler)),
+        citation_section(is_variational(scheduler, unet)),
     ]
     body = "\n\n".join([BEGIN, *(section for section in sections if section), END])
     if existing is None:
@@ -205,9 +205,10 @@ def likelihood_metrics(likelihood: dict[str, Any]) -> list[tuple[str, str, float
         raise ValueError(f"{LIKELIHOOD} is damaged. Evaluate the model again, or delete the file.") from error
 
 
-def is_variational(scheduler: dict[str, Any]) -> bool:
-    """Return whether a model is a variational diffusion model, by its noise process."""
-    return scheduler.get("log_snr_schedule", scheduler.get("_log_snr_schedule")) == "linear"
+def is_variational(scheduler: dict[str, Any], unet: dict[str, Any]) -> bool:
+    """Return whether a model is a variational diffusion model: by its noise process, and not a student of one."""
+    schedule = scheduler.get("log_snr_schedule", scheduler.get("_log_snr_schedule"))
+    return schedule == "linear" and unet.get("max_guidance_scale") is None
 
 
 def introduction(repo_id: str, index: dict, unet: dict, run: dict, has_samples: bool, variational: bool) -> str:

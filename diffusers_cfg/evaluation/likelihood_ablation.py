@@ -300,15 +300,15 @@ def metric_cell(rows: list[dict[str, Any]], metric: str) -> str:
 
 def plot_bounds(measurements: list[Measurement], path: Path) -> None:
     """Plot the bound of p(x|c) of each variant and its standard error, a point for each seed."""
-    names = list(by_variant(measurements))
+    names, seeds = list(by_variant(measurements)), sorted({one.seed for one in measurements})
     figure = new_figure(size=(7, 0.5 + 0.45 * len(names)))
     (axis,) = figure.axes
     for one in measurements:
-        values = one.terms["conditional"]
-        height = names.index(one.variant) + 0.12 * one.seed
-        axis.errorbar(values.mean().item(), height, xerr=standard_error(values), fmt="o", color=f"C{one.seed}")
+        values, number = one.terms["conditional"], seeds.index(one.seed)
+        height = names.index(one.variant) + 0.6 * (number + 0.5) / len(seeds) - 0.3  # within 0.3 of the variant's row
+        axis.errorbar(values.mean().item(), height, xerr=standard_error(values), fmt="o", color=f"C{number}")
     axis.set_yticks(range(len(names)), names)
-    axis.invert_yaxis()
+    axis.set_ylim(len(names) - 0.5, -0.5)
     axis.set(xlabel="bits/dim of p(x|c), held-out images")
     axis.grid(axis="x", alpha=0.3)
     save_figure(figure, path)

@@ -241,13 +241,15 @@ def test_card_without_markers_is_kept_below_the_generated_text(folder, own):
 
 
 def test_card_describes_a_student_and_its_sampler(tmp_path):
-    scheduler = LogSNRScheduler().solver(diffusers.DDIMScheduler)
+    scheduler = LogSNRScheduler(log_snr_min=-5.0, log_snr_max=13.08195, log_snr_schedule="linear")
+    scheduler = scheduler.solver(diffusers.DDIMScheduler)
     pipeline = make_pipeline(make_unet(max_guidance_scale=3.0), scheduler, num_inference_steps=4)
     pipeline.save_pretrained(tmp_path)
     card = model_card(tmp_path, "me/student")
+    assert "variational" not in card  # only its teacher minimised a bound
     assert "the paper's w, in 0 … 3. The model was distilled" in card
     assert "| sampler | DDIMScheduler, 4 steps by default |" in card
-    assert "| log-SNR λ | -20 … 20 |" in card
+    assert "| log-SNR λ | -5 … 13.08 |" in card
 
 
 def test_card_describes_guider_and_guide_unet(pipeline, tmp_path):

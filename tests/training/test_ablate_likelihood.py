@@ -111,7 +111,8 @@ def test_ablation_trains_what_is_missing_and_writes_the_tables(argv, tmp_path, m
     assert finished.stat().st_mtime_ns == before
     assert len(calls) == 4  # in each step of the variant learned
     text = (out / "table.md").read_text()
-    assert capsys.readouterr().out.endswith(f"{text}\n{(out / 'quality.md').read_text()}\n")
+    end = f"The tables, the figure and the models are in {out}.\n"
+    assert capsys.readouterr().out.endswith(f"{text}\n{(out / 'quality.md').read_text()}\n{end}")
     models = json.loads((out / "ablation.json").read_text())["models"]
     assert [model["variant"] for model in models] == [*runs, "train_cfg, own process"]
     assert [(round(model["gamma_0"], 1), round(model["gamma_1"], 1)) for model in models[2:]] == [(-13.3, 5), (-20, 20)]

@@ -126,6 +126,7 @@ def main(argv: list[str] | None = None) -> None:
         durations.append(time.monotonic() - started)
     if accelerator.is_main_process:
         say(write_ablation(measurements, likelihood, Path(args.output_dir)))
+        say(f"The tables, the figure and the models are in {args.output_dir}.")
 
 
 def configs_of(args: Namespace, base: VDMConfig) -> list[tuple[str, CFGConfig]]:
