@@ -37,8 +37,11 @@ def test_defaults_are_those_of_the_digits_and_of_the_paper():
 
 
 REFUSED = [
-    (["--pretrained_vae_model_name_or_path", "vae"], "a likelihood of latents is none of images. Leave it out, or use"),
-    (["--random_flip"], "--random_flip trains on another distribution .* Leave it out"),
+    (
+        ["--pretrained_vae_model_name_or_path", "vae"],
+        "the likelihood of latents is not that of the images. Leave it out, or use",
+    ),
+    (["--random_flip"], "--random_flip changes the distribution of the images, so .* Leave it out"),
     (["--log_snr_min", "13.3"], "log_snr_min=13.3 must be below log_snr_max=13.3"),
     (["--log_snr_min", "14"], "log_snr_min=14.0 must be below log_snr_max=13.3"),
     (["--log_snr_min", "12.5"], "log_snr_min=12.5 and log_snr_max=13.3 must be at least 1 apart"),
