@@ -153,8 +153,8 @@ def bits_of(config: LikelihoodConfig, record: dict[str, Any]) -> dict[str, torch
     labelled = ~nats.given_class.isnan()
     values = {
         "conditional": nats.given_class[labelled],
-        "prior": nats.prior,
-        "reconstruction": nats.reconstruction,
+        "prior": nats.prior[labelled],
+        "reconstruction": nats.reconstruction[labelled],
         "diffusion": nats.diffusion[labelled, 0],
     }
     if "null" in record["results"][0]:

@@ -5,16 +5,20 @@ import re
 import pytest
 import torch
 
+from diffusers_cfg.evaluation.likelihood import ImageTerms
 from diffusers_cfg.evaluation.likelihood_ablation import (
     TITLE,
     Measurement,
+    bits_of,
     likelihood_table,
     paired_difference,
     plot_bounds,
     quality_table,
 )
+from diffusers_cfg.evaluation.likelihood_run import TermSet, term_folder
 from diffusers_cfg.evaluation.loss_variance import LEAST
 from diffusers_cfg.evaluation.reports import metric_names
+from diffusers_cfg.evaluation.settings import LikelihoodConfig
 
 
 def made_up(variant: str, seed: int, offset: float, learned: bool = True) -> Measurement:
@@ -95,3 +99,17 @@ def test_variants_without_samples_or_a_null_class_have_empty_cells(tmp_path):
     plot_bounds(measurements, tmp_path / "bounds.png")
     assert (tmp_path / "bounds.png").is_file()
     assert one.record()["bits_per_dim"]["conditional"] == {"mean": 2.5, "error": pytest.approx(0.6455, rel=1e-3)}
+
+
+def test_parts_of_partly_labelled_images_add_up(tmp_path):
+    """The bound of p(x|c) and its parts are of the labelled images."""
+    error = torch.rand(4, 2, 2, dtype=torch.float64)
+    error[2, :, 0] = torch.nan
+    terms = ImageTerms(*torch.rand(2, 4, dtype=torch.float64), error.mean(1), error[..., 1], error)
+    folder = TermSet(term_folder(tmp_path, 0), 4)
+    folder.save(folder.shards[0], terms)
+    config = LikelihoodConfig(model="model", output_dir=str(tmp_path), times_per_image=2)
+    bits = bits_of(config, {"num_images": 4, "results": [{"null": {}}], "image_shape": [1, 2, 2]})
+    parts = bits["prior"] + bits["reconstruction"] + bits["diffusion"]
+    torch.testing.assert_close(parts, bits["conditional"])
+    assert (len(parts), len(bits["null"])) == (3, 4)
