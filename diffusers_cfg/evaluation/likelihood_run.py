@@ -11,6 +11,7 @@ from tqdm.auto import tqdm
 
 from diffusers_cfg import CFGPipeline, LogSNRScheduler
 from diffusers_cfg.config import UserError
+from diffusers_cfg.data.datasets import warn_about_unreadable
 from diffusers_cfg.evaluation.likelihood import (
     END_TOLERANCE,
     ImageTerms,
@@ -276,9 +277,11 @@ def estimate_sets(
             progress.set_postfix_str(f"T = {steps_text(steps)}")
             if progress.disable:
                 logger.info("Evaluating shard %d of %d, T = %s", number, len(assigned), steps_text(steps))
+            batch = images.dataset.__getitems__(shard.tolist())
+            warn_about_unreadable(set(batch.unreadable))
             terms = estimate(
                 pipeline,
-                images.dataset.__getitems__(shard.tolist()).images,
+                batch.images,
                 images.class_labels[shard],
                 seed=config.seed,
                 first_index=int(shard[0]),

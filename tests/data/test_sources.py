@@ -17,7 +17,7 @@ from diffusers_cfg.config import UserError
 from diffusers_cfg.data import sources
 from diffusers_cfg.data.datasets import LazyImages, fingerprint, stack_images
 from diffusers_cfg.data.images import LabelledImages, require_classes
-from diffusers_cfg.data.sources import DatasetImages, ImageStream, load_labelled_images
+from diffusers_cfg.data.sources import DatasetImages, ImageStream, load_labelled_images, split_names
 from diffusers_cfg.settings import DataConfig
 from tests.support.images import (
     SPLITS_CARD,
@@ -87,6 +87,30 @@ def test_dataset_written_by_save_to_disk(tmp_path):
     dataset["train"].save_to_disk(tmp_path / "one")
     for name in ("all", "one"):
         assert len(load(tmp_path, dataset_name=str(tmp_path / name))) == 2
+
+
+@pytest.mark.parametrize("kind", ["parquet", "saved", "saved split", "folder", "class folders", "digits"])
+def test_names_of_splits(tmp_path, kind):
+    """Those of one part of a dataset without splits are ["train"]."""
+    parquet, saved, names = tmp_path / "data", tmp_path / "saved", ["train", "validation"]
+    save_dataset(parquet, [0, 1])
+    shutil.copy(parquet / "train-00000-of-00001.parquet", parquet / "validation-00000-of-00001.parquet")
+    dataset = datasets.load_dataset(str(parquet), cache_dir=str(tmp_path / "cache"))
+    settings: dict[str, Any] = {"dataset_name": str(saved)}
+    if kind == "parquet":
+        settings["dataset_name"] = str(parquet)
+    elif kind == "saved":
+        dataset.save_to_disk(saved)
+    elif kind == "saved split":
+        dataset["validation"].save_to_disk(saved)
+    else:
+        save_three_classes(saved / "train")
+        save_three_classes(saved / "val")
+        settings = {"train_data_dir": str(saved / "train" if kind == "class folders" else saved)}
+    if kind == "digits":
+        settings = {}
+    expected = {"folder": {*names, "val"}, "parquet": {*names}, "saved": {*names}}.get(kind, {"train"})
+    assert set(split_names(DataConfig(cache_dir=str(tmp_path / "cache"), **settings))) == expected
 
 
 @pytest.mark.parametrize("streaming", [False, True])

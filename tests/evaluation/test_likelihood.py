@@ -13,6 +13,7 @@ from diffusers_cfg.data.sources import Digits
 from diffusers_cfg.evaluation.likelihood import estimate
 from diffusers_cfg.evaluation.mixture import GaussianMixtureModel
 from diffusers_cfg.noise_schedule import SHAPES, NoiseSchedule, linear
+from tests.support.latents import make_vae
 from tests.support.models import make_pipeline, make_unet, vdm
 
 ENDS = -13.3, 5.0
@@ -185,6 +186,29 @@ def test_prediction_that_is_not_finite_is_refused(data, value):
     torch.nn.init.constant_(pipeline.unet.conv_out.bias, value)
     with pytest.raises(UserError, match="prediction at log-SNR .* is not finite: its weights are damaged"):
         estimate(pipeline, images[:2], labels[:2], times_per_image=2)
+
+
+def test_model_with_an_autoencoder_is_refused(data):
+    pipeline = make_pipeline(make_unet(in_channels=2, out_channels=2, sample_size=4), vae=make_vae())
+    with pytest.raises(UserError, match="The model has an autoencoder"):
+        estimate(pipeline, *data)
+
+
+def test_guidance_does_not_change_the_bound(data):
+    """A guide is not used, and a distilled network is evaluated at w = 0."""
+    images, labels = data
+    terms = estimate(vdm(), images, labels, times_per_image=2)
+    guided = vdm()
+    guided.guide_unet = make_unet(num_class_embeds=11)
+    torch.testing.assert_close(estimate(guided, images, labels, times_per_image=2).error, terms.error)
+    student = make_pipeline(make_unet(num_class_embeds=11, max_guidance_scale=4.0), vdm().scheduler, id2label=None)
+    torch.nn.init.normal_(student.unet.guidance_embedding.linear_2.weight)
+    at_zero = estimate(student, images, labels, times_per_image=2)
+    student.unet.register_forward_pre_hook(
+        lambda _, args, kwargs: (args, {**kwargs, "guidance_scale": torch.zeros(len(args[0]))}), with_kwargs=True
+    )
+    explicit = estimate(student, images, labels, times_per_image=2)
+    torch.testing.assert_close(at_zero.error, explicit.error)
 
 
 def test_unknown_class_is_refused(data):
