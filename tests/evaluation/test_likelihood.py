@@ -128,6 +128,7 @@ def test_times_are_stratified_and_shared_by_all_numbers_of_steps(data):
     }
     times = (terms[0].gamma + 12) / 16
     assert torch.equal((times * 16).floor(), torch.arange(16.0, dtype=torch.float64).expand(24, -1))
+    assert (times.diff() - 1 / 16).abs().max() < 1e-9
     assert torch.equal(((terms[8].gamma + 12) / 2).round(), ((times * 8).floor() + 1))
     assert torch.equal(terms[0].prior, terms[8].prior)
     assert torch.equal(terms[0].reconstruction, terms[8].reconstruction)
