@@ -17,14 +17,16 @@ from safetensors.torch import load_file, save_file
 from diffusers_cfg import CFGPipeline, LogSNRScheduler
 from diffusers_cfg.config import UserError, parse_config
 from diffusers_cfg.data.sources import Digits
-from diffusers_cfg.evaluation import likelihood_run
-from diffusers_cfg.evaluation.likelihood import ImageTerms
+from diffusers_cfg.evaluation import likelihood_data, likelihood_run
+from diffusers_cfg.evaluation.likelihood import ImageTerms, estimate
+from diffusers_cfg.evaluation.likelihood_data import held_out_split, load_images
 from diffusers_cfg.evaluation.likelihood_reports import likelihood_table, logged_bounds, plot_training
 from diffusers_cfg.evaluation.likelihood_run import TermSet, run_likelihood
 from diffusers_cfg.evaluation.settings import LikelihoodConfig
 from diffusers_cfg.model_card import model_card
 from diffusers_cfg.noise_schedule import NoiseSchedule
-from diffusers_cfg.settings import CFGConfig
+from diffusers_cfg.settings import CFGConfig, DataConfig
+from diffusers_cfg.variational_bound import bits_per_dim
 from tests.support.models import make_pipeline, make_unet, vdm
 from tests.support.runs import reset_accelerate
 
@@ -224,6 +226,12 @@ def test_changed_model_is_refused(evaluated):
         run(evaluated)
 
 
+def test_changed_data_is_refused(evaluated):
+    CFGConfig(train_val_split=0.02).save(evaluated / "train_config.yaml")
+    with pytest.raises(UserError, match="holds results with different settings \\(data "):
+        run(evaluated)
+
+
 def test_result_does_not_depend_on_batches_and_processes(evaluated, tmp_path, monkeypatch):
     expected = json.loads((evaluated / "evaluation" / "likelihood.json").read_text())["results"][1]
     out, flags = tmp_path / "out", ["--model", str(evaluated), "--times_per_image", "4", "--batch_size", "3"]
@@ -240,6 +248,14 @@ def test_result_does_not_depend_on_batches_and_processes(evaluated, tmp_path, mo
     (row,) = run_likelihood(config, accelerator)["results"]
     for name in ("conditional", "null", "labels"):
         assert row[name] == pytest.approx(expected[name], rel=1e-5)
+
+    # The shards are those of one set of images.
+    pipeline = CFGPipeline.from_pretrained(evaluated)
+    images = load_images(config, pipeline, show_progress=False)
+    batch = images.dataset.__getitems__([*range(18)])
+    terms = estimate(pipeline, batch.images, batch.class_labels, times_per_image=4)
+    found = bits_per_dim(pipeline.image_shape) * terms.given_class
+    assert found.mean().item() == pytest.approx(expected["conditional"]["bits_per_dim"], rel=1e-5)
 
 
 def test_learned_schedule(saved, tmp_path):
@@ -337,6 +353,20 @@ class TestImages:
         assert record["class_frequencies"] == "taken as equal"
         assert record["results"][0]["labels"]["class"] == pytest.approx(np.log2(10) / 64)
         assert list(record["by_class"]) == ["two", "seven"]  # the ids of the model, not of the data
+
+    @pytest.mark.parametrize(
+        ("names", "trained", "expected"),
+        [
+            (["train", "validation", "test"], "train", "test"),
+            (["train", "validation"], "train[:90%]", "validation"),
+            (["train", "validation", "test"], "train+test", "validation"),
+            (["test"], "test", None),
+            (["train"], "train", None),
+        ],
+    )
+    def test_a_split_that_was_trained_on_is_not_held_out(self, monkeypatch, names, trained, expected):
+        monkeypatch.setattr(likelihood_data, "split_names", lambda _: names)
+        assert held_out_split(DataConfig(dataset_name="pets", dataset_split=trained)) == expected
 
     @pytest.mark.parametrize(("split", "expected"), [("test", "test"), ("val", "validation")])
     def test_held_out_split_of_the_training_data(self, tmp_path, split, expected):
