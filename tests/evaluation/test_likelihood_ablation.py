@@ -105,7 +105,8 @@ def test_parts_of_partly_labelled_images_add_up(tmp_path):
     """The bound of p(x|c) and its parts are of the labelled images."""
     error = torch.rand(4, 2, 2, dtype=torch.float64)
     error[2, :, 0] = torch.nan
-    terms = ImageTerms(*torch.rand(2, 4, dtype=torch.float64), error.mean(1), error[..., 1], error)
+    prior, reconstruction = torch.rand(2, 4, dtype=torch.float64)
+    terms = ImageTerms(prior, reconstruction, error.mean(1), error[..., 1], error)
     folder = TermSet(term_folder(tmp_path, 0), 4)
     folder.save(folder.shards[0], terms)
     config = LikelihoodConfig(model="model", output_dir=str(tmp_path), times_per_image=2)
