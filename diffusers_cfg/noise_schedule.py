@@ -20,7 +20,7 @@ MAX_GAMMA = 60.0
 MIN_RANGE, TOLERANCE = 1.0, 1e-5
 
 
-class Shape(NamedTuple):
+class ScheduleValues(NamedTuple):
     """A noise schedule at some times: γ(t) = γ₀ + (γ₁ - γ₀) n(t), with n(0) = 0 and n(1) = 1."""
 
     n: torch.Tensor  # n(t), in the shape of the times
@@ -89,7 +89,7 @@ class NoiseSchedule(torch.nn.Module):
             self.b2 = torch.nn.Parameter(-20 * torch.linspace(-1, 1, hidden_size))
             self.w3 = torch.nn.Parameter(torch.full((hidden_size,), 0.1))
 
-    def forward(self, times: torch.Tensor) -> Shape:
+    def forward(self, times: torch.Tensor) -> ScheduleValues:
         """
         Return the schedule at times in [0, 1], of any shape. The slope has a closed form, so that it needs no gradient.
         """
@@ -98,11 +98,11 @@ class NoiseSchedule(torch.nn.Module):
                 self.gamma_0.clamp_(MIN_GAMMA, MAX_GAMMA_0)
                 self.gamma_1.clamp_(min=self.gamma_0 + MIN_RANGE).clamp_(max=MAX_GAMMA)
         if not self.learn_shape:
-            return Shape(times, torch.ones_like(times), self.gamma_0, self.gamma_1)
+            return ScheduleValues(times, torch.ones_like(times), self.gamma_0, self.gamma_1)
         ends, _ = self._rise(torch.arange(2, device=times.device))
         rise, slope = self._rise(times)
         length = ends[1] - ends[0]
-        return Shape((rise - ends[0]) / length, slope / length, self.gamma_0, self.gamma_1)
+        return ScheduleValues((rise - ends[0]) / length, slope / length, self.gamma_0, self.gamma_1)
 
     def _rise(self, times: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Return g(t) and g'(t)."""
@@ -112,11 +112,11 @@ class NoiseSchedule(torch.nn.Module):
 
     def ends(self) -> tuple[float, float]:
         """Return γ₀ and γ₁."""
-        shape = self(torch.zeros((), device=self.gamma_0.device))
-        return shape.gamma_0.item(), shape.gamma_1.item()
+        values = self(torch.zeros((), device=self.gamma_0.device))
+        return values.gamma_0.item(), values.gamma_1.item()
 
 
-Schedule = Callable[[torch.Tensor], Shape]
+Schedule = Callable[[torch.Tensor], ScheduleValues]
 
 
 def linear(gamma_0: float, gamma_1: float) -> Schedule:
@@ -162,11 +162,11 @@ def _between(
 ) -> Schedule:
     """Return a schedule from a function that maps times to γ and γ'."""
 
-    def schedule(times: torch.Tensor) -> Shape:
+    def schedule(times: torch.Tensor) -> ScheduleValues:
         value, slope = gamma(times)
         n, slope = (value - gamma_0) / (gamma_1 - gamma_0), slope / (gamma_1 - gamma_0)
         ends = (torch.tensor(end, dtype=times.dtype, device=times.device) for end in (gamma_0, gamma_1))
-        return Shape(n, slope, *ends)
+        return ScheduleValues(n, slope, *ends)
 
     return schedule
 

@@ -174,8 +174,8 @@ def noise_levels(
     """
     ends = schedule(torch.tensor([0.0, 1.0], dtype=times.dtype)).gamma
     if diffusion_steps == 0:
-        shape = schedule(times)
-        return shape.gamma, continuous_weight(shape.gamma_slope), ends
+        values = schedule(times)
+        return values.gamma, continuous_weight(values.gamma_slope), ends
     gamma_s, gamma_t = (schedule(time).gamma for time in discrete_times(times, diffusion_steps))
     return gamma_t, discrete_weight(gamma_s, gamma_t, diffusion_steps), ends
 

@@ -51,9 +51,9 @@ class ErrorMoments:
 
     def over_time(self, schedule: Schedule, times: torch.Tensor) -> torch.Tensor:
         """Return E[(½ γ'(t) ‖ε - ε̂‖²)²] at some times, in squared nats: its mean minus `mean()`² is the variance."""
-        shape = schedule(times)
-        index = torch.bucketize(shape.gamma, self.edges[1:-1])
-        return (shape.gamma_slope / 2) ** 2 * self.second[index]
+        values = schedule(times)
+        index = torch.bucketize(values.gamma, self.edges[1:-1])
+        return (values.gamma_slope / 2) ** 2 * self.second[index]
 
 
 def times_of(schedule: Schedule, gamma: torch.Tensor) -> torch.Tensor:

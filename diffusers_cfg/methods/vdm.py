@@ -116,14 +116,14 @@ class VariationalDiffusion(GuidedMethod):
         noise, noise_0 = (draws.normal(name, *x.shape[1:]) for name in ("noise", "noise of z_0"))
 
         schedule = networks.get("noise_schedule") or self.noise_schedule.to(x.device)
-        shape = schedule(torch.stack(discrete_times(u, steps)) if steps else u)
-        n, gamma = (shape.n[1], shape.gamma[1]) if steps else (shape.n, shape.gamma)
-        weight = discrete_weight(shape.gamma[0], gamma, steps) if steps else continuous_weight(shape.gamma_slope)
+        values = schedule(torch.stack(discrete_times(u, steps)) if steps else u)
+        n, gamma = (values.n[1], values.gamma[1]) if steps else (values.n, values.gamma)
+        weight = discrete_weight(values.gamma[0], gamma, steps) if steps else continuous_weight(values.gamma_slope)
         error = self.error(networks["unet"], x, c, n, gamma, noise)
         bits = bits_per_dim(x.shape[1:])
         parts = {
-            "prior": bits * prior_term(x, shape.gamma_1),
-            "reconstruction": bits * reconstruction_term(x, noise_0, shape.gamma_0),
+            "prior": bits * prior_term(x, values.gamma_1),
+            "reconstruction": bits * reconstruction_term(x, noise_0, values.gamma_0),
             "diffusion": bits * weight * error,
         }
         parts["bits_per_dim"] = bound = torch.stack(list(parts.values())).sum(0)
@@ -131,9 +131,9 @@ class VariationalDiffusion(GuidedMethod):
         diffusion = parts["diffusion"] if is_bound else parts["diffusion"] * self.loss_weight(-gamma)
         # With steps, the bound depends on the shape, so the shape minimises the bound.
         if self.minimises_variance and not steps:
-            minimise_variance(diffusion, n, shape.slope)
+            minimise_variance(diffusion, n, values.slope)
         logs = self.logs(parts, gamma.detach(), (c == null) | (c == UNLABELLED))
-        logs |= {name: getattr(shape, name).detach().expand(len(x)) for name in ("gamma_0", "gamma_1")}
+        logs |= {name: getattr(values, name).detach().expand(len(x)) for name in ("gamma_0", "gamma_1")}
         return Terms(bound if is_bound else diffusion, logs)
 
     def logs(

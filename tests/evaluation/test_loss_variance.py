@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from diffusers_cfg.evaluation.loss_variance import LEAST, ErrorMoments, variances
-from diffusers_cfg.noise_schedule import SHAPES, Schedule, Shape, linear
+from diffusers_cfg.noise_schedule import SHAPES, Schedule, ScheduleValues, linear
 
 ENDS = -8.0, 4.0
 
@@ -21,9 +21,9 @@ def best() -> Schedule:
     first, last = (torch.tensor(end, dtype=torch.float64) for end in ENDS)
     start, rise = (first / 4).exp(), (last / 4).exp() - (first / 4).exp()
 
-    def schedule(times: torch.Tensor) -> Shape:
+    def schedule(times: torch.Tensor) -> ScheduleValues:
         gamma, slope = 4 * (start + rise * times).log(), 4 * rise / (start + rise * times)
-        return Shape((gamma - first) / (last - first), slope / (last - first), first, last)
+        return ScheduleValues((gamma - first) / (last - first), slope / (last - first), first, last)
 
     return schedule
 
