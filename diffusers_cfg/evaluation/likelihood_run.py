@@ -167,7 +167,8 @@ def run_likelihood(config: LikelihoodConfig, accelerator: Accelerator) -> dict[s
             "prediction_type": process.config.prediction_type,
             **summarize(terms, images.class_labels, images.class_log_probs, pipeline.id2label, shape),
         }
-        schedules = schedules_between(ends, learned if learned is not None and are_same(ends, learned.ends()) else None)
+        has_shape = learned is not None and learned.learn_shape and are_same(ends, learned.ends())
+        schedules = schedules_between(ends, learned if has_shape else None)
         plot_schedules(schedules, output_dir / SCHEDULE_PICTURE)
         if 0 in terms:
             moments = error_moments(terms[0], images.class_labels, ends)

@@ -275,6 +275,12 @@ def test_ends_of_the_settings(saved, tmp_path):
     assert "learned" not in record["variance"]  # which has other ends
 
 
+def test_schedule_without_a_learned_shape(tmp_path):
+    model = save_model(tmp_path / "model")
+    save_file(NoiseSchedule(-13.3, 5.0, learn_shape=False).state_dict(), model / SCHEDULE)
+    assert "learned" not in run(model, "--num_images", "2")["variance"]
+
+
 def test_model_of_train_cfg(tmp_path):
     """The arctan process from 20 to -20, without a noise schedule beside it."""
     unet, id2label = make_unet(num_class_embeds=11), Digits().id2label
