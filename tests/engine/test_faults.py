@@ -445,7 +445,8 @@ def test_stopped_process_ends_the_run_after_a_timeout(tmp_path):
     assert "Timed out waiting 10000ms" in stderr
     assert "Root Cause" in stderr  # from torchrun, which has also ended the stopped process
     assert time.monotonic() - started < 300
-    assert verify_checkpoint(tmp_path / "out" / "checkpoint-20") is None
+    (last,) = checkpoints(tmp_path / "out")  # a later one, if the machine is busy
+    assert verify_checkpoint(last) is None
 
 
 MANY_SAVES = ["--max_train_steps", "200", "--checkpointing_steps", "2", "--checkpoints_total_limit", "1"]
