@@ -27,6 +27,7 @@ from diffusers_cfg.model_card import model_card
 from diffusers_cfg.noise_schedule import NoiseSchedule
 from diffusers_cfg.settings import CFGConfig, DataConfig
 from diffusers_cfg.variational_bound import bits_per_dim
+from tests.support.images import save_images
 from tests.support.models import make_pipeline, make_unet, vdm
 from tests.support.runs import reset_accelerate
 
@@ -84,15 +85,6 @@ def once(tmp_path_factory, small_shards) -> Path:
 def evaluated(once, tmp_path) -> Path:
     """Return a copy of the folder of a model with the report of a finished evaluation."""
     return Path(shutil.copytree(once, tmp_path / "model"))
-
-
-def save_images(folder: Path, names: list[str], mode: str = "L", size: int = 8, n: int = 6) -> str:
-    values = np.random.default_rng(0).integers(0, 256, (len(names), n, size, size), np.uint8)
-    for i, name in enumerate(names):
-        (folder / name).mkdir(parents=True)
-        for j in range(n):
-            Image.fromarray(values[i, j]).convert(mode).save(folder / name / f"{j}.png")
-    return str(folder)
 
 
 def test_report(evaluated):
@@ -342,7 +334,7 @@ class TestImages:
         ],
     )
     def test_unclear_data_is_refused(self, tmp_path, recorded, flags, message):
-        data = save_images(tmp_path / "data", ["a", "b"])
+        data = save_images(tmp_path / "data", ["a", "b"], n=6)
         settings: dict[str, Any] = {name: data if value == "DATA" else value for name, value in recorded.items()}
         model = save_model(tmp_path / "model", **settings)
         with pytest.raises(UserError, match=message):
@@ -354,7 +346,7 @@ class TestImages:
         (model / "train_config.yaml").unlink()
         with pytest.raises(UserError, match="training data of .* is unknown or not public. Pass --dataset_name"):
             run(model)
-        data = save_images(tmp_path / "data", ["two", "seven"])
+        data = save_images(tmp_path / "data", ["two", "seven"], n=6)
         record = run(model, "--train_data_dir", data)
         assert record["class_frequencies"] == "taken as equal"
         assert record["results"][0]["labels"]["class"] == pytest.approx(np.log2(10) / 64)
@@ -387,7 +379,7 @@ class TestImages:
         assert record["class_frequencies"] == "those of the training images"
 
     def test_unlabelled_images_count_for_the_null_class(self, saved, tmp_path):
-        data = Path(save_images(tmp_path / "data", ["x"])) / "x"
+        data = Path(save_images(tmp_path / "data", ["x"], n=6)) / "x"
         record = run(saved, "--dataset_name", str(data), "--output_dir", str(tmp_path / "out"))
         (row,) = record["results"]
         assert "conditional" not in row
@@ -409,7 +401,7 @@ class TestImages:
 
     @pytest.mark.parametrize(("mode", "message"), [("I;16", "more than 8 bits"), ("RGB", "The data has RGB images")])
     def test_other_images_are_refused(self, saved, tmp_path, mode, message):
-        data = Path(save_images(tmp_path / "data", ["one", "two"]))
+        data = Path(save_images(tmp_path / "data", ["one", "two"], n=6))
         values = np.random.default_rng(0).integers(0, 256, (8, 8, 3), np.uint8)
         image = Image.fromarray(values) if mode == "RGB" else Image.fromarray(values[..., 0].astype(np.uint16) * 99)
         image.save(data / "one" / "0.png")

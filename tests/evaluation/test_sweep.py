@@ -22,6 +22,7 @@ from diffusers_cfg.evaluation.reports import metric_names, sweep_table
 from diffusers_cfg.evaluation.settings import EvaluationConfig
 from diffusers_cfg.evaluation.sweep import output_folder, run_sweep
 from tests.support.extractors import DINOV2, VIT, save_extractor
+from tests.support.images import save_images
 from tests.support.models import make_pipeline, make_unet
 
 
@@ -43,15 +44,6 @@ def make_model(folder: Path, **settings) -> Path:
 @pytest.fixture(scope="module")
 def model(tmp_path_factory) -> Path:
     return make_model(tmp_path_factory.mktemp("saved") / "model")
-
-
-def save_images(folder: Path, names: list[str], mode: str = "L", size: int = 8, n: int = 20) -> str:
-    values = np.random.default_rng(0).integers(0, 256, (len(names), n, size, size), np.uint8)
-    for i, name in enumerate(names):
-        (folder / name).mkdir(parents=True)
-        for j in range(n):
-            Image.fromarray(values[i, j]).convert(mode).save(folder / name / f"{j}.png")
-    return str(folder)
 
 
 @pytest.fixture(scope="module")

@@ -120,6 +120,16 @@ def save_class_folders(folder: Path) -> str:
     return str(folder)
 
 
+def save_images(folder: Path, names: list[str], mode: str = "L", size: int = 8, n: int = 20) -> str:
+    """Save `n` random images of each class in a folder of class folders, and return its path."""
+    values = np.random.default_rng(0).integers(0, 256, (len(names), n, size, size), np.uint8)
+    for i, name in enumerate(names):
+        (folder / name).mkdir(parents=True)
+        for j in range(n):
+            Image.fromarray(values[i, j]).convert(mode).save(folder / name / f"{j}.png")
+    return str(folder)
+
+
 def save_three_classes(folder: Path) -> Path:
     """Write three class folders, each with four RGB images of one colour."""
     for label, name in enumerate(("cat", "dog", "eel")):

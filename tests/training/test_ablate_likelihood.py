@@ -5,11 +5,11 @@ from functools import partial
 
 import pytest
 
-from diffusers_cfg.config import UserError, parse_config, read_yaml
+from diffusers_cfg.config import parse_config, read_yaml
 from diffusers_cfg.evaluation import features
 from diffusers_cfg.evaluation.settings import EvaluationConfig
 from diffusers_cfg.settings import CFGConfig, VDMConfig
-from tests.support.commands import load_command
+from tests.support.commands import check_refused, load_command
 from tests.support.runs import SETTINGS, SMALLEST, reset_accelerate
 
 ablate_likelihood = load_command("studies/ablate_likelihood")
@@ -81,14 +81,7 @@ def test_started_runs_are_resumed(argv, tmp_path):
     ],
 )
 def test_invalid_flags_raise_before_the_first_run(argv, tmp_path, monkeypatch, flags, message):
-    def never(*_):
-        raise AssertionError("a run was started")
-
-    monkeypatch.setattr("diffusers_cfg.engine.trainer.Trainer.run", never)
-    reset_accelerate()
-    with pytest.raises(UserError, match=message) as error:
-        ablate_likelihood.main([*argv, *flags])
-    assert "hf_secret" not in str(error.value)
+    check_refused(ablate_likelihood.main, [*argv, *flags], message, monkeypatch)
     assert not (tmp_path / "out").exists()
 
 
