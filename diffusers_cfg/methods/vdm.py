@@ -182,10 +182,10 @@ class VariationalDiffusion(GuidedMethod):
     def sampling_pipeline(self) -> CFGPipeline:
         """Return the pipeline, with the current ends of the noise schedule in its scheduler."""
         gamma_0, gamma_1 = self.noise_schedule.ends()
-        # The first ends may have narrowed the range of the solvers that step in σ/α.
-        sigmas = {name: LogSNRScheduler().config[name] for name in ("sigma_min", "sigma_max")}
-        ends = {"log_snr_min": -gamma_1, "log_snr_max": -gamma_0}
-        scheduler = cast(LogSNRScheduler, LogSNRScheduler.from_config(self.scheduler.config, **ends, **sigmas))
+        # Without the range of the solvers that step in σ/α, which the first ends may have narrowed
+        config = {k: value for k, value in self.scheduler.config.items() if k not in ("sigma_min", "sigma_max")}
+        config |= {"log_snr_min": -gamma_1, "log_snr_max": -gamma_0}
+        scheduler = cast(LogSNRScheduler, LogSNRScheduler.from_config(config))
         record_process(self.pipeline.unet, scheduler)
         self.pipeline.register_modules(scheduler=scheduler)
         return self.pipeline

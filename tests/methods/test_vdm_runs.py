@@ -177,7 +177,7 @@ def test_run_with_steps_and_weights_that_are_finite(tmp_path):
 
 @pytest.mark.slow
 def test_published_model_is_loaded(hub, monkeypatch, tmp_path):
-    """What is published draws the images of the folder, by both ways, and names its process on the card."""
+    """The published model draws the images of the folder, with and without its code; its card names the process."""
     HubClient(monkeypatch, hub, str(tmp_path / "hf"))
     train_vdm(tmp_path / "out", *FLAGS, "--push_to_hub", "--hub_model_id", "me/vdm", "--hub_strategy", "checkpoint")
     files = hub.files("me/vdm")
