@@ -77,6 +77,8 @@ class CFGPipeline(DiffusionPipeline):
         "KDPM2DiscreteScheduler",
         "UniPCMultistepScheduler",
     )
+    # The sampler of a generator, whose variance is that of the posterior q(x_prev | x_next, x).
+    generator_scheduler, generator_variance = "DDPMScheduler", "fixed_small"
 
     # Guiders that do not work with these models, and why.
     refused_guiders = {
@@ -152,8 +154,13 @@ class CFGPipeline(DiffusionPipeline):
 
     @property
     def num_inference_steps(self) -> int:
-        """The default number of sampling steps: the value saved with the pipeline, or 64."""
-        return self.config.num_inference_steps or 64
+        """The default number of sampling steps: T of a generator, or else the value saved with the pipeline, or 64."""
+        return self._generator_steps or self.config.num_inference_steps or 64
+
+    @property
+    def _generator_steps(self) -> int | None:
+        """The only number of steps T of a generator; `None` for other networks."""
+        return None if self.unet.latent_dim is None else len(self.scheduler.alphas_cumprod)
 
     @property
     def guidance_scale(self) -> float | Sequence[float] | torch.Tensor | Callable[[float], Any] | None:
@@ -217,13 +224,13 @@ class CFGPipeline(DiffusionPipeline):
                 A mix is a `dict` such as `{"three": 0.7, "eight": 0.3}`: its values are the weights of the class
                 embeddings, which must be at least 0 and add up to one. A tensor contains ids, `(labels,)`, or weights,
                 `(labels, num_classes)`.
-            guidance_scale (`float`, `list[float]`, `torch.Tensor` or `Callable`, *optional*, defaults to 1): The
-                paper's w, for all images, for each label or for each image; s = 1 + w. A distilled network takes
-                0 … `unet.max_guidance_scale`. A callable is called with the log-SNR of each step, λ = log(α²/σ²), and
-                returns w(λ), a number or a list.
-            num_inference_steps (`int`, *optional*, defaults to `CFGPipeline.num_inference_steps`): T. A step evaluates
-                the network twice per image, in one batch. It evaluates the network once if w = 0 or w = -1 for all
-                images, or if the network takes w as an input.
+            guidance_scale (`float`, `list[float]`, `torch.Tensor` or `Callable`, *optional*): The paper's w, for all
+                images, for each label or for each image; s = 1 + w. Defaults to 1, or to 0 for a generator, whose
+                samples guidance would extrapolate. A distilled network takes 0 … `unet.max_guidance_scale`. A callable
+                is called with the log-SNR of each step, λ = log(α²/σ²), and returns w(λ), a number or a list.
+            num_inference_steps (`int`, *optional*, defaults to `CFGPipeline.num_inference_steps`): T. A generator takes
+                only its own. A step evaluates the network twice per image, in one batch. It evaluates the network once
+                if w = 0 or w = -1 for all images, or if the network takes w as an input.
             num_images_per_label (`int`, *optional*, defaults to 1): Number of images for each label. They are adjacent
                 in the output.
             generator (`torch.Generator` or `list[torch.Generator]`, *optional*): Source of all noise. With a list of
@@ -271,8 +278,8 @@ class CFGPipeline(DiffusionPipeline):
         if num_inference_steps is None:
             num_inference_steps = self.num_inference_steps
         if guidance_scale is None and guider is None:
-            guidance_scale = min(1.0, self.unet.max_guidance_scale or 1.0)
-        num_inference_steps = self._positive_integer("num_inference_steps", num_inference_steps)
+            guidance_scale = 0.0 if self.unet.latent_dim is not None else min(1.0, self.unet.max_guidance_scale or 1.0)
+        num_inference_steps = self._checked_steps(num_inference_steps)
         num_images_per_label = self._positive_integer("num_images_per_label", num_images_per_label)
         self._check_arguments(
             guidance_scale=guidance_scale,
@@ -320,11 +327,13 @@ class CFGPipeline(DiffusionPipeline):
             if self._interrupt:
                 break
             z = scheduler.scale_model_input(sample, t).to(dtype)
+            inputs = z, t, class_labels, guide_labels
+            latent = self._draw_latent(num_images, generator, device)
             if guider is None:
-                preds = self.predictions(z, t, class_labels, guide_labels, scales[i], needs_cond[i], needs_uncond[i])
+                preds = self.predictions(*inputs, scales[i], needs_cond[i], needs_uncond[i], latent)
                 pred = self.guide(*preds, scales[i], guidance_rescale)
             else:
-                pred = self.guider_prediction(guider, z, t, i, len(timesteps), class_labels, guide_labels)
+                pred = self.guider_prediction(guider, *inputs[:2], i, len(timesteps), *inputs[2:], latent)
             sample = scheduler.step(pred, t, sample, **step_kwargs).prev_sample
 
             if callback_on_step_end is not None:
@@ -355,6 +364,7 @@ class CFGPipeline(DiffusionPipeline):
         w: torch.Tensor,
         needs_cond: bool = True,
         needs_uncond: bool = True,
+        latent: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
         r"""
         Predict ε(z, c) and ε(z) with two passes in one batch. A network that takes w as an input predicts the guided
@@ -369,22 +379,27 @@ class CFGPipeline(DiffusionPipeline):
                 one.
             w (`torch.Tensor` of shape `(batch, 1, 1, 1)`): Guidance scales.
             needs_cond (`bool`), needs_uncond (`bool`): `False` skips that pass, whose weight is zero for all w.
+            latent (`torch.Tensor` of shape `(batch, latent_dim)`, *optional*): Latent vectors of a generator, the same
+                for both passes.
 
         Returns:
             Two `torch.Tensor` of the shape of z, in float32; `None` for a pass that was skipped.
         """
         guide = self.unet if self.guide_unet is None else self.guide_unet
+        inputs = {} if latent is None else {"latent": latent}
         if self.unet.max_guidance_scale is not None:
             return self.unet(z, t, class_labels=class_labels, guidance_scale=w.flatten()).sample.float(), None
         if not needs_uncond:
-            return self.unet(z, t, class_labels=class_labels).sample.float(), None
+            return self.unet(z, t, class_labels=class_labels, **inputs).sample.float(), None
         if not needs_cond:
-            return None, guide(z, t, class_labels=guide_labels).sample.float()
+            return None, guide(z, t, class_labels=guide_labels, **inputs).sample.float()
         if guide is not self.unet:
-            pred_cond = self.unet(z, t, class_labels=class_labels).sample.float()
-            return pred_cond, guide(z, t, class_labels=guide_labels).sample.float()
+            pred_cond = self.unet(z, t, class_labels=class_labels, **inputs).sample.float()
+            return pred_cond, guide(z, t, class_labels=guide_labels, **inputs).sample.float()
         t = torch.cat([t, t]) if t.ndim else t
-        pred = self.unet(torch.cat([z, z]), t, class_labels=torch.cat([class_labels, guide_labels])).sample
+        labels = torch.cat([class_labels, guide_labels])
+        inputs = {name: torch.cat([value, value]) for name, value in inputs.items()}
+        pred = self.unet(torch.cat([z, z]), t, class_labels=labels, **inputs).sample
         return pred.float().chunk(2)
 
     @staticmethod
@@ -428,13 +443,14 @@ class CFGPipeline(DiffusionPipeline):
         num_timesteps: int,
         class_labels: torch.Tensor,
         guide_labels: torch.Tensor,
+        latent: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """
         Predict with a diffusers guider, which chooses the number of passes.
 
         Args:
             guider (`BaseGuidance`): The guider. `step` is set as its state.
-            z, t, class_labels, guide_labels: As in `predictions`.
+            z, t, class_labels, guide_labels, latent: As in `predictions`.
             step (`int`): Index of the sampling step, from 0.
             num_timesteps (`int`): Number of sampling steps.
 
@@ -442,12 +458,13 @@ class CFGPipeline(DiffusionPipeline):
             `torch.Tensor` of the shape of z, in float32.
         """
         guider.set_state(step, num_timesteps, timestep=t)  # pyright: ignore[reportArgumentType] says LongTensor
+        inputs = {} if latent is None else {"latent": latent}
         labels = {"class_labels": (class_labels, guide_labels)}
         batches = guider.prepare_inputs(labels)  # pyright: ignore[reportArgumentType] says BlockState
         for batch in batches:
             guider.prepare_models(self.unet)
             try:
-                batch.noise_pred = self.unet(z, t, class_labels=batch.class_labels).sample.float()
+                batch.noise_pred = self.unet(z, t, class_labels=batch.class_labels, **inputs).sample.float()
             finally:
                 guider.cleanup_models(self.unet)
         return guider(batches).pred
@@ -593,6 +610,7 @@ class CFGPipeline(DiffusionPipeline):
                 ("num_classes", num_classes, guide.num_classes),
                 ("config.in_channels", channels, guide.config.in_channels),
                 ("config.out_channels", channels, guide.config.out_channels),
+                ("latent_dim", unet.latent_dim, guide.latent_dim),
             ):
                 self._require(f"guide_unet.{name}", theirs, theirs == ours, f"the UNet's {ours}")
             ours, theirs = self._trained_process, self._with_schedule(guide.noise_process)
@@ -623,12 +641,22 @@ class CFGPipeline(DiffusionPipeline):
                     raise ValueError(f"id2label uses the {kind} {repeated} for more than one class. Use unique {kind}.")
             id2label = dict(zip(ids, names, strict=True))
         if num_inference_steps is not None:
-            num_inference_steps = self._positive_integer("num_inference_steps", num_inference_steps)
+            num_inference_steps = self._checked_steps(num_inference_steps)
         return {
             "id2label": id2label,
             "conditioning_dropout_prob": None if p is None else float(p),
             "num_inference_steps": num_inference_steps,
         }
+
+    def _checked_steps(self, num_inference_steps: Any) -> int:
+        """Convert a number of sampling steps to an `int`. Raise ValueError if it is invalid for the network."""
+        steps, only = self._positive_integer("num_inference_steps", num_inference_steps), self._generator_steps
+        if only not in (None, steps):
+            raise ValueError(
+                f"num_inference_steps is {steps}, but this model was trained to generate in {only} steps and in no "
+                "other number. Leave it out."
+            )
+        return steps
 
     def _check_arguments(self, **arguments: Any) -> None:
         """Check the types and ranges of the call's arguments, except labels and what depends on their number."""
@@ -736,8 +764,11 @@ class CFGPipeline(DiffusionPipeline):
         """Check the scheduler. Most schedulers accept the config of any other one and then silently return noise."""
         config, name = self.scheduler.config, type(self.scheduler).__name__
         hint = f"Create it with {name}.from_config(pipe.scheduler.config), using the model's original scheduler."
-        if not any(base.__name__ in self.schedulers for base in type(self.scheduler).__mro__):
-            raise ValueError(f"{name} is not supported. Supported schedulers: {', '.join(self.schedulers)}.")
+        is_generator = self.unet.latent_dim is not None
+        supported = (self.generator_scheduler,) if is_generator else self.schedulers
+        if not any(base.__name__ in supported for base in type(self.scheduler).__mro__):
+            kind = " by a generator, which samples the posterior of its own steps" if is_generator else ""
+            raise ValueError(f"{name} is not supported{kind}. Supported schedulers: {', '.join(supported)}.")
         if config.get("use_flow_sigmas") or config.get("prediction_type") == "flow_prediction":
             raise ValueError(
                 f"{name} is configured for flow matching (use_flow_sigmas={config.get('use_flow_sigmas')}, "
@@ -746,16 +777,22 @@ class CFGPipeline(DiffusionPipeline):
             )
 
         process = self._trained_process
-        if process is None:
+        if process is None or ("trained_betas" in process) != is_generator:
+            source = "has no trained_betas" if is_generator else "was not made from a LogSNRScheduler"
             raise ValueError(
-                f"The noise process of this model is not known: its UNet does not record one, and its {name} was not "
-                f"made from a LogSNRScheduler. {hint}"
+                f"The noise process of this model is not known: its UNet does not record one, and its {name} {source}. "
+                f"{hint}"
             )
         expected = self._reference(process)
         stated, alphas_cumprod = self._stated_process(self.scheduler), self.scheduler.alphas_cumprod.double().cpu()
         difference = (alphas_cumprod - expected).abs().max().item() if len(alphas_cumprod) == len(expected) else 1
         stated = {"prediction_type": config.get("prediction_type"), **(stated or {})}
-        differs = [f"{key} {own!r} instead of {process[key]!r}" for key, own in stated.items() if own != process[key]]
+        if is_generator:
+            stated["variance_type"] = config.get("variance_type")
+            process = {**process, "variance_type": self.generator_variance}
+        differs = [
+            f"{key} {own!r} instead of {process.get(key)!r}" for key, own in stated.items() if own != process.get(key)
+        ]
         if not difference <= 1e-4:  # it may be NaN
             differs.append(f"alphas_cumprod differs by up to {difference:.2g}")
         if differs:
@@ -771,22 +808,36 @@ class CFGPipeline(DiffusionPipeline):
     @staticmethod
     def _with_schedule(process: dict[str, Any] | None) -> dict[str, Any] | None:
         """Add the schedule of λ to the process of a network from a version that knew only this one."""
-        return {"log_snr_schedule": "arctan", **process} if process else None
+        return {"log_snr_schedule": "arctan", **process} if process and "trained_betas" not in process else process
 
     @staticmethod
     def _stated_process(scheduler: SchedulerMixin) -> dict[str, Any] | None:
-        """Return the noise process in the config of a scheduler made from a `LogSNRScheduler`; `None` for others."""
+        """
+        Return the noise process in the config of a scheduler that was made from a `LogSNRScheduler`, or from the β of a
+        generator; `None` for others.
+        """
         config = scheduler.config
         # `LogSNRScheduler.solver` makes the names private
         process = {name: config.get(name, config.get(f"_{name}")) for name in ("log_snr_min", "log_snr_max")}
-        if None in process.values():
+        if None not in process.values():
+            process["log_snr_schedule"] = config.get("log_snr_schedule", config.get("_log_snr_schedule", "arctan"))
+        elif config.get("trained_betas") is not None:
+            process = {"trained_betas": list(config["trained_betas"])}
+        else:
             return None
-        process["log_snr_schedule"] = config.get("log_snr_schedule", config.get("_log_snr_schedule", "arctan"))
         return {**{name: config.get(name) for name in ("prediction_type", "num_train_timesteps")}, **process}
 
     @classmethod
     def _reference(cls, process: dict[str, Any]) -> torch.Tensor:
         """Return α² at each training timestep of a noise process."""
+        if "trained_betas" in process:
+            betas, count = process["trained_betas"], process.get("num_train_timesteps")
+            is_valid = isinstance(betas, list) and len(betas) == count and 0 < len(betas) <= 1_000_000
+            is_valid = is_valid and all(cls._is_number(beta, 0, 1) for beta in betas)
+            cls._require(
+                "The noise process", process, is_valid, "a list of num_train_timesteps trained_betas in [0, 1]"
+            )
+            return (1 - torch.tensor(betas, dtype=torch.float64)).cumprod(0)
         names = ("prediction_type", "num_train_timesteps", "log_snr_min", "log_snr_max", "log_snr_schedule")
         values: list[Any] = [process.get(name) for name in names]
         prediction_type, steps, low, high, schedule = values
@@ -827,6 +878,12 @@ class CFGPipeline(DiffusionPipeline):
                 "different scheduler."
             )
         self._check_stride(scheduler, num_inference_steps)
+        expected = list(range(num_inference_steps))[::-1]
+        if self.unet.latent_dim is not None and (found := scheduler.timesteps.tolist()) != expected:
+            raise ValueError(
+                f"{name} would take the timesteps {found}, but a generator was trained for {expected}. Set "
+                "timestep_spacing='trailing' and steps_offset=0 in its config."
+            )
 
     @staticmethod
     def _check_stride(scheduler: SchedulerMixin, num_inference_steps: int) -> None:
@@ -1061,6 +1118,13 @@ class CFGPipeline(DiffusionPipeline):
         else:
             self._check_latents("latents", latents, shape)
         return latents.to(device=device, dtype=torch.float32)
+
+    def _draw_latent(
+        self, num_images: int, generator: torch.Generator | list[torch.Generator] | None, device: torch.device
+    ) -> torch.Tensor | None:
+        """Sample the latent vectors of a step, `(images, latent_dim)`, float32; `None` for a network without."""
+        latent_dim = self.unet.latent_dim
+        return randn_tensor((num_images, latent_dim), generator=generator, device=device) if latent_dim else None
 
     @staticmethod
     def _step_kwargs(

@@ -93,7 +93,6 @@ class RunConfig(Config):
     validation_steps: int = free(
         1000, "Number of steps between grids of samples; 0 draws one at the end only.", at_least=0
     )
-    num_inference_steps: int = free(12, "Number of sampling steps T per validation image.", at_least=1)
     eval_steps: int = free(
         0, "Number of steps between evaluations at each w of --validation_guidance_scales; 0 disables them.", at_least=0
     )

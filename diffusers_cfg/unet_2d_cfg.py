@@ -17,7 +17,7 @@ class UNet2DCFGModel(UNet2DModel):
     r"""
     A class-conditional `UNet2DModel` whose last class-embedding row is the null class ∅ of classifier-free guidance.
 
-    The constructor is that of `UNet2DModel` with two more arguments. Set `num_class_embeds` to the number of classes
+    The constructor is that of `UNet2DModel` with three more arguments. Set `num_class_embeds` to the number of classes
     **plus one**. Without the two, each class loads the other's weights.
 
     ```python
@@ -32,10 +32,13 @@ class UNet2DCFGModel(UNet2DModel):
         fourier_frequencies (`list[float]`, *optional*): Angular frequencies ω. The first convolution then sees sin(ωz)
             and cos(ωz) beside z, which tell apart values that are close together (Kingma et al. 2021, arXiv 2107.00630,
             section 4.5: ω = 2ⁿπ). Such a network takes z in float32. By default it sees z alone.
+        latent_dim (`int`, *optional*): Size of the latent vector of a generator, for a denoising diffusion GAN (Xiao et
+            al. 2021, arXiv 2112.07804). A generator returns a sample of x in [-1, 1] instead of a prediction, and takes
+            the random vector that selects it; with 0 it takes none. By default the network is not a generator.
 
     Raises:
-        ValueError: If `max_guidance_scale` is not a positive number, `fourier_frequencies` not a list of such, or
-            `num_class_embeds` not a number of classes.
+        ValueError: If `max_guidance_scale` is not a positive number, `fourier_frequencies` not a list of such,
+            `latent_dim` not such a size, or `num_class_embeds` not a number of classes.
     """
 
     class FourierConv(torch.nn.Conv2d):
@@ -62,11 +65,11 @@ class UNet2DCFGModel(UNet2DModel):
     remote_code = Path(__file__).read_text(encoding="utf-8")
 
     # Layers are allocated before the weights are read, so a damaged config must not ask for too much memory.
-    max_num_class_embeds, max_num_frequencies = 1_000_001, 64
+    max_num_class_embeds, max_num_frequencies, max_latent_dim = 1_000_001, 64, 65_536
     # A float32 angle ωz has hardly a correct digit left beyond, and far beyond no finite sine.
     max_frequency = 1e6
 
-    # Not decorated with `register_to_config`: the parent registers its own arguments, and the two of this class are
+    # Not decorated with `register_to_config`: the parent registers its own arguments, and those of this class are
     # registered only if set, so that `UNet2DModel` reads the config without a warning.
     def __init__(
         self,
@@ -100,8 +103,10 @@ class UNet2DCFGModel(UNet2DModel):
         num_train_timesteps: int | None = None,
         max_guidance_scale: float | None = None,
         fourier_frequencies: list[float] | None = None,
+        latent_dim: int | None = None,
     ) -> None:
         self._check_settings(num_class_embeds, max_guidance_scale, fourier_frequencies)
+        self._check_generator(latent_dim, max_guidance_scale, time_embedding_type)
         super().__init__(
             sample_size=sample_size,
             in_channels=in_channels,
@@ -144,6 +149,14 @@ class UNet2DCFGModel(UNet2DModel):
         if fourier_frequencies is not None:
             self.register_to_config(fourier_frequencies=list(fourier_frequencies))
             self.conv_in = self.FourierConv(in_channels, self.conv_in.out_channels, list(fourier_frequencies))
+        self.latent_mapping = None
+        if latent_dim is not None:
+            self.register_to_config(latent_dim=latent_dim)
+        if latent_dim:
+            channels, act = self.time_embedding.linear_2.out_features, torch.nn.SiLU
+            layers = [torch.nn.Linear(latent_dim, channels)]
+            layers += [layer for _ in range(3) for layer in (act(), torch.nn.Linear(channels, channels))]
+            self.latent_mapping = torch.nn.Sequential(*layers)
 
     def _check_settings(self, num_class_embeds: Any, max_guidance_scale: Any, fourier_frequencies: Any) -> None:
         """Check the settings that `UNet2DModel` does not check, before anything is allocated."""
@@ -164,6 +177,23 @@ class UNet2DCFGModel(UNet2DModel):
             raise ValueError(
                 f"fourier_frequencies must be a list of up to {self.max_num_frequencies} positive numbers of at most "
                 f"{self.max_frequency:g}, but is {str(fourier_frequencies)[:100]}."
+            )
+
+    def _check_generator(self, latent_dim: Any, max_guidance_scale: Any, time_embedding_type: str) -> None:
+        """Check the settings of a generator."""
+        if latent_dim is None:
+            return
+        if type(latent_dim) is not int or not 0 <= latent_dim <= self.max_latent_dim:
+            raise ValueError(f"latent_dim must be an integer in 0 … {self.max_latent_dim}, but is {latent_dim!r}.")
+        if max_guidance_scale is not None:
+            raise ValueError(
+                f"A network cannot have both latent_dim ({latent_dim}) and max_guidance_scale ({max_guidance_scale}): "
+                "a generator cannot be distilled."
+            )
+        if time_embedding_type == "fourier":
+            raise ValueError(
+                "A generator cannot have time_embedding_type='fourier', which takes the logarithm of the time, since "
+                "its times start at 0. Use 'positional'."
             )
 
     @staticmethod
@@ -253,6 +283,11 @@ class UNet2DCFGModel(UNet2DModel):
         return self.config.get("max_guidance_scale")
 
     @property
+    def latent_dim(self) -> int | None:
+        """The size of the latent vector of a generator; `None` if the network is not a generator."""
+        return self.config.get("latent_dim")
+
+    @property
     def num_classes(self) -> int:
         """The number of classes without the null class, `num_class_embeds - 1`. Labels are `0 … num_classes - 1`."""
         num_class_embeds = self.config.num_class_embeds
@@ -323,6 +358,7 @@ class UNet2DCFGModel(UNet2DModel):
         class_labels: torch.Tensor | None = None,
         return_dict: bool = True,
         guidance_scale: torch.Tensor | None = None,
+        latent: torch.Tensor | None = None,
     ) -> UNet2DOutput | tuple[torch.Tensor]:
         """
         Predict from noisy samples, their timesteps and classes: `UNet2DModel.forward` with more terms in the embedding.
@@ -338,13 +374,17 @@ class UNet2DCFGModel(UNet2DModel):
             return_dict (`bool`, *optional*, defaults to `True`): Whether to return a `UNet2DOutput` instead of a tuple.
             guidance_scale (`torch.Tensor` of shape `(batch,)`, *optional*): The paper's w in [0, `max_guidance_scale`],
                 for a network that takes w. By default 0.
+            latent (`torch.Tensor` of shape `(batch, latent_dim)`, *optional*): A vector from N(0, I) for each sample,
+                which a generator with a `latent_dim` needs. Its length has no effect.
 
         Returns:
-            `UNet2DOutput` or `tuple`: The prediction, `(batch, out_channels, height, width)`.
+            `UNet2DOutput` or `tuple`: The prediction, `(batch, out_channels, height, width)`. That of a generator is an
+            x in [-1, 1].
 
         Raises:
-            ValueError: If the labels are neither integers nor weights, or not one per sample; or if `guidance_scale`
-                is passed to a network that does not take w, or is not one per sample. The ranges of labels and w are
+            ValueError: If the labels are neither integers nor weights, or not one per sample; if `latent` does not have
+                the shape that the network takes; or if `guidance_scale` is passed to a network that does not take w, or
+                is not one per sample. The ranges of labels and w are
                 checked only on the CPU, because reading them on other devices would stall every step; call
                 `check_class_labels` before.
         """
@@ -352,12 +392,14 @@ class UNet2DCFGModel(UNet2DModel):
         if self.config.center_input_sample:
             sample = 2 * sample - 1.0
 
-        # 1. emb = time + (class + guidance scale)
+        # 1. emb = time + (class + guidance scale + latent vector)
         timesteps = self._expand_timestep(timestep, sample)
         emb = self.time_embedding(self.time_proj(timesteps).to(sample.dtype))
         conditions = self._embed_class_labels(class_labels)
         if self.guidance_embedding is not None or guidance_scale is not None:
             conditions = conditions + self._embed_guidance_scale(guidance_scale, sample)
+        if self.latent_mapping is not None or latent is not None:
+            conditions = conditions + self._embed_latent(latent, sample)
         emb = emb + conditions.to(sample.dtype)
 
         # 2. in and down
@@ -389,6 +431,8 @@ class UNet2DCFGModel(UNet2DModel):
             sample = sample + skip_sample
         if self.config.time_embedding_type == "fourier":
             sample = sample / timesteps.view(-1, 1, 1, 1)
+        if self.latent_dim is not None:
+            sample = sample.tanh()
 
         return UNet2DOutput(sample=sample) if return_dict else (sample,)
 
@@ -442,3 +486,18 @@ class UNet2DCFGModel(UNet2DModel):
         # The root, because a small w changes the prediction more; up to 100 the sinusoids have at most sixteen periods.
         position = 100 * (w / largest).sqrt()
         return self.guidance_embedding(self.guidance_proj(position).to(sample.dtype))
+
+    def _embed_latent(self, latent: torch.Tensor | None, sample: torch.Tensor) -> torch.Tensor:
+        """Return the embedding of the latent vectors, `(batch, channels)`."""
+        expected = (len(sample), self.latent_dim) if self.latent_mapping is not None else None
+        if latent is None or tuple(latent.shape) != expected:
+            required = (
+                f"a tensor of shape {expected}, because this network is a generator with latent_dim={self.latent_dim}"
+                if expected
+                else f"None, because this network takes no latent vector (its latent_dim is {self.latent_dim})"
+            )
+            shown = latent if latent is None else f"of shape {tuple(latent.shape)}"
+            raise ValueError(f"latent must be {required}, but is {shown}.")
+        assert self.latent_mapping is not None
+        latent = latent / (latent.square().mean(1, keepdim=True) + 1e-8).sqrt()
+        return self.latent_mapping(latent.to(sample.dtype))

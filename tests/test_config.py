@@ -13,7 +13,7 @@ import pytest
 
 from diffusers_cfg.config import Config, UserError, flag, parse_config, run_command
 from diffusers_cfg.engine.preemption import Preempted
-from diffusers_cfg.settings import CFGConfig
+from diffusers_cfg.method_settings import CFGConfig
 from tests.support.runs import ROOT, TRAINING
 
 

@@ -16,7 +16,7 @@ them. Other flags are those of train_cfg.py.
 
 from diffusers_cfg.config import parse_config, run_command
 from diffusers_cfg.engine.preemption import Preemption
-from diffusers_cfg.settings import DistillationConfig
+from diffusers_cfg.method_settings import DistillationConfig
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -14,7 +14,7 @@ accelerate launch training/train_vdm.py --config training/configs/mnist.yaml --o
 
 from diffusers_cfg.config import parse_config, run_command
 from diffusers_cfg.engine.preemption import Preemption
-from diffusers_cfg.settings import VDMConfig
+from diffusers_cfg.method_settings import VDMConfig
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -4,7 +4,7 @@ import logging
 import math
 import time
 from collections import Counter, defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from datetime import timedelta
 from pathlib import Path
 
@@ -13,7 +13,7 @@ from accelerate import Accelerator
 from tqdm.auto import tqdm
 
 from diffusers_cfg.config import CommandError
-from diffusers_cfg.engine.method import Objective, Terms
+from diffusers_cfg.engine.method import Method, Objective, Terms
 from diffusers_cfg.engine.tracking import Trackers
 from diffusers_cfg.model_files import checkpoints
 from diffusers_cfg.settings import TrainConfig
@@ -43,7 +43,8 @@ class Log:
         config (`TrainConfig`): the settings.
         accelerator (`Accelerator`): the processes whose losses are averaged.
         trackers (`Trackers`): the trackers.
-        objectives (`Sequence[Objective]`): the objectives. If there are several, their names prefix the logged names.
+        method (`Method`): the method, which sees the logged values. If it has several objectives, their names prefix
+            the names of the values.
         first_step (`int`), total_steps (`int`): the step that the run starts from and the length of the run.
         batch_size (`int`): number of images in a step.
     """
@@ -53,7 +54,7 @@ class Log:
         config: TrainConfig,
         accelerator: Accelerator,
         trackers: Trackers,
-        objectives: Sequence[Objective],
+        method: Method,
         first_step: int,
         total_steps: int,
         batch_size: int,
@@ -61,6 +62,7 @@ class Log:
         self.config, self.accelerator, self.trackers, self.batch_size = config, accelerator, trackers, batch_size
         self.total_steps, self.last_line_time = total_steps, -math.inf
         self.last_step, self.last_time, self.last_waited = first_step, time.perf_counter(), 0.0
+        self.method, objectives = method, method.objectives
         several = len({objective.name for objective in objectives}) > 1
         self.turns = Counter(objective.name for objective in objectives)
         self.prefixes = {objective.name: f"{objective.name}/" if several else "" for objective in objectives}
@@ -136,6 +138,7 @@ class Log:
         self.last_step, self.last_time, self.last_waited = step, now, waited
         self.progress.set_postfix({"images_per_second": f"{values['images_per_second']:.0f}", **losses})
         self.trackers.log(values, step)
+        self.method.watch(step, values)
         for name, skipped in values.items():
             if name.endswith("skipped_steps") and skipped:
                 logger.warning("Skipped %.0f of the last %d steps, whose gradient was not finite.", skipped, steps)

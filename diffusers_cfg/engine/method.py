@@ -179,6 +179,9 @@ class Method(ABC):
         """Return metrics of a fixed set of images to log, by default none. Called with the EMA weights in place."""
         return {}
 
+    def watch(self, step: int, values: Mapping[str, float]) -> None:  # noqa: B027 (optional)
+        """Warn if the values that are logged at a step show that training fails. By default do nothing."""
+
     def example(self) -> str:
         """Return a line of code that generates an image with the saved pipeline `pipe`, and saves or shows it."""
         return 'pipe().images[0].save("sample.png")'

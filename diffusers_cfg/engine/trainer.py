@@ -276,7 +276,7 @@ class Trainer:
         steps = range(state.step, plan.total_steps)
         self.batches = StepBatches(config, accelerator, self.dataset, method, steps, plan.accumulation)
         trackers = Trackers(config, accelerator, state.trackers, state.step)
-        self.log = Log(config, accelerator, trackers, method.objectives, state.step, plan.total_steps, plan.batch_size)
+        self.log = Log(config, accelerator, trackers, method, state.step, plan.total_steps, plan.batch_size)
         self.any_process = make_vote(accelerator, config.ddp_timeout)
         self.started = time.perf_counter() - state.seconds
         logger.info(

@@ -21,26 +21,32 @@ def sample_grid(
     seed: int,
 ) -> Image.Image:
     """
-    Generate a grid of samples with a row for each of the first ten classes and a column for each w. All images of a row
-    start from the same noise, so that the row shows the effect of w.
+    Generate a grid of samples with a row for each of the first ten classes and a column for each w. Images of a row
+    start from the same noise, so that the row shows the effect of w, except those with the same w.
 
     Args:
         pipeline (`CFGPipeline`): the pipeline, on the accelerator's device.
         accelerator (`Accelerator`): the processes that share the work.
         classes (`list[int]`): the ids of the classes to sample.
-        guidance_scales (`list[float]`): the paper's w, one for each column.
+        guidance_scales (`list[float]`): the paper's w, one for each column. Values may repeat.
         num_inference_steps (`int`): T.
         seed (`int`): the seed of the noise; each row also depends on its class.
     """
     classes = classes[:MAX_ROWS]
-    jobs = [(class_id, w) for class_id in classes for w in guidance_scales]
+    # The noise of repeated scales also depends on the number of the repetition.
+    numbers = [guidance_scales[:column].count(w) for column, w in enumerate(guidance_scales)]
+    jobs = [
+        (class_id, w, (class_id, number) if number else (class_id,))
+        for class_id in classes
+        for w, number in zip(guidance_scales, numbers, strict=True)
+    ]
     with accelerator.split_between_processes(jobs, apply_padding=True) as process_jobs:
         assert isinstance(process_jobs, list)
         images = pipeline(
-            class_labels=[class_id for class_id, _ in process_jobs],
-            guidance_scale=[w for _, w in process_jobs],
+            class_labels=[class_id for class_id, _, _ in process_jobs],
+            guidance_scale=[w for _, w, _ in process_jobs],
             num_inference_steps=num_inference_steps,
-            generator=[seeded_generator("cpu", seed, "grid", class_id) for class_id, _ in process_jobs],
+            generator=[seeded_generator("cpu", seed, "grid", *key) for _, _, key in process_jobs],
             output_type="pt",
         ).images
     images = accelerator.gather(images.to(accelerator.device).contiguous())[: len(jobs)].cpu()

@@ -26,7 +26,8 @@ from diffusers_cfg.evaluation.reports import (
 from diffusers_cfg.evaluation.schedule_figures import LEARNED
 from diffusers_cfg.evaluation.settings import EvaluationConfig, LikelihoodConfig, format_number
 from diffusers_cfg.evaluation.sweep import check_folders, check_sampling, output_folder, run_sweep
-from diffusers_cfg.settings import TrainConfig, VDMConfig
+from diffusers_cfg.method_settings import VDMConfig
+from diffusers_cfg.settings import TrainConfig
 from diffusers_cfg.variational_bound import bits_per_dim
 
 # The metrics of samples in the table.

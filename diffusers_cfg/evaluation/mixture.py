@@ -36,6 +36,7 @@ class GaussianMixtureModel(torch.nn.Module):
 
     max_guidance_scale = None  # w is not an input: the model is not distilled
     noise_process = None  # that of the scheduler
+    latent_dim = None  # not a generator
     means: torch.Tensor  # (components, channels · height · width)
     stds: torch.Tensor  # (components,)
     log_probs: torch.Tensor  # (components,)

@@ -18,7 +18,18 @@ logger = logging.getLogger(__name__)
 
 
 def noise_process(pipeline: CFGPipeline) -> LogSNRScheduler:
-    """Return the noise process that a pipeline's network was trained with; the scheduler's, if it records none."""
+    """
+    Return the noise process that a pipeline's network was trained with; the scheduler's, if it records none.
+
+    Raises:
+        UserError: if the network is a generator, whose process has no log-SNR in continuous time.
+    """
+    if pipeline.unet.latent_dim is not None:
+        name = pipeline.name_or_path or "The model"
+        raise UserError(
+            f"{name} is a denoising diffusion GAN: its generator draws images in {pipeline.num_inference_steps} steps "
+            "and predicts at no other noise level. Use a model of train_cfg.py or train_vdm.py."
+        )
     process = pipeline.unet.noise_process or {}
     # `from_config` is annotated to return a tuple as well, but does so only with `return_unused_kwargs`.
     return cast(LogSNRScheduler, LogSNRScheduler.from_config(pipeline.scheduler.config, **process))

@@ -10,10 +10,10 @@ from diffusers_cfg import CFGPipeline
 from diffusers_cfg.data.images import UNLABELLED, LabelledImages, require_classes
 from diffusers_cfg.engine.method import Batch, Networks, Objective, Terms
 from diffusers_cfg.evaluation.records import noise_process
+from diffusers_cfg.method_settings import CFGConfig
 from diffusers_cfg.methods.guided import GuidedMethod
 from diffusers_cfg.methods.networks import build_pipeline
 from diffusers_cfg.methods.objectives import drop_class_labels, level_names, loss_logs, prediction_target, squared_error
-from diffusers_cfg.settings import CFGConfig
 
 
 class ClassifierFreeGuidance(GuidedMethod):

@@ -13,10 +13,10 @@ from diffusers_cfg.config import UserError
 from diffusers_cfg.data.images import UNLABELLED, LabelledImages, require_classes
 from diffusers_cfg.engine.method import Batch, Networks, Objective, Terms
 from diffusers_cfg.evaluation.records import noise_process
+from diffusers_cfg.method_settings import DistillationConfig
 from diffusers_cfg.methods.guided import GuidedMethod
 from diffusers_cfg.methods.networks import NUM_INFERENCE_STEPS, SOLVER, load_pretrained, new_pipeline
 from diffusers_cfg.methods.objectives import drop_class_labels, level_names, loss_logs, prediction_target, squared_error
-from diffusers_cfg.settings import DistillationConfig
 
 logger = logging.getLogger(__name__)
 

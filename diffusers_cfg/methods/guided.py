@@ -83,15 +83,16 @@ class GuidedMethod(Method):
         """Return a line of code that generates an image of the first present class and saves it."""
         name = self.pipeline.id2label[self.present_classes[0]]
         label = json.dumps(name, ensure_ascii=False)
-        scale = min(0.5, self.pipeline.unet.max_guidance_scale or 0.5)
+        unet = self.pipeline.unet
+        guided = f", guidance_scale={min(0.5, unet.max_guidance_scale or 0.5)}" if unet.latent_dim is None else ""
         file = re.sub(r"\W+", "-", name)
-        return f'pipe(class_labels={label}, guidance_scale={scale}).images[0].save("{file}.png")'
+        return f'pipe(class_labels={label}{guided}).images[0].save("{file}.png")'
 
     def facts(self) -> dict[str, Any]:
         """Return the prediction type, the probability that a label is dropped, and the classes without images."""
         absent = sorted(self.pipeline.id2label.keys() - self.present_classes)
         return {
-            "prediction_type": self.scheduler.config.prediction_type,
+            "prediction_type": self.pipeline.scheduler.config.prediction_type,
             "conditioning_dropout_prob": self.pipeline.config.conditioning_dropout_prob,
             **({"classes_without_images": absent} if absent else {}),
         }

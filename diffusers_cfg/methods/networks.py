@@ -14,9 +14,10 @@ from diffusers_cfg.config import UserError
 from diffusers_cfg.data.images import LabelledImages
 from diffusers_cfg.evaluation.records import noise_process
 from diffusers_cfg.loading import find_folder, load_autoencoder
+from diffusers_cfg.method_settings import CFGConfig
 from diffusers_cfg.model_files import read_object
 from diffusers_cfg.run_settings import ATTENTION_RESOLUTIONS, ModelConfig
-from diffusers_cfg.settings import CFGConfig, TrainConfig
+from diffusers_cfg.settings import TrainConfig
 
 logger = logging.getLogger(__name__)
 
@@ -93,6 +94,12 @@ def load_pretrained(
     except (OSError, ValueError) as error:
         raise UserError(f"{flag} {source} cannot be loaded: {error}") from error
     unet, vae = pretrained.unet, pretrained.vae
+    if unet.latent_dim is not None:
+        raise UserError(
+            f"{flag} {source} is a denoising diffusion GAN, whose generator draws images in "
+            f"{pretrained.num_inference_steps} steps instead of predicting at every noise level. Start from a model of "
+            "train_cfg.py or train_vdm.py."
+        )
     replace_classes(unet, pretrained.id2label, images.id2label)
     unet.register_to_config(sample_size=check_sample_size(unet, sample_size(config, vae)))
     if vae is not None:
@@ -141,7 +148,12 @@ def replace_classes(unet: UNet2DCFGModel, old: dict[int, str], new: dict[int, st
 
 
 def build_unet(
-    config: TrainConfig, vae: AutoencoderKL | None, channels: int, num_classes: int, **extra: Any
+    config: TrainConfig,
+    vae: AutoencoderKL | None,
+    channels: int,
+    num_classes: int,
+    latent_dim: int | None = None,
+    **extra: Any,
 ) -> UNet2DCFGModel:
     """
     Return a new network, with weights determined by the seed.
@@ -151,6 +163,7 @@ def build_unet(
         vae (`AutoencoderKL`, *optional*): the autoencoder whose latents the network models.
         channels (`int`): channels of the images, used without an autoencoder.
         num_classes (`int`): number of real classes; the network has one more, the null class.
+        latent_dim (`int`, *optional*): size of the latent vector of a generator; by default no generator.
         extra: other settings of `UNet2DCFGModel`, which a network config replaces.
 
     Raises:
@@ -177,6 +190,7 @@ def build_unet(
         "out_channels": channels,
         "num_class_embeds": num_classes + 1,
         "class_embed_type": None,
+        "latent_dim": latent_dim,
     }
     try:
         unet = cast(UNet2DCFGModel, UNet2DCFGModel.from_config(settings))

@@ -18,6 +18,7 @@ from diffusers_cfg.data.images import UNLABELLED, LabelledImages, require_8_bits
 from diffusers_cfg.engine.method import Batch, Networks, Objective, Terms
 from diffusers_cfg.evaluation.records import noise_process
 from diffusers_cfg.evaluation.schedule_figures import plot_schedules, schedules_between
+from diffusers_cfg.method_settings import VDMConfig
 from diffusers_cfg.methods.guided import GuidedMethod
 from diffusers_cfg.methods.networks import (
     build_unet,
@@ -29,7 +30,6 @@ from diffusers_cfg.methods.networks import (
 from diffusers_cfg.methods.objectives import NOISE_LEVELS, by_group, drop_class_labels, level_names
 from diffusers_cfg.model_files import NOISE_SCHEDULE, SCHEDULE_PICTURE
 from diffusers_cfg.noise_schedule import MIN_RANGE, TOLERANCE, NoiseSchedule, linear
-from diffusers_cfg.settings import VDMConfig
 from diffusers_cfg.variational_bound import (
     bits_per_dim,
     continuous_weight,
@@ -235,7 +235,7 @@ def build_pipeline(config: VDMConfig, images: LabelledImages) -> CFGPipeline:
         unet, scheduler = pretrained.unet, noise_process(pretrained)
     else:
         frequencies = [2.0**n * math.pi for n in config.fourier_features if n]
-        extra = {"fourier_frequencies": frequencies} if frequencies else {}
+        extra: dict[str, Any] = {"fourier_frequencies": frequencies} if frequencies else {}
         unet = build_unet(config, None, images.channels, num_classes=len(images.id2label), **extra)
         scheduler = LogSNRScheduler(
             log_snr_min=config.log_snr_min,

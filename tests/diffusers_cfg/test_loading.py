@@ -19,9 +19,9 @@ from diffusers_cfg.evaluation.sampling import load_pipeline
 from diffusers_cfg.evaluation.settings import SampleConfig
 from diffusers_cfg.hub import publish
 from diffusers_cfg.loading import load_autoencoder, load_guide_unet
+from diffusers_cfg.method_settings import CFGConfig
 from diffusers_cfg.methods.networks import build_pipeline, load_model_config, load_vae
 from diffusers_cfg.repository import PublishError
-from diffusers_cfg.settings import CFGConfig
 from tests.support.hub_client import HubClient
 from tests.support.hub_server import Fault
 from tests.support.latents import few_digits, make_vae

@@ -22,8 +22,8 @@ from diffusers_cfg.engine.checkpoint import (
     verify_checkpoint,
     write_checksums,
 )
+from diffusers_cfg.method_settings import CFGConfig, DistillationConfig
 from diffusers_cfg.model_files import checkpoints
-from diffusers_cfg.settings import CFGConfig, DistillationConfig
 from tests.support import runs
 from tests.support.models import make_pipeline, make_unet
 from tests.support.runs import ONE_LEVEL, WEIGHTS, assert_same_tensors, distill

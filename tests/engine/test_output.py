@@ -26,8 +26,9 @@ from diffusers_cfg.engine.output import (
     saved_together,
 )
 from diffusers_cfg.files import locked, remove
+from diffusers_cfg.method_settings import CFGConfig
 from diffusers_cfg.methods.guided import GuidedMethod
-from diffusers_cfg.settings import CFGConfig, TrainConfig
+from diffusers_cfg.settings import TrainConfig
 from tests.support import runs
 from tests.support.runs import ONE_LEVEL, WEIGHTS, distill
 

@@ -13,7 +13,7 @@ from diffusers_cfg.config import UserError, parse_config
 from diffusers_cfg.data.naming import public_name
 from diffusers_cfg.engine.publishing import NotPublished
 from diffusers_cfg.engine.record import public_command, public_config
-from diffusers_cfg.settings import CFGConfig
+from diffusers_cfg.method_settings import CFGConfig
 from tests.support.hub_client import HubClient
 from tests.support.hub_server import Fault
 from tests.support.runs import ONE_LEVEL, SETTINGS, TINY, TRAINING, WEIGHTS, train

@@ -20,9 +20,9 @@ from diffusers_cfg.data.sources import Digits
 from diffusers_cfg.engine import log
 from diffusers_cfg.engine import method as method_module
 from diffusers_cfg.engine.method import Objective, Terms
+from diffusers_cfg.method_settings import CFGConfig
 from diffusers_cfg.methods.cfg import ClassifierFreeGuidance
 from diffusers_cfg.model_files import checkpoints
-from diffusers_cfg.settings import CFGConfig
 from tests.support.latents import vae_flags
 from tests.support.runs import TIMES, WEIGHTS, assert_same_tensors, distill, events, scalars, train
 from tests.support.toys import Adversarial, Unlabelled

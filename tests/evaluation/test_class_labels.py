@@ -17,9 +17,9 @@ from diffusers_cfg.evaluation.class_labels import balanced_class_labels, choose_
 from diffusers_cfg.evaluation.grids import sample_grid
 from diffusers_cfg.evaluation.in_training import training_evaluation
 from diffusers_cfg.evaluation.settings import EvaluationConfig
+from diffusers_cfg.method_settings import CFGConfig
 from diffusers_cfg.methods.cfg import ClassifierFreeGuidance
 from diffusers_cfg.randomness import Draws
-from diffusers_cfg.settings import CFGConfig
 from tests.support.models import make_pipeline, make_unet
 from tests.support.runs import train
 

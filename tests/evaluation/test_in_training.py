@@ -18,7 +18,7 @@ from diffusers_cfg.evaluation.likelihood import estimate
 from diffusers_cfg.evaluation.likelihood_data import random_part
 from diffusers_cfg.evaluation.settings import EvaluationConfig
 from diffusers_cfg.evaluation.sweep import run_sweep
-from diffusers_cfg.settings import CFGConfig
+from diffusers_cfg.method_settings import CFGConfig
 from diffusers_cfg.variational_bound import bits_per_dim
 from tests.support.models import make_pipeline, make_unet, vdm
 

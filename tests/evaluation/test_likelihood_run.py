@@ -23,9 +23,10 @@ from diffusers_cfg.evaluation.likelihood_data import held_out_split, load_images
 from diffusers_cfg.evaluation.likelihood_reports import likelihood_table, logged_bounds, plot_training
 from diffusers_cfg.evaluation.likelihood_run import TermSet, run_likelihood
 from diffusers_cfg.evaluation.settings import LikelihoodConfig
+from diffusers_cfg.method_settings import CFGConfig
 from diffusers_cfg.model_card import model_card
 from diffusers_cfg.noise_schedule import NoiseSchedule
-from diffusers_cfg.settings import CFGConfig, DataConfig
+from diffusers_cfg.settings import DataConfig
 from diffusers_cfg.variational_bound import bits_per_dim
 from tests.support.images import save_images
 from tests.support.models import make_pipeline, make_unet, vdm

@@ -10,7 +10,7 @@ import pytest
 from diffusers_cfg import CFGPipeline
 from diffusers_cfg.config import UserError
 from diffusers_cfg.evaluation.records import data_config
-from diffusers_cfg.settings import CFGConfig
+from diffusers_cfg.method_settings import CFGConfig
 
 PETS = {"dataset_name": "pets", "dataset_split": "all", "train_val_split": 0.25}
 

@@ -17,10 +17,10 @@ from diffusers_cfg.data.order import GlobalBatchSampler
 from diffusers_cfg.data.sources import Digits
 from diffusers_cfg.engine.batches import probe_batches
 from diffusers_cfg.engine.method import Batch
+from diffusers_cfg.method_settings import CFGConfig
 from diffusers_cfg.methods import cfg
 from diffusers_cfg.methods.networks import build_unet
 from diffusers_cfg.randomness import Draws
-from diffusers_cfg.settings import CFGConfig
 from tests.support.runs import TINY, WEIGHTS, scalars, train
 
 

@@ -10,9 +10,9 @@ from safetensors.torch import load_file
 
 from diffusers_cfg import CFGPipeline, LogSNRScheduler, UNet2DCFGModel
 from diffusers_cfg.config import UserError, parse_config
+from diffusers_cfg.method_settings import CFGConfig, DistillationConfig
 from diffusers_cfg.methods import distillation
 from diffusers_cfg.methods.distillation import ddim_step, few_step_target
-from diffusers_cfg.settings import CFGConfig, DistillationConfig
 from tests.support.runs import WEIGHTS, assert_same_tensors, distill, train
 
 PREDICTION_TYPES = ["epsilon", "v_prediction", "sample"]

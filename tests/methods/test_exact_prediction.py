@@ -6,9 +6,9 @@ import torch
 from diffusers_cfg import CFGPipeline, LogSNRScheduler
 from diffusers_cfg.engine.method import Batch
 from diffusers_cfg.evaluation.mixture import three_gaussians
+from diffusers_cfg.method_settings import CFGConfig
 from diffusers_cfg.methods.cfg import ClassifierFreeGuidance
 from diffusers_cfg.randomness import Draws
-from diffusers_cfg.settings import CFGConfig
 from tests.support.models import make_unet
 
 BATCH_SIZE, STEPS = 256, 400

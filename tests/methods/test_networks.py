@@ -8,8 +8,8 @@ import torch
 from diffusers_cfg.config import UserError, parse_config
 from diffusers_cfg.data.sources import Digits
 from diffusers_cfg.evaluation.records import noise_process
+from diffusers_cfg.method_settings import CFGConfig
 from diffusers_cfg.methods.networks import attention, build_pipeline, build_unet
-from diffusers_cfg.settings import CFGConfig
 from tests.support.runs import TRAINING
 
 

@@ -10,8 +10,8 @@ import torch
 from diffusers_cfg import CFGPipeline
 from diffusers_cfg.config import UserError
 from diffusers_cfg.data.images import LabelledImages
+from diffusers_cfg.method_settings import CFGConfig
 from diffusers_cfg.methods.networks import build_pipeline, replace_classes
-from diffusers_cfg.settings import CFGConfig
 from tests.support.models import make_pipeline, make_unet
 from tests.support.runs import train
 

@@ -12,10 +12,10 @@ from diffusers_cfg.config import parse_config
 from diffusers_cfg.data.decoding import to_float
 from diffusers_cfg.data.sources import Digits
 from diffusers_cfg.engine.method import Batch, Terms
+from diffusers_cfg.method_settings import CFGConfig, VDMConfig
 from diffusers_cfg.methods.cfg import ClassifierFreeGuidance
 from diffusers_cfg.methods.vdm import VariationalDiffusion, build_pipeline
 from diffusers_cfg.randomness import Draws
-from diffusers_cfg.settings import CFGConfig, VDMConfig
 from diffusers_cfg.variational_bound import prior_term, reconstruction_term
 from tests.support.models import generators, make_unet
 from tests.support.runs import SMALLEST

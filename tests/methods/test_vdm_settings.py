@@ -10,9 +10,9 @@ from PIL import Image
 from diffusers_cfg.config import UserError, parse_config
 from diffusers_cfg.data.sources import Digits
 from diffusers_cfg.engine.accelerator import make_accelerator
+from diffusers_cfg.method_settings import VDMConfig
 from diffusers_cfg.methods.networks import record_process
 from diffusers_cfg.methods.vdm import VariationalDiffusion
-from diffusers_cfg.settings import VDMConfig
 from tests.support.latents import vae_flags
 from tests.support.models import vdm
 from tests.support.runs import reset_accelerate, train, train_vdm

@@ -15,10 +15,11 @@ from diffusers_cfg.engine.method import Method
 from diffusers_cfg.engine.preemption import Preemption
 from diffusers_cfg.engine.trainer import Trainer
 from diffusers_cfg.evaluation.in_training import training_evaluation
+from diffusers_cfg.method_settings import CFGConfig, DistillationConfig, VDMConfig
 from diffusers_cfg.methods.cfg import ClassifierFreeGuidance
 from diffusers_cfg.methods.distillation import GuidanceDistillation
 from diffusers_cfg.methods.vdm import VariationalDiffusion
-from diffusers_cfg.settings import CFGConfig, DistillationConfig, TrainConfig, VDMConfig
+from diffusers_cfg.settings import TrainConfig
 
 ROOT = Path(__file__).parents[2]
 TRAINING = ROOT / "training"

@@ -8,9 +8,9 @@ import torch.nn.functional as F
 from diffusers_cfg import CFGPipeline, LogSNRScheduler
 from diffusers_cfg.data.images import LabelledImages
 from diffusers_cfg.engine.method import Batch, Method, Networks, Objective, Terms
+from diffusers_cfg.method_settings import CFGConfig
 from diffusers_cfg.methods.networks import build_unet
 from diffusers_cfg.methods.objectives import squared_error
-from diffusers_cfg.settings import CFGConfig
 
 
 class Critic(torch.nn.Module):

@@ -11,7 +11,7 @@ from diffusers_cfg import CFGPipeline
 from diffusers_cfg.config import UserError, read_yaml
 from diffusers_cfg.evaluation import features
 from diffusers_cfg.evaluation.settings import EvaluationConfig
-from diffusers_cfg.settings import CFGConfig
+from diffusers_cfg.method_settings import CFGConfig
 from tests.support.commands import check_refused, load_command
 from tests.support.runs import TINY, reset_accelerate
 

@@ -8,7 +8,7 @@ import pytest
 from diffusers_cfg.config import parse_config, read_yaml
 from diffusers_cfg.evaluation import features
 from diffusers_cfg.evaluation.settings import EvaluationConfig
-from diffusers_cfg.settings import CFGConfig, VDMConfig
+from diffusers_cfg.method_settings import CFGConfig, VDMConfig
 from tests.support.commands import check_refused, load_command
 from tests.support.runs import SETTINGS, SMALLEST, reset_accelerate
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from diffusers_cfg.settings import CFGConfig
+from diffusers_cfg.method_settings import CFGConfig
 from tests.support.commands import load_command
 from tests.support.models import vdm
 from tests.support.runs import TRAINING, launch, reset_accelerate

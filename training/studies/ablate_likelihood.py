@@ -24,7 +24,7 @@ from typing import Any
 from diffusers_cfg.config import UserError, parse_config, run_command, say
 from diffusers_cfg.engine.preemption import Preemption
 from diffusers_cfg.evaluation.settings import EvaluationConfig, LikelihoodConfig, refuse_flags
-from diffusers_cfg.settings import CFGConfig, VDMConfig
+from diffusers_cfg.method_settings import CFGConfig, VDMConfig
 
 # By variant, the settings that differ from those of train_vdm.py
 VARIANTS: dict[str, dict[str, Any]] = {

@@ -24,7 +24,7 @@ from pathlib import Path
 
 from diffusers_cfg.config import UserError, parse_config, run_command
 from diffusers_cfg.evaluation.settings import refuse_flags
-from diffusers_cfg.settings import CFGConfig
+from diffusers_cfg.method_settings import CFGConfig
 
 # Flags of train_cfg.py that this command sets itself.
 REFUSED = {
