@@ -250,10 +250,10 @@ class Discriminator(torch.nn.Module):
 
         def __init__(self, in_channels: int, out_channels: int, num_timesteps: int, halves: bool) -> None:
             super().__init__()
-            self.conv_1 = torch.nn.Conv2d(in_channels, out_channels, 3, padding=1)
-            self.conv_2 = torch.nn.Conv2d(out_channels, out_channels, 3, padding=1)
+            self.conv_1 = torch.nn.Conv2d(in_channels, in_channels, 3, padding=1)
+            self.conv_2 = torch.nn.Conv2d(in_channels, out_channels, 3, padding=1)
             self.skip = torch.nn.Conv2d(in_channels, out_channels, 1, bias=False)
-            self.time = torch.nn.Embedding(num_timesteps, out_channels)
+            self.time = torch.nn.Embedding(num_timesteps, in_channels)
             self.halves = halves
 
         def forward(self, x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
@@ -276,7 +276,9 @@ class Discriminator(torch.nn.Module):
         for module in self.modules():
             if isinstance(module, torch.nn.Conv2d):
                 torch.nn.init.kaiming_normal_(module.weight, a=0.2)
-        torch.nn.init.normal_(self.class_embedding.weight, std=channels[-1] ** -0.5)
+        # The sum over pixels is large. Without zeros, the discriminator has to unlearn random logits first.
+        for head in (self.linear.weight, self.linear.bias, self.class_embedding.weight):
+            torch.nn.init.zeros_(head)
 
     def forward(
         self,
