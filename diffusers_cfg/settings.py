@@ -4,7 +4,7 @@ import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 from diffusers_cfg.config import Config, UserError, fixed, free, recorded
 from diffusers_cfg.run_settings import HubConfig, ModelConfig, OptimizationConfig, RunConfig
@@ -50,6 +50,11 @@ class DataConfig(Config):
     train_val_split: float = fixed(
         0.0, "Fraction of the images that is held out from training, for evaluate_likelihood.py.", at_least=0, below=1
     )
+    stack: Literal[1, 3] = fixed(
+        1,
+        "3: train on 120,000 images whose channels are three grayscale images of the data, without labels (stacked "
+        "MNIST).",
+    )
     streaming: bool = fixed(False, "Stream the dataset instead of downloading it first.")
     shuffle_buffer_size: int = fixed(1000, "Number of images in the shuffle buffer of --streaming.", at_least=1)
     image_column: str = recorded("image", "Column of the dataset with the images.")
@@ -75,6 +80,16 @@ class DataConfig(Config):
 
     def check(self) -> None:
         """Check combinations of settings. Raise UserError."""
+        if self.stack > 1 and self.streaming:
+            raise UserError(
+                f"--stack {self.stack} chooses among all images, which --streaming does not know in advance. Leave out "
+                "one of them."
+            )
+        if self.stack > 1 and self.train_val_split:
+            raise UserError(
+                f"--stack {self.stack} cannot be combined with --train_val_split {self.train_val_split:g}. Leave it "
+                "out: stacked images are evaluated by the modes that samples reach, without held-out images."
+            )
         if self.dataset_name is not None and self.train_data_dir is not None:
             raise UserError("Pass either --dataset_name or --train_data_dir, not both.")
         if self.dataset_name is None and self.train_data_dir is None:
@@ -142,6 +157,11 @@ class TrainConfig(HubConfig, RunConfig, OptimizationConfig, ModelConfig, DataCon
             raise UserError(
                 "--eval_steps compares samples with the whole dataset and cannot be combined with --streaming. Run "
                 "evaluate_cfg.py after training instead."
+            )
+        if self.stack > 1 and self.eval_steps:
+            raise UserError(
+                f"--eval_steps evaluates samples of each class, but the images of --stack {self.stack} have none. "
+                "Leave it out, or use studies/modes.py."
             )
         self._check_resolution()
 

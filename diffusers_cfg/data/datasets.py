@@ -3,7 +3,7 @@
 import hashlib
 import logging
 import os
-from collections.abc import Iterable, Iterator, Sized
+from collections.abc import Iterator, Sized
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from itertools import repeat
@@ -17,10 +17,11 @@ from tqdm.auto import tqdm
 from diffusers_cfg.config import UserError
 from diffusers_cfg.data.columns import open_encoded
 from diffusers_cfg.data.decoding import COLOR_LOST, ColorCheck, is_colored, to_array, to_float
-from diffusers_cfg.data.images import LabelledImages
+from diffusers_cfg.data.images import ImageSubset, LabelledImages, StackedImages
 from diffusers_cfg.data.labels import UNLABELLED, listed
 from diffusers_cfg.data.order import Position, shuffled_blocks
 from diffusers_cfg.data.sources import EncodedImage, ImageStream
+from diffusers_cfg.data.unreadable import check_unreadable, none_readable_message
 from diffusers_cfg.data.workers import InFlightItems
 from diffusers_cfg.settings import DataConfig, TrainConfig
 
@@ -82,6 +83,8 @@ def training_dataset(
         assert isinstance(config, TrainConfig)
         return StreamedImages(images, config, channels)
     if len(images) * channels * config.resolution**2 <= MAX_CACHED_BYTES:
+        if isinstance(images, StackedImages):
+            return combine_channels(images, config, show_progress)
         return stack_images(images, config, channels, show_progress)
     return LazyImages(images, config.resolution, channels, config.center_crop, config.dataloader_num_workers)
 
@@ -128,26 +131,15 @@ def stack_images(images: LabelledImages, config: DataConfig, channels: int, show
     )
 
 
-def none_readable_message(num_images: int, name: str) -> str:
-    """Return the error message for a dataset without a readable image."""
-    return f"None of the {num_images} images can be read, starting with {name}. Check that PIL can open them."
-
-
-def check_unreadable(unreadable: Iterable[str], num_images: int, max_unreadable_fraction: float) -> None:
-    """Raise UserError if more than `max_unreadable_fraction` of the images cannot be read."""
-    unreadable = list(unreadable)
-    if len(unreadable) > max_unreadable_fraction * num_images:
-        raise UserError(
-            f"{len(unreadable)} of {num_images} images cannot be read, more than --max_unreadable_fraction "
-            f"{max_unreadable_fraction} allows: {', '.join(unreadable[:5])}{', …' if len(unreadable) > 5 else '.'} "
-            "Repair or remove them, or raise --max_unreadable_fraction."
-        )
-
-
-def warn_about_unreadable(unreadable: set[str]) -> None:
-    """Log the number of unreadable images and the first of their names, if there are any."""
-    if unreadable:
-        logger.warning("%d images could not be read: %s", len(unreadable), ", ".join(sorted(unreadable)[:20]))
+def combine_channels(images: StackedImages, config: DataConfig, show_progress: bool) -> "CachedImages":
+    """
+    Return stacked images in memory, and decode each of their channels once instead of for each stack. If images cannot
+    be read, the stacks are made of the others. Raise UserError as `stack_images` does.
+    """
+    used, positions = np.unique(images.indices, return_inverse=True)
+    channels = stack_images(ImageSubset(images.images, used), config, 1, show_progress).images[:, 0]
+    chosen = torch.from_numpy(positions.reshape(images.indices.shape)) % len(channels)
+    return CachedImages(channels[chosen], torch.from_numpy(images.class_labels))
 
 
 class CachedImages(Dataset):

@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 
 from diffusers_cfg.config import UserError
-from diffusers_cfg.data.decoding import has_8_bits, is_colored, normalise
+from diffusers_cfg.data.decoding import has_8_bits, is_colored, normalise, to_array
 from diffusers_cfg.data.labels import UNLABELLED
 from diffusers_cfg.randomness import seeded_generator
 
@@ -17,6 +17,8 @@ from diffusers_cfg.randomness import seeded_generator
 CHANNELS_SAMPLE_SIZE = 32
 # Number of images that are searched, without decoding them, for color or for more than 8 bits.
 MAX_SEARCH = 10_000
+# Number of stacked images: that of the usual stacked MNIST.
+NUM_STACKS = 120_000
 
 
 class LabelledImages:
@@ -82,6 +84,11 @@ def evenly_spaced(length: int, number: int) -> list[int]:
 def require_classes(images: LabelledImages) -> None:
     """Raise UserError if the images have fewer than two classes. Used by class-conditional methods."""
     present = images.present_classes
+    if isinstance(images, StackedImages):
+        raise UserError(
+            "--stack makes images without classes, but class-conditional training needs at least two. Leave it out, or "
+            "use train_ddgan.py, which trains the null class on them."
+        )
     if len(present) < 2:
         raise UserError(
             f"Class-conditional training needs at least two classes, but the data has {len(present)}: "
@@ -127,6 +134,47 @@ class ImageSubset(LabelledImages):
     @cached_property
     def channels(self) -> int:
         return self.images.channels
+
+    def fingerprint(self) -> str:
+        return f"{self.images.fingerprint()} {hashlib.sha256(self.indices.tobytes()).hexdigest()}"
+
+
+class StackedImages(LabelledImages):
+    """
+    RGB images whose channels are three grayscale images, chosen at random, without labels. Of images of ten classes,
+    they have 1000 modes (Metz et al. 2017, arXiv 1611.02163). The choice depends only on the index of the stack and on
+    the number of images, so that all runs train on the same stacks.
+
+    Args:
+        images (`LabelledImages`): the grayscale images.
+        resolution (`int`), center_crop (`bool`): arguments of `to_array`, since a channel may have any size.
+
+    Raises:
+        UserError: if the images have color.
+    """
+
+    def __init__(self, images: LabelledImages, resolution: int, center_crop: bool) -> None:
+        if images.channels != 1:
+            raise UserError(
+                "--stack makes the channels of an image of grayscale images, but the data has images with color. Leave "
+                "it out, or convert the images to grayscale."
+            )
+        super().__init__(np.full(NUM_STACKS, UNLABELLED, np.int64), {})
+        self.images, self.resolution, self.center_crop = images, resolution, center_crop
+        generator = seeded_generator("cpu", "stack")
+        self.indices = torch.randint(len(images), (NUM_STACKS, 3), generator=generator).numpy()
+
+    def open_image(self, index: int) -> Image.Image:
+        opened = (self.images.open_image(int(i)) for i in self.indices[index])
+        channels = [to_array(image, self.resolution, 1, self.center_crop)[0] for image in opened]
+        return Image.fromarray(np.stack(channels, axis=-1))
+
+    def name_image(self, index: int) -> str:
+        return "the stack of " + ", ".join(self.images.name_image(int(i)) for i in self.indices[index])
+
+    @cached_property
+    def channels(self) -> int:
+        return 3
 
     def fingerprint(self) -> str:
         return f"{self.images.fingerprint()} {hashlib.sha256(self.indices.tobytes()).hexdigest()}"

@@ -19,11 +19,10 @@ from diffusers_cfg.config import CACHE_DIR, UserError
 from diffusers_cfg.data.datasets import (
     CachedImages,
     LazyImages,
-    check_unreadable,
     fingerprint,
     identity_collate,
-    warn_about_unreadable,
 )
+from diffusers_cfg.data.unreadable import check_unreadable, warn_about_unreadable
 from diffusers_cfg.files import digest, read_safetensors, write_safetensors
 from diffusers_cfg.randomness import seed_of
 from diffusers_cfg.settings import TrainConfig

@@ -23,7 +23,7 @@ from diffusers_cfg.data.columns import (
     values_of,
 )
 from diffusers_cfg.data.folders import ImageFolder, count_kinds, find_splits, has_image_files, list_folder, read_folder
-from diffusers_cfg.data.images import LabelledImages, split_images
+from diffusers_cfg.data.images import LabelledImages, StackedImages, split_images
 from diffusers_cfg.data.labels import UNLABELLED, class_ids, label_to_id, listed, names_of, warn_about_numbers
 from diffusers_cfg.data.order import Position, shuffled_blocks
 from diffusers_cfg.settings import DataConfig
@@ -195,7 +195,7 @@ class ImageStream(LabelledImages):
 def load_labelled_images(config: DataConfig, needs_labels: bool = True) -> LabelledImages:
     """
     Load the images to train on: those of the dataset that the settings name, without those that `--train_val_split`
-    holds out.
+    holds out; or stacks of them, with `--stack`.
 
     Args:
         config (`DataConfig`): the settings.
@@ -203,8 +203,11 @@ def load_labelled_images(config: DataConfig, needs_labels: bool = True) -> Label
             With `False`, all images of such a dataset get the label -1, and there are no class names.
 
     Raises:
-        UserError: if the dataset cannot be found or loaded, lacks a column, or has too few images to hold out some.
+        UserError: if the dataset cannot be found or loaded, lacks a column, has too few images to hold out some, or
+            cannot be stacked.
     """
+    if config.stack > 1:
+        return StackedImages(load_all_images(config, needs_labels=False), config.resolution, config.center_crop)
     images = load_all_images(config, needs_labels)
     if not config.train_val_split:
         return images

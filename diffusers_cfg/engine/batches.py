@@ -16,13 +16,12 @@ from diffusers_cfg.data.datasets import (
     CachedImages,
     ImageBatch,
     StreamedImages,
-    check_unreadable,
     identity_collate,
-    warn_about_unreadable,
 )
 from diffusers_cfg.data.latents import LatentBatch
 from diffusers_cfg.data.order import GlobalBatchSampler
 from diffusers_cfg.data.sources import UNLABELLED
+from diffusers_cfg.data.unreadable import check_unreadable, warn_about_unreadable
 from diffusers_cfg.engine.method import Batch, Method
 from diffusers_cfg.engine.preemption import ignore_signals
 from diffusers_cfg.randomness import Draws, seeded_generator

@@ -11,7 +11,7 @@ from tqdm.auto import tqdm
 
 from diffusers_cfg import CFGPipeline, LogSNRScheduler
 from diffusers_cfg.config import UserError
-from diffusers_cfg.data.datasets import warn_about_unreadable
+from diffusers_cfg.data.unreadable import warn_about_unreadable
 from diffusers_cfg.evaluation.likelihood import (
     END_TOLERANCE,
     ImageTerms,

@@ -13,17 +13,16 @@ from diffusers_cfg.data.datasets import (
     CachedImages,
     ImageBatch,
     LazyImages,
-    check_unreadable,
     describe_data,
     fingerprint,
     identity_collate,
     num_images,
     stack_images,
     training_dataset,
-    warn_about_unreadable,
 )
 from diffusers_cfg.data.decoding import to_array
 from diffusers_cfg.data.sources import Digits, load_labelled_images
+from diffusers_cfg.data.unreadable import check_unreadable, warn_about_unreadable
 from diffusers_cfg.settings import DataConfig
 from tests.support.images import SPLITS_CARD, open_stream, save_shards, save_three_classes
 from tests.support.odd_images import READABLE, UNREADABLE
