@@ -281,7 +281,9 @@ def example_images(folder: Path, variant: str | None = None) -> dict[int, torch.
     try:
         pipe = CFGPipeline.from_pretrained(folder, variant=variant)
         pipe.set_progress_bar_config(disable=True)
-        labels = example_classes(read_json(folder / INDEX), read_json(folder / RUN)) or [0]
+        run = read_json(folder / RUN)
+        untrained = run.get("method", {}).get("classes_without_images", [])
+        labels = example_classes(read_json(folder / INDEX), run) or [-1 if 0 in untrained else 0]
         return {label: example_image(pipe, label) for label in labels}
     except Exception as error:
         raise PublishError(f"{folder} was not published, because it could not generate an image: {error}") from error

@@ -22,7 +22,7 @@ from diffusers_cfg.settings import TrainConfig
 # The settings that are needed to load the same data.
 DATA_SETTINGS = (
     *("dataset_name", "dataset_config_name", "dataset_split", "train_val_split"),
-    *("image_column", "label_column", "center_crop"),
+    *("stack", "image_column", "label_column", "center_crop"),
 )
 
 

@@ -6,7 +6,7 @@ import torch
 
 from diffusers_cfg import CFGPipeline
 from diffusers_cfg.config import UserError
-from diffusers_cfg.data.labels import listed
+from diffusers_cfg.data.labels import UNLABELLED, listed
 from diffusers_cfg.evaluation.records import run_record
 from diffusers_cfg.evaluation.settings import EvaluationConfig
 from diffusers_cfg.randomness import seeded_generator
@@ -59,7 +59,7 @@ def parse_class_labels(names: list[str] | None, pipeline: CFGPipeline) -> list[i
 
     Args:
         names (`list[str]`, *optional*): the names or ids, where -1 is the null class. By default all classes that had
-            images in training.
+            images in training, or the null class if none had.
         pipeline (`CFGPipeline`): the pipeline with the classes.
 
     Raises:
@@ -68,7 +68,7 @@ def parse_class_labels(names: list[str] | None, pipeline: CFGPipeline) -> list[i
     num_classes = pipeline.unet.num_classes
     absent = classes_without_images(pipeline)
     if names is None:
-        return [class_id for class_id in range(num_classes) if class_id not in absent]
+        return [class_id for class_id in range(num_classes) if class_id not in absent] or [UNLABELLED]
     label2id = {name: class_id for class_id, name in pipeline.id2label.items()}
     ids = {str(class_id): class_id for class_id in range(-1, num_classes)} | label2id
     unknown = [name for name in names if name not in ids]

@@ -183,6 +183,11 @@ def load_data(
             the model.
     """
     config = data_config(model, given, pipeline)
+    if config.stack > 1:
+        raise UserError(
+            f"{model} was trained with --stack {config.stack} on images without classes, which this evaluation "
+            "compares. Count the modes that its samples reach with studies/modes.py."
+        )
     images = load_labelled_images(config)
     channels, resolution, _ = pipeline.image_shape
     is_other_data = names_data(given)

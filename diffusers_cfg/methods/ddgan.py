@@ -16,7 +16,7 @@ from PIL import Image
 
 from diffusers_cfg import CFGPipeline
 from diffusers_cfg.config import UserError
-from diffusers_cfg.data.images import LabelledImages, require_classes
+from diffusers_cfg.data.images import UNLABELLED, LabelledImages, StackedImages, require_classes
 from diffusers_cfg.denoising_gan import (
     DenoisingSteps,
     discriminator_loss,
@@ -70,10 +70,11 @@ class DenoisingDiffusionGAN(GuidedMethod):
     @classmethod
     def build(cls, config: DDGANConfig, images: LabelledImages) -> Self:
         """Return the method with a new pipeline. Raise UserError if the settings do not fit the data."""
-        require_classes(images)
+        if not isinstance(images, StackedImages):
+            require_classes(images)
         if AcceleratorState().mixed_precision == "fp16":
             raise UserError(FP16_REFUSED)
-        return cls(config, build_pipeline(config, images), images.present_classes)
+        return cls(config, build_pipeline(config, images), images.present_classes or [UNLABELLED])
 
     @property
     def compiled(self) -> tuple[str, ...]:
@@ -153,7 +154,9 @@ class DenoisingDiffusionGAN(GuidedMethod):
         return self.steps.denoise(x, x_next, t, draws.normal(f"{purpose} posterior", *x.shape[1:]))
 
     def probe(self, batches: Iterable[Batch]) -> dict[str, float]:
-        """Return `label_gain` of the discriminator on real pairs."""
+        """Return `label_gain` of the discriminator on real pairs, unless there are no labels."""
+        if not self.pipeline.id2label:
+            return {}
 
         def error(x: torch.Tensor, c: torch.Tensor, u: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
             t = (u * self.config.num_timesteps).long()
@@ -188,6 +191,12 @@ class DenoisingDiffusionGAN(GuidedMethod):
                 logger.warning("%s (since step %d)", text, last)
                 self.last_healthy[text] = step
 
+    def example(self) -> str:
+        """Return a line of code that generates an image of the first present class, or of the null class."""
+        if not self.pipeline.id2label:
+            return 'pipe(class_labels=-1).images[0].save("sample.png")'
+        return super().example()
+
     def facts(self) -> dict[str, Any]:
         """Return the facts of `GuidedMethod`, and those of the steps and the discriminator."""
         names = ("num_timesteps", "latent_dim", "loss", "r1_gamma", "lazy_reg", "learning_rate_discriminator")
@@ -204,7 +213,7 @@ def build_pipeline(config: DDGANConfig, images: LabelledImages) -> CFGPipeline:
         config,
         None,
         images.channels,
-        num_classes=len(images.id2label),
+        num_classes=len(images.id2label) or 1,  # of unlabelled images, a class that never occurs
         latent_dim=config.latent_dim,
         resnet_time_scale_shift="scale_shift",  # adaptive group norm
     )
@@ -228,7 +237,7 @@ def build_pipeline(config: DDGANConfig, images: LabelledImages) -> CFGPipeline:
         scheduler,
         None,
         images.id2label,
-        config.conditioning_dropout_prob,
+        config.conditioning_dropout_prob if images.id2label else 1.0,
         num_inference_steps=config.num_timesteps,
     )
 

@@ -90,7 +90,7 @@ class GuidedMethod(Method):
 
     def facts(self) -> dict[str, Any]:
         """Return the prediction type, the probability that a label is dropped, and the classes without images."""
-        absent = sorted(self.pipeline.id2label.keys() - self.present_classes)
+        absent = sorted({*range(self.pipeline.unet.num_classes)} - {*self.present_classes})
         return {
             "prediction_type": self.pipeline.scheduler.config.prediction_type,
             "conditioning_dropout_prob": self.pipeline.config.conditioning_dropout_prob,
