@@ -6,6 +6,7 @@ import logging
 from collections.abc import Iterable, Mapping
 from contextlib import nullcontext
 from itertools import pairwise
+from statistics import mean
 from typing import Any, Self
 
 import torch
@@ -29,7 +30,8 @@ from diffusers_cfg.evaluation.grids import sample_grid
 from diffusers_cfg.method_settings import FP16_REFUSED, GROUP_SIZE, DDGANConfig
 from diffusers_cfg.methods.guided import GuidedMethod
 from diffusers_cfg.methods.networks import build_unet
-from diffusers_cfg.methods.objectives import by_group, drop_class_labels
+from diffusers_cfg.methods.objectives import by_group, drop_class_labels, squared_error
+from diffusers_cfg.randomness import seeded_generator
 
 logger = logging.getLogger(__name__)
 
@@ -39,9 +41,9 @@ PREVIEW_IMAGES = 5
 SMALLEST_SIZE = 4
 # Warn if a network has been losing for as many steps.
 WATCHED_STEPS = 200
-# A discriminator has died if its logits of both kinds are this close to 0 and its gradient is this flat. It wins
-# outright if its loss is this small.
-DEAD_LOGIT, DEAD_GRADIENT, WINNING_LOSS = 0.02, 1e-3, 0.02
+# A discriminator has died if D(real) - D(fake) is this close to 0 at every t and ‖∇D‖² is this small. It wins outright
+# if D(real) - D(fake) is this large.
+DEAD_MARGIN, DEAD_GRADIENT, WINNING_MARGIN = 0.02, 1e-3, 10.0
 
 
 class DenoisingDiffusionGAN(GuidedMethod):
@@ -57,7 +59,7 @@ class DenoisingDiffusionGAN(GuidedMethod):
         self.discriminator = Discriminator(
             channels, size, pipeline.unet.num_classes, config.num_timesteps, config.discriminator_channels
         )
-        self.steps = DenoisingSteps(pipeline.scheduler.config["trained_betas"])
+        self.steps = DenoisingSteps(pipeline.scheduler.config["trained_betas"]).float()  # MPS has no float64
         self.modules = {"generator": pipeline.unet, "discriminator": self.discriminator}
         self.averaged = ("generator",)
         self.objectives = [
@@ -134,9 +136,14 @@ class DenoisingDiffusionGAN(GuidedMethod):
         null, uniform = self.pipeline.unet.null_class_label, draws.uniform("dropout")
         c = drop_class_labels(batch.class_labels, config.conditioning_dropout_prob, null, uniform)
         c = torch.where(c < 0, null, c)
-        t = (draws.uniform(f"{purpose} time") * config.num_timesteps).long().clamp(max=config.num_timesteps - 1)
+        t = self.step_at(draws.uniform(f"{purpose} time"))
         noise, next_noise = (draws.normal(f"{purpose} noise of {name}", *shape) for name in ("x_prev", "x_next"))
         return t, c, *self.steps.to(x.device).diffuse(x, t, noise, next_noise)
+
+    def step_at(self, u: torch.Tensor) -> torch.Tensor:
+        """Return the step t of each time in [0, 1), in the shape of u. All steps are equally likely."""
+        num_timesteps = self.config.num_timesteps
+        return (u * num_timesteps).long().clamp(max=num_timesteps - 1)  # The product may be rounded to T.
 
     def generate(
         self,
@@ -154,14 +161,16 @@ class DenoisingDiffusionGAN(GuidedMethod):
         return self.steps.denoise(x, x_next, t, draws.normal(f"{purpose} posterior", *x.shape[1:]))
 
     def probe(self, batches: Iterable[Batch]) -> dict[str, float]:
-        """Return `label_gain` of the discriminator on real pairs, unless there are no labels."""
+        """Return `label_gain` of the generator's x, which are closer to the images of their own class, if labelled."""
         if not self.pipeline.id2label:
             return {}
+        latent_dim, seed, scheduler = self.config.latent_dim, self.config.seed, self.pipeline.scheduler
 
         def error(x: torch.Tensor, c: torch.Tensor, u: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
-            t = (u * self.config.num_timesteps).long()
-            real, x_next = self.steps.to(x.device).diffuse(x, t, noise, noise.flip(-1))
-            return torch.nn.functional.softplus(-self.discriminator(real, x_next, t, c).float())
+            t, generator = self.step_at(u), seeded_generator(x.device, seed, "probe latent")
+            latent = torch.randn(len(x), latent_dim, generator=generator, device=x.device) if latent_dim else None
+            x_next = scheduler.add_noise(x, noise, t)
+            return squared_error(self.pipeline.unet(x_next, t, class_labels=c, latent=latent).sample, x)
 
         return self.label_gain(batches, error)
 
@@ -172,16 +181,17 @@ class DenoisingDiffusionGAN(GuidedMethod):
 
     def watch(self, step: int, values: Mapping[str, float]) -> None:
         """Warn if one network has beaten the other for `WATCHED_STEPS`."""
-        logits = [abs(values[f"discriminator/{kind}"]) for kind in ("real", "fake")]
-        is_flat = values.get("discriminator/r1", 0.0) < DEAD_GRADIENT
+        # Not by the logits of each kind: those of a relativistic loss may all be shifted.
+        margins = [value for name, value in values.items() if name.startswith("discriminator/real_minus_fake/")]
+        if not margins:  # None was finite, which ends the run.
+            return
+        is_flat = values.get("discriminator/r1", 0.0) < DEAD_GRADIENT  # R1 is not in the log of every step.
         problems = {
-            "The discriminator has died: D(real) and D(fake) are 0, so that the generator learns nothing. Start again "
-            "with a lower --learning_rate, a higher --learning_rate_discriminator or a lower --r1_gamma.": max(logits)
-            < DEAD_LOGIT
-            and is_flat,
+            "The discriminator has died: it cannot tell real images from generated ones, and its gradient is 0, so "
+            "that the generator learns nothing. Start again with a lower --learning_rate, a higher "
+            "--learning_rate_discriminator or a lower --r1_gamma.": max(map(abs, margins)) < DEAD_MARGIN and is_flat,
             "The discriminator wins outright: it tells all images apart, and the generator hardly learns. Start again "
-            "with a lower --learning_rate_discriminator or a higher --r1_gamma.": values["discriminator/loss"]
-            < WINNING_LOSS,
+            "with a lower --learning_rate_discriminator or a higher --r1_gamma.": mean(margins) > WINNING_MARGIN,
         }
         for text, is_wrong in problems.items():
             last = self.last_healthy.setdefault(text, step)
@@ -217,7 +227,8 @@ def build_pipeline(config: DDGANConfig, images: LabelledImages) -> CFGPipeline:
         latent_dim=config.latent_dim,
         resnet_time_scale_shift="scale_shift",  # adaptive group norm
     )
-    torch.nn.init.zeros_(unet.conv_out.weight)  # starts with x = 0, in the range of the data
+    for parameter in unet.conv_out.parameters():
+        torch.nn.init.zeros_(parameter)  # starts with x = 0, the middle of the range of the data
     betas = vp_betas(config.num_timesteps)
     scheduler = DDPMScheduler(
         num_train_timesteps=config.num_timesteps,
@@ -245,7 +256,7 @@ def build_pipeline(config: DDGANConfig, images: LabelledImages) -> CFGPipeline:
 class Discriminator(torch.nn.Module):
     """
     A discriminator D(x_prev, x_next, t, c), a residual network with a projection head (Miyato & Koyama 2018,
-    arXiv 1802.05637). It has no normalization over the batch, so that R1 is that of each sample.
+    arXiv 1802.05637). Samples are compared by their standard deviation only: no layer normalizes over the batch.
 
     Args:
         in_channels (`int`), size (`int`): channels and height of the images.

@@ -15,8 +15,9 @@ from diffusers_cfg.engine.method import Method
 from diffusers_cfg.engine.preemption import Preemption
 from diffusers_cfg.engine.trainer import Trainer
 from diffusers_cfg.evaluation.in_training import training_evaluation
-from diffusers_cfg.method_settings import CFGConfig, DistillationConfig, VDMConfig
+from diffusers_cfg.method_settings import CFGConfig, DDGANConfig, DistillationConfig, VDMConfig
 from diffusers_cfg.methods.cfg import ClassifierFreeGuidance
+from diffusers_cfg.methods.ddgan import DenoisingDiffusionGAN
 from diffusers_cfg.methods.distillation import GuidanceDistillation
 from diffusers_cfg.methods.vdm import VariationalDiffusion
 from diffusers_cfg.settings import TrainConfig
@@ -30,10 +31,10 @@ ONE_LEVEL = ["--block_out_channels", "8"]
 SMALLEST = [*ONE_LEVEL, "--layers_per_block", "1", "--attention_resolutions", "0"]
 SHARED = [
     "--train_batch_size", "8", "--max_train_steps", "4", "--lr_warmup_steps", "1",
-    "--learning_rate", "1e-3", "--checkpointing_steps", "2", "--validation_steps", "0", "--num_inference_steps", "2",
-    "--logging_steps", "1", "--report_to", "none", "--checkpoints_total_limit", "9",
+    "--learning_rate", "1e-3", "--checkpointing_steps", "2", "--validation_steps", "0", "--logging_steps", "1",
+    "--report_to", "none", "--checkpoints_total_limit", "9",
 ]  # fmt: skip
-SETTINGS = [*SHARED, "--validation_guidance_scales", "0", "1"]
+SETTINGS = [*SHARED, "--num_inference_steps", "2", "--validation_guidance_scales", "0", "1"]
 TINY = [*NETWORK, *SETTINGS]
 # Logged values that depend on time and differ between equal runs
 TIMES = {"images_per_second", "data_wait"}
@@ -69,6 +70,23 @@ def train_vdm(output_dir: Path, *argv: str, preemption: Preemption | None = None
         output_dir, *network, *argv, method=VariationalDiffusion, config_class=VDMConfig, preemption=preemption
     )
     assert isinstance(config, VDMConfig)
+    return config
+
+
+def train_ddgan(output_dir: Path, *argv: str, preemption: Preemption | None = None) -> DDGANConfig:
+    """Train a denoising diffusion GAN with two small networks, with `train`. R1 is due at every third step."""
+    network = [] if "--model_config_name_or_path" in argv else SMALLEST
+    flags = ["--discriminator_channels", "8", "8", "--latent_dim", "4", "--lazy_reg", "3"]
+    config = train(
+        output_dir,
+        *network,
+        *flags,
+        *argv,
+        method=DenoisingDiffusionGAN,
+        config_class=DDGANConfig,
+        preemption=preemption,
+    )
+    assert isinstance(config, DDGANConfig)
     return config
 
 
