@@ -41,16 +41,17 @@ class DenoisingSteps(torch.nn.Module):
 
     def __init__(self, betas: list[float]) -> None:
         super().__init__()
-        beta = torch.tensor(betas, dtype=torch.float64)
-        after = (1 - beta).cumprod(0)
+        kept = 1 - torch.tensor(betas, dtype=torch.float64)
+        after = kept.cumprod(0)
         before = torch.cat([after.new_ones(1), after[:-1]])
+        beta = 1 - kept  # with the rounding error of ᾱ, so that the posterior of step 0 is x exactly
         columns = [
             before.sqrt(),
             (1 - before).sqrt(),
-            (1 - beta).sqrt(),
+            kept.sqrt(),
             beta.sqrt(),
             before.sqrt() * beta / (1 - after),
-            (1 - beta).sqrt() * (1 - before) / (1 - after),
+            kept.sqrt() * (1 - before) / (1 - after),
             (beta * (1 - before) / (1 - after)).sqrt(),
         ]
         self.table: torch.Tensor
