@@ -42,7 +42,8 @@ class CFGPipeline(DiffusionPipeline):
         unet (`UNet2DCFGModel`): Network that predicts from z, the timestep and the class labels.
         scheduler (`SchedulerMixin`): A `LogSNRScheduler`, or a diffusers scheduler created by `from_config` from its
             config. It must have the noise process that the network was trained with, `unet.noise_process`; of a
-            network that records none, this scheduler states it.
+            network that records none, this scheduler states it. For a generator (`unet.latent_dim` is set), a
+            `DDPMScheduler` with the `trained_betas` of its steps, which samples their posterior exactly.
         vae (`AutoencoderKL`, *optional*): Autoencoder for a model that was trained on latents.
         id2label (`dict`, *optional*): Name of each class id. Keys may be strings, as in JSON.
         conditioning_dropout_prob (`float`, *optional*): The p_uncond that the model was trained with.
@@ -160,7 +161,8 @@ class CFGPipeline(DiffusionPipeline):
     @property
     def _generator_steps(self) -> int | None:
         """The only number of steps T of a generator; `None` for other networks."""
-        return None if self.unet.latent_dim is None else len(self.scheduler.alphas_cumprod)
+        process = None if self.unet.latent_dim is None else self._trained_process
+        return process["num_train_timesteps"] if process else None
 
     @property
     def guidance_scale(self) -> float | Sequence[float] | torch.Tensor | Callable[[float], Any] | None:
@@ -273,7 +275,8 @@ class CFGPipeline(DiffusionPipeline):
         >>> images = pipe({"three": 0.7, "eight": 0.3}, guidance_scale=2.0, guidance_interval=(0.3, 5.0)).images
         ```
         """
-        # 1. Check the arguments and expand the labels to one per image
+        # 1. Check the components and arguments, and expand the labels to one per image
+        self._check_components()
         guider = guider if guider is not None else self.guider
         if num_inference_steps is None:
             num_inference_steps = self.num_inference_steps
@@ -296,7 +299,6 @@ class CFGPipeline(DiffusionPipeline):
         self._check_guider(
             guider, guidance_scale=guidance_scale, guidance_interval=guidance_interval, guidance_rescale=rescale
         )
-        self._check_components()
         self._check_networks(guider=guider, negative_class_labels=negative_class_labels, guidance_rescale=rescale)
         device = self._execution_device
         class_labels = self._network_labels("class_labels", class_labels)
@@ -779,9 +781,10 @@ class CFGPipeline(DiffusionPipeline):
         process = self._trained_process
         if process is None or ("trained_betas" in process) != is_generator:
             source = "has no trained_betas" if is_generator else "was not made from a LogSNRScheduler"
+            record, latent_dim = self.unet.noise_process, self.unet.latent_dim
+            found = f"has latent_dim={latent_dim} but records {self._shown(record)}" if record else "does not record one"
             raise ValueError(
-                f"The noise process of this model is not known: its UNet does not record one, and its {name} {source}. "
-                f"{hint}"
+                f"The noise process of this model is not known: its UNet {found}, and its {name} {source}. {hint}"
             )
         expected = self._reference(process)
         stated, alphas_cumprod = self._stated_process(self.scheduler), self.scheduler.alphas_cumprod.double().cpu()
@@ -791,7 +794,9 @@ class CFGPipeline(DiffusionPipeline):
             stated["variance_type"] = config.get("variance_type")
             process = {**process, "variance_type": self.generator_variance}
         differs = [
-            f"{key} {own!r} instead of {process.get(key)!r}" for key, own in stated.items() if own != process.get(key)
+            f"{key} {own!r} instead of {process[key]!r}"
+            for key, own in stated.items()
+            if key in process and own != process[key]
         ]
         if not difference <= 1e-4:  # it may be NaN
             differs.append(f"alphas_cumprod differs by up to {difference:.2g}")
@@ -832,11 +837,11 @@ class CFGPipeline(DiffusionPipeline):
         """Return α² at each training timestep of a noise process."""
         if "trained_betas" in process:
             betas, count = process["trained_betas"], process.get("num_train_timesteps")
-            is_valid = isinstance(betas, list) and len(betas) == count and 0 < len(betas) <= 1_000_000
-            is_valid = is_valid and all(cls._is_number(beta, 0, 1) for beta in betas)
-            cls._require(
-                "The noise process", process, is_valid, "a list of num_train_timesteps trained_betas in [0, 1]"
-            )
+            is_valid = type(count) is int and isinstance(betas, list) and 0 < len(betas) == count <= 1000
+            is_valid = is_valid and all(isinstance(beta, float) and 0 < beta < 1 for beta in betas)
+            is_valid = is_valid and process.get("prediction_type") == "sample"
+            required = "the prediction_type 'sample', and a list of num_train_timesteps trained_betas in (0, 1)"
+            cls._require("The noise process", process, is_valid, required)
             return (1 - torch.tensor(betas, dtype=torch.float64)).cumprod(0)
         names = ("prediction_type", "num_train_timesteps", "log_snr_min", "log_snr_max", "log_snr_schedule")
         values: list[Any] = [process.get(name) for name in names]

@@ -18,7 +18,7 @@ class UNet2DCFGModel(UNet2DModel):
     A class-conditional `UNet2DModel` whose last class-embedding row is the null class ∅ of classifier-free guidance.
 
     The constructor is that of `UNet2DModel` with three more arguments. Set `num_class_embeds` to the number of classes
-    **plus one**. Without the two, each class loads the other's weights.
+    **plus one**. Without the three, each class loads the other's weights.
 
     ```python
     unet = UNet2DCFGModel(sample_size=32, in_channels=1, out_channels=1, num_class_embeds=10 + 1)
@@ -384,9 +384,8 @@ class UNet2DCFGModel(UNet2DModel):
         Raises:
             ValueError: If the labels are neither integers nor weights, or not one per sample; if `latent` does not have
                 the shape that the network takes; or if `guidance_scale` is passed to a network that does not take w, or
-                is not one per sample. The ranges of labels and w are
-                checked only on the CPU, because reading them on other devices would stall every step; call
-                `check_class_labels` before.
+                is not one per sample. The ranges of labels and w are checked only on the CPU, because reading them on
+                other devices would stall every step; call `check_class_labels` before.
         """
         class_labels = self._fill_class_labels(class_labels, sample)
         if self.config.center_input_sample:

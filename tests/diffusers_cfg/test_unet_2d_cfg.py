@@ -98,15 +98,16 @@ def test_matches_unet2dmodel_bit_for_bit(settings):
     assert torch.equal(*cut)
 
 
-def test_constructor_adds_only_two_arguments():
+def test_constructor_adds_only_three_arguments():
     stock = list(inspect.signature(UNet2DModel.__init__).parameters.values())
-    *shared, first, second = inspect.signature(UNet2DCFGModel.__init__).parameters.values()
+    *shared, first, second, third = inspect.signature(UNet2DCFGModel.__init__).parameters.values()
     assert [(parameter.name, parameter.default) for parameter in shared] == [
         (parameter.name, parameter.default) for parameter in stock
     ]
-    assert [(added.name, added.default) for added in (first, second)] == [
+    assert [(added.name, added.default) for added in (first, second, third)] == [
         ("max_guidance_scale", None),
         ("fourier_frequencies", None),
+        ("latent_dim", None),
     ]
 
 
