@@ -22,8 +22,18 @@ from .loading import (
     check_pipeline_folder,
     find_folder,
 )
-from .model_card import class_picture, example_classes, model_card
-from .model_files import CONFIG, FACTS, INDEX, RUN, SAMPLES, find_samples, read_json
+from .model_card import model_card
+from .model_files import (
+    CONFIG,
+    FACTS,
+    INDEX,
+    RUN,
+    SAMPLES,
+    class_picture,
+    example_classes,
+    find_samples,
+    read_json,
+)
 from .repository import PublishError, prepare_repository, read_card, retry
 
 # The only files that are uploaded. An allowlist, so that optimizer states, logs, and settings with paths and tokens are
@@ -281,9 +291,7 @@ def example_images(folder: Path, variant: str | None = None) -> dict[int, torch.
     try:
         pipe = CFGPipeline.from_pretrained(folder, variant=variant)
         pipe.set_progress_bar_config(disable=True)
-        run = read_json(folder / RUN)
-        untrained = run.get("method", {}).get("classes_without_images", [])
-        labels = example_classes(read_json(folder / INDEX), run) or [-1 if 0 in untrained else 0]
+        labels = example_classes(read_json(folder / INDEX), read_json(folder / RUN))
         return {label: example_image(pipe, label) for label in labels}
     except Exception as error:
         raise PublishError(f"{folder} was not published, because it could not generate an image: {error}") from error

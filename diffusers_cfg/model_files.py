@@ -24,6 +24,10 @@ FACTS = (RUN, SCHEDULE_PICTURE, EVALUATION, TABLE, CURVES, GRID)
 FACTS += (LIKELIHOOD, LIKELIHOOD_TABLE, SCHEDULE_FIGURE, VARIANCE_FIGURE, TRAINING_FIGURE)
 # The settings of the run, which are published from run.json: those of the run's folder have local paths.
 CONFIG = "train_config.yaml"
+# The largest number of classes with a picture of their own
+MAX_PICTURES = 8
+# The label of the null class in calls
+NULL_CLASS = -1
 
 
 def read_object(path: Path) -> dict[str, Any]:
@@ -56,3 +60,19 @@ def find_samples(folder: Path) -> Path | None:
         return folder / SAMPLES
     grids = (folder / "samples").glob("step-*.png")
     return max(grids, key=lambda path: int(path.stem.removeprefix("step-")), default=None)
+
+
+def class_picture(class_id: int) -> str:
+    """Return the name of the picture of a class in the repository."""
+    return "samples/null-class.png" if class_id == NULL_CLASS else f"samples/class-{class_id}.png"
+
+
+def example_classes(index: dict[str, Any], run: dict[str, Any]) -> list[int]:
+    """
+    Return the ids of the first classes with a name that had images in training. If the classes have no names, return
+    that of the first class, or of the null class if training had no labels.
+    """
+    absent = run.get("method", {}).get("classes_without_images", [])
+    named = sorted(int(class_id) for class_id in index.get("id2label") or {})
+    found = [class_id for class_id in named if class_id not in absent][:MAX_PICTURES]
+    return found or [NULL_CLASS if 0 in absent else 0]

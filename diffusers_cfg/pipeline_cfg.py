@@ -781,8 +781,9 @@ class CFGPipeline(DiffusionPipeline):
         process = self._trained_process
         if process is None or ("trained_betas" in process) != is_generator:
             source = "has no trained_betas" if is_generator else "was not made from a LogSNRScheduler"
-            record, latent_dim = self.unet.noise_process, self.unet.latent_dim
-            found = f"has latent_dim={latent_dim} but records {self._shown(record)}" if record else "does not record one"
+            record, found = self.unet.noise_process, "does not record one"
+            if record is not None:
+                found = f"has latent_dim={self.unet.latent_dim} but records {self._shown(record)}"
             raise ValueError(
                 f"The noise process of this model is not known: its UNet {found}, and its {name} {source}. {hint}"
             )

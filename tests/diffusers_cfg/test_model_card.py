@@ -9,9 +9,10 @@ import yaml
 from diffusers.guiders import AdaptiveProjectedGuidance
 from PIL import Image
 
-import diffusers_cfg.model_card
+import diffusers_cfg.model_card_sections
 from diffusers_cfg import LogSNRScheduler
-from diffusers_cfg.model_card import BEGIN, END, model_card, package_link
+from diffusers_cfg.model_card import BEGIN, END, model_card
+from diffusers_cfg.model_card_sections import package_link
 from tests.support.models import make_pipeline, make_unet
 
 RUN = {
@@ -188,7 +189,7 @@ def test_package_is_linked_if_it_has_an_address(monkeypatch, urls, expected):
         def get_all(self, name: str) -> list[str] | None:
             return urls
 
-    monkeypatch.setattr(diffusers_cfg.model_card, "metadata", lambda name: Metadata())
+    monkeypatch.setattr(diffusers_cfg.model_card_sections, "metadata", lambda name: Metadata())
     assert package_link() == expected
 
 

@@ -79,7 +79,8 @@ def layer(module: str) -> str:
     parts = module.split(".")
     if parts[0] != "diffusers_cfg" or len(parts) == 1:
         return parts[0]
-    return "R" if parts[1] in (*REMOTE, "hub", "loading", "model_card", "model_files", "repository") else parts[1]
+    around = ("hub", "loading", "model_card", "model_card_sections", "model_files", "repository")
+    return "R" if parts[1] in (*REMOTE, *around) else parts[1]
 
 
 @cache
