@@ -120,11 +120,12 @@ def generator_loss(loss: Loss, real: torch.Tensor | None, fake: torch.Tensor) ->
 def squared_gradient(logits: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
     """
     Return ‖∇ₓ D‖² of each sample, `(batch,)`: the R1 penalty is γ/2 times this (Mescheder et al. 2018,
-    arXiv 1801.04406). It can be differentiated.
+    arXiv 1801.04406). It can be differentiated, and is computed without autocast.
 
     Args:
         logits (`torch.Tensor` of shape `(batch,)`): D, computed from x.
         x (`torch.Tensor` of shape `(batch, …)`): the samples, with `requires_grad`.
     """
-    (gradient,) = torch.autograd.grad(logits.sum(), x, create_graph=True)
+    with torch.autocast(x.device.type, enabled=False):  # which also converts the operations of the backward pass
+        (gradient,) = torch.autograd.grad(logits.sum(), x, create_graph=True)
     return gradient.square().flatten(1).sum(1)

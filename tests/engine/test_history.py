@@ -27,7 +27,7 @@ from diffusers_cfg.model_files import checkpoints
 from tests.support import runs
 from tests.support.models import make_pipeline, make_unet
 from tests.support.runs import ONE_LEVEL, WEIGHTS, assert_same_tensors, distill
-from tests.support.toys import Adversarial
+from tests.support.toys import Unlabelled
 
 RESUME = ["--resume_from_checkpoint", "checkpoint-2"]
 
@@ -217,8 +217,8 @@ def test_changed_network_config_raises(tmp_path):
 
 
 def test_changed_method_raises(copy):
-    with pytest.raises(UserError, match="name of the method was 'ClassifierFreeGuidance' and is 'Adversarial'"):
-        train(copy, *RESUME, method=Adversarial)
+    with pytest.raises(UserError, match="name of the method was 'ClassifierFreeGuidance' and is 'Unlabelled'"):
+        train(copy, *RESUME, method=Unlabelled)
 
 
 def test_fixed_settings_of_a_student_cannot_change(trained_model, tmp_path):

@@ -20,12 +20,13 @@ from diffusers_cfg.data.sources import Digits
 from diffusers_cfg.engine import log
 from diffusers_cfg.engine import method as method_module
 from diffusers_cfg.engine.method import Objective, Terms
-from diffusers_cfg.method_settings import CFGConfig
+from diffusers_cfg.method_settings import CFGConfig, DDGANConfig
 from diffusers_cfg.methods.cfg import ClassifierFreeGuidance
+from diffusers_cfg.methods.ddgan import DenoisingDiffusionGAN
 from diffusers_cfg.model_files import checkpoints
 from tests.support.latents import vae_flags
 from tests.support.runs import TIMES, WEIGHTS, assert_same_tensors, distill, events, scalars, train
-from tests.support.toys import Adversarial, Unlabelled
+from tests.support.toys import Unlabelled
 
 
 def test_run_saves_a_pipeline_that_loads(tmp_path, capsys):
@@ -309,16 +310,16 @@ def test_objectives_of_the_same_name_share_an_optimizer(tmp_path):
     """Several critic steps share the optimizer. Each has its own turn and dropout."""
     calls = []
 
-    class ThreeCriticSteps(Adversarial):
+    class ThreeCriticSteps(DenoisingDiffusionGAN):
         def __init__(self, *args):
             super().__init__(*args)
             self.objectives = [self.objectives[0]] * 3 + self.objectives[1:]
 
-        def critic_loss(self, networks, batch):
+        def discriminator_loss(self, networks, batch):
             calls.append((batch.step, batch.turn, batch.x[0, 0, 4, 4].item(), torch.rand(1).item()))
-            return super().critic_loss(networks, batch)
+            return super().discriminator_loss(networks, batch)
 
-    train(tmp_path, "--max_train_steps", "2", method=ThreeCriticSteps)
+    train(tmp_path, "--max_train_steps", "2", method=ThreeCriticSteps, config_class=DDGANConfig)
     assert [call[:2] for call in calls] == [(step, turn) for step in (0, 1) for turn in (0, 1, 2)]
     assert len({x for step, _, x, _ in calls if step == 0}) == 1
     assert len({random for *_, random in calls}) == 6

@@ -17,7 +17,7 @@ CASES = [
 ]
 # Each compiles for half a minute.
 COMPILED = [
-    pytest.param(method, "compile", marks=pytest.mark.slow) for method in ("cfg", "vdm", "distillation", "adversarial")
+    pytest.param(method, "compile", marks=pytest.mark.slow) for method in ("cfg", "vdm", "distillation", "ddgan")
 ]
 
 

@@ -29,6 +29,12 @@ NETWORK = ["--block_out_channels", "8", "16"]
 # After the flags of `TINY`: half the time, for tests of what does not depend on the network
 ONE_LEVEL = ["--block_out_channels", "8"]
 SMALLEST = [*ONE_LEVEL, "--layers_per_block", "1", "--attention_resolutions", "0"]
+# Two tiny networks of a GAN, whose penalty is due at every third step
+SMALLEST_GAN = [
+    *SMALLEST, "--discriminator_channels", "8", "8", "--latent_dim", "4", "--lazy_reg", "3",
+    "--learning_rate_discriminator", "2e-3",
+]  # fmt: skip
+REPLACE_NETWORK = {"--pretrained_model_name_or_path", "--model_config_name_or_path"}
 SHARED = [
     "--train_batch_size", "8", "--max_train_steps", "4", "--lr_warmup_steps", "1",
     "--learning_rate", "1e-3", "--checkpointing_steps", "2", "--validation_steps", "0", "--logging_steps", "1",
@@ -55,9 +61,10 @@ def train(
 ) -> TrainConfig:
     """Train a method, by default classifier-free guidance, with the flags of `TINY` followed by `argv`."""
     reset_accelerate()
-    tiny = SETTINGS if "--pretrained_model_name_or_path" in argv else TINY
+    has_network = not REPLACE_NETWORK & set(argv)
+    tiny = TINY if has_network else SETTINGS
     if not issubclass(config_class, CFGConfig):
-        tiny = [*NETWORK, *SHARED]
+        tiny = [*NETWORK, *SHARED] if has_network else SHARED
     config = parse_config(config_class, [*tiny, "--output_dir", str(output_dir), *argv])
     Trainer(config, method, preemption, training_evaluation).run()
     return config
@@ -74,17 +81,10 @@ def train_vdm(output_dir: Path, *argv: str, preemption: Preemption | None = None
 
 
 def train_ddgan(output_dir: Path, *argv: str, preemption: Preemption | None = None) -> DDGANConfig:
-    """Train a denoising diffusion GAN with two small networks, with `train`. R1 is due at every third step."""
-    network = [] if "--model_config_name_or_path" in argv else SMALLEST
-    flags = ["--discriminator_channels", "8", "8", "--latent_dim", "4", "--lazy_reg", "3"]
+    """Train a denoising diffusion GAN with two tiny networks, with `train`."""
+    flags = SMALLEST_GAN[len(SMALLEST) :] if REPLACE_NETWORK & set(argv) else SMALLEST_GAN
     config = train(
-        output_dir,
-        *network,
-        *flags,
-        *argv,
-        method=DenoisingDiffusionGAN,
-        config_class=DDGANConfig,
-        preemption=preemption,
+        output_dir, *flags, *argv, method=DenoisingDiffusionGAN, config_class=DDGANConfig, preemption=preemption
     )
     assert isinstance(config, DDGANConfig)
     return config

@@ -10,8 +10,8 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
-from tests.support.runs import distill, scalars, train, train_vdm
-from tests.support.toys import Adversarial, Unlabelled
+from tests.support.runs import distill, scalars, train, train_ddgan, train_vdm
+from tests.support.toys import Unlabelled
 
 FOLDER = Path(__file__).parent / "trajectories"
 TEACHER = Path(__file__).parent / "models-573b54d" / "plain"
@@ -23,7 +23,7 @@ METHODS: dict[str, Callable] = {
     "cfg": train,
     "vdm": lambda output_dir, *argv: train_vdm(output_dir, *WITHOUT_WAVES, *argv),
     "distillation": partial(distill, TEACHER),
-    "adversarial": partial(train, method=Adversarial),
+    "ddgan": train_ddgan,
     "unlabelled": partial(train, method=Unlabelled),
 }
 
