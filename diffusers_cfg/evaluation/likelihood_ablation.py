@@ -1,6 +1,5 @@
 """Measure the models of the ablation of variational diffusion models, and write its tables and its figure."""
 
-import statistics
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -19,6 +18,7 @@ from diffusers_cfg.evaluation.reports import (
     cell,
     new_figure,
     save_figure,
+    spread,
     table,
     write_json,
     write_text,
@@ -192,14 +192,6 @@ def by_variant(measurements: list[Measurement]) -> dict[str, list[Measurement]]:
     for one in measurements:
         variants.setdefault(one.variant, []).append(one)
     return variants
-
-
-def spread(values: list[float], decimals: int = 3) -> str:
-    """Format the mean of a value over seeds, and its standard deviation if there are several. No value is empty."""
-    if not values:
-        return ""
-    mean = f"{statistics.mean(values):.{decimals}f}"
-    return f"{mean} ± {statistics.stdev(values):.{decimals}f}" if len(values) > 1 else mean
 
 
 def bound(runs: list[Measurement], name: str) -> str:

@@ -1,6 +1,7 @@
 """Write the results of a sweep over w: metrics.json, a table in Markdown and curves."""
 
 import json
+import statistics
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,14 @@ DECIMALS = {"frechet_distance": 3, "kernel_distance": 4, "inception_score": 2}
 def table(header: list[str], rows: list[list[str]]) -> str:
     """Format a header and rows as a Markdown table."""
     return "\n".join("| " + " | ".join(row) + " |" for row in [header, ["---"] * len(header), *rows])
+
+
+def spread(values: list[float], decimals: int = 3) -> str:
+    """Format the mean of a value over seeds, and its standard deviation if there are several. No value is empty."""
+    if not values:
+        return ""
+    mean = f"{statistics.mean(values):.{decimals}f}"
+    return f"{mean} ± {statistics.stdev(values):.{decimals}f}" if len(values) > 1 else mean
 
 
 def new_figure(
