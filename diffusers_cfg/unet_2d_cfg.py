@@ -159,7 +159,7 @@ class UNet2DCFGModel(UNet2DModel):
             self.latent_mapping = torch.nn.Sequential(*layers)
             for layer in self.latent_mapping[::2]:
                 # Keeps the variance. With torch's default the latent vector would hardly count beside the class.
-                torch.nn.init.kaiming_normal_(layer.weight)
+                torch.nn.init.kaiming_normal_(layer.get_parameter("weight"))
 
     def _check_settings(self, num_class_embeds: Any, max_guidance_scale: Any, fourier_frequencies: Any) -> None:
         """Check the settings that `UNet2DModel` does not check, before anything is allocated."""
