@@ -156,10 +156,10 @@ class UNet2DCFGModel(UNet2DModel):
             channels, act = self.time_embedding.linear_2.out_features, torch.nn.SiLU
             layers = [torch.nn.Linear(latent_dim, channels)]
             layers += [layer for _ in range(3) for layer in (act(), torch.nn.Linear(channels, channels))]
-            self.latent_mapping = torch.nn.Sequential(*layers)
-            for layer in self.latent_mapping[::2]:
+            for layer in layers[::2]:
                 # Keeps the variance. With torch's default the latent vector would hardly count beside the class.
                 torch.nn.init.kaiming_normal_(layer.get_parameter("weight"))
+            self.latent_mapping = torch.nn.Sequential(*layers)
 
     def _check_settings(self, num_class_embeds: Any, max_guidance_scale: Any, fourier_frequencies: Any) -> None:
         """Check the settings that `UNet2DModel` does not check, before anything is allocated."""
