@@ -9,7 +9,6 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from .model_card_sections import (
     GRID_CAPTION,
-    Kind,
     citation_section,
     classes_section,
     guidance_section,
@@ -29,6 +28,7 @@ from .model_files import (
     GRID,
     INDEX,
     LIKELIHOOD,
+    NULL_CLASS,
     RUN,
     SAMPLES,
     class_picture,
@@ -79,7 +79,9 @@ def model_card(folder: Path, repo_id: str, existing: str | None = None, pictured
         if str(class_id) in names
     ]
     widget += [{"text": caption, "output": {"url": name}} for name, (caption, exists) in gallery.items() if exists]
-    data = card_metadata(repo_id, run, evaluation, likelihood, widget, kind)
+    tags = ["denoising-diffusion-gan" if kind == "generator" else "classifier-free-guidance"]
+    tags += ["class-conditional"] if example_classes(index, run) != [NULL_CLASS] else []
+    data = card_metadata(repo_id, run, evaluation, likelihood, widget, tags)
     sections = [
         introduction(repo_id, index, unet, run, has_samples, kind),
         usage_section(repo_id, index, run, kind),
@@ -113,7 +115,7 @@ def card_metadata(
     evaluation: dict[str, Any],
     likelihood: dict[str, Any],
     widget: list[dict[str, Any]],
-    kind: Kind,
+    tags: list[str],
 ) -> ModelCardData:
     """Return the card's metadata: license, dataset, gallery, and the results at w = 0 and at the best w."""
     facts: dict[str, Any] = {}
@@ -139,11 +141,10 @@ def card_metadata(
             )
             for metric, conditions, value in measured
         ]
-    technique = "denoising-diffusion-gan" if kind == "generator" else "classifier-free-guidance"
     return ModelCardData(
         library_name="diffusers",
         pipeline_tag="unconditional-image-generation",
-        tags=["diffusers", "diffusers-cfg", technique, "class-conditional", "image-generation"],
+        tags=["diffusers", "diffusers-cfg", *tags, "image-generation"],
         **facts,
     )
 

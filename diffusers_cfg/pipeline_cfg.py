@@ -789,7 +789,8 @@ class CFGPipeline(DiffusionPipeline):
             )
         expected = self._reference(process)
         stated, alphas_cumprod = self._stated_process(self.scheduler), self.scheduler.alphas_cumprod.double().cpu()
-        difference = (alphas_cumprod - expected).abs().max().item() if len(alphas_cumprod) == len(expected) else 1
+        is_same_length = alphas_cumprod.shape == expected.shape
+        difference = (alphas_cumprod - expected).abs().max().item() if is_same_length else 1
         stated = {"prediction_type": config.get("prediction_type"), **(stated or {})}
         if is_generator:
             stated["variance_type"] = config.get("variance_type")
@@ -828,7 +829,8 @@ class CFGPipeline(DiffusionPipeline):
         if None not in process.values():
             process["log_snr_schedule"] = config.get("log_snr_schedule", config.get("_log_snr_schedule", "arctan"))
         elif config.get("trained_betas") is not None:
-            process = {"trained_betas": list(config["trained_betas"])}
+            betas = config["trained_betas"]
+            process = {"trained_betas": list(betas) if hasattr(betas, "__iter__") else betas}
         else:
             return None
         return {**{name: config.get(name) for name in ("prediction_type", "num_train_timesteps")}, **process}

@@ -2,6 +2,7 @@
 
 import json
 import re
+from pathlib import Path
 
 import diffusers
 import pytest
@@ -13,7 +14,7 @@ import diffusers_cfg.model_card_sections
 from diffusers_cfg import LogSNRScheduler
 from diffusers_cfg.model_card import BEGIN, END, model_card
 from diffusers_cfg.model_card_sections import package_link
-from tests.support.models import make_pipeline, make_unet
+from tests.support.models import ddgan, make_pipeline, make_unet
 
 RUN = {
     "dataset": "someone/scribbles",
@@ -251,6 +252,98 @@ def test_card_describes_a_student_and_its_sampler(tmp_path):
     assert "the paper's w, in 0 … 3. The model was distilled" in card
     assert "| sampler | DDIMScheduler, 4 steps by default |" in card
     assert "| log-SNR λ | -5 … 13.08 |" in card
+
+
+GAN = {"num_timesteps": 2, "latent_dim": 6, "loss": "non_saturating", "r1_gamma": 0.05, "lazy_reg": 15}
+GAN = {**GAN, "learning_rate_discriminator": 0.002}
+
+
+def gan_card(folder: Path, *argv: str, **method: object) -> tuple[dict, str]:
+    """Return the card of a denoising diffusion GAN, by flags of train_ddgan.py and facts of the method."""
+    ddgan(*argv).save_pretrained(folder)
+    (folder / "run.json").write_text(json.dumps({**RUN, "method": {**GAN, **method}}))
+    (folder / "samples").mkdir(exist_ok=True)
+    Image.new("L", (4, 4)).save(folder / "samples" / "step-7.png")
+    return parse(model_card(folder, str(folder)))
+
+
+def test_card_of_a_generator(tmp_path):
+    metadata, text = gan_card(tmp_path)
+    assert "denoising-diffusion-gan" in metadata["tags"]
+    assert "classifier-free-guidance" not in metadata["tags"]
+    assert metadata["widget"][-1]["text"] == "One row per class, columns of different noise"
+    for line in (
+        "A class-conditional [denoising diffusion GAN](https://arxiv.org/abs/2112.07804) of 8×8 grayscale images of "
+        "someone/scribbles, 10 classes, trained with ",
+        "![One row per class, columns of different noise](samples.png)",
+        'pipe(class_labels=["zero"]).images[0]',
+        "An image takes 2 evaluations, one per step, of the generator",
+        "`guidance_scale`, w, is 0 by default",
+        "can raise the class accuracy, and lowers the fidelity",
+        "| denoising steps T | 2 |",
+        "| latent dimension | 6 |",
+        "| loss | non-saturating |",
+        "| penalty | R1, γ = 0.05, every 15 steps |",
+        "| peak learning rate | 0.001, discriminator 0.002 |",
+        "| sampler | DDPMScheduler, 2 steps |",
+        "it may leave out some of the variety of that data",
+        "@inproceedings{xiao2022tackling",
+    ):
+        assert line in text
+    for words in ("guidance_scale=", "log-SNR", "s = 1 + w", "A larger w", "by default |", "variational", "None"):
+        assert words not in text
+    blocks = re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL)
+    for block in blocks:
+        names = {}
+        exec(block, names)
+        assert names["image"].size == (8, 8)
+
+
+@pytest.mark.parametrize(
+    ("argv", "method", "lines", "absent"),
+    [
+        (
+            ["--num_timesteps", "1"],
+            {"lazy_reg": 1},
+            ["An image takes one evaluation of", "every step |"],
+            "evaluations, ",
+        ),
+        ([], {"r1_gamma": 0.0}, [], "| penalty |"),
+        ([], {"loss": "relativistic"}, ["| loss | relativistic |", "| penalty | R1 and R2, γ = 0.05"], "saturating"),
+        (["--latent_dim", "0"], {}, ["| latent dimension | 0 |"], "None"),
+        (
+            ["--conditioning_dropout_prob", "0"],
+            {},
+            ["without label dropout and cannot be guided. Use 0."],
+            "extrapolate",
+        ),
+    ],
+)
+def test_card_of_other_generators(tmp_path, argv, method, lines, absent):
+    _, text = gan_card(tmp_path, *argv, **method)
+    assert all(line in text for line in lines)
+    assert absent not in text
+
+
+def test_card_of_a_generator_without_labels(tmp_path):
+    """The network has one class, which never occurred."""
+    gan = ddgan()
+    make_pipeline(
+        make_unet(num_class_embeds=2, latent_dim=6), gan.scheduler, id2label={}, conditioning_dropout_prob=1.0
+    ).save_pretrained(tmp_path)
+    (tmp_path / "run.json").write_text(json.dumps({**RUN, "method": {**GAN, "classes_without_images": [0]}}))
+    metadata, text = parse(model_card(tmp_path, "me/stacks"))
+    assert "widget" not in metadata
+    assert "class-conditional" not in metadata["tags"]
+    for line in (
+        "An unconditional [denoising diffusion GAN](https://arxiv.org/abs/2112.07804) of 8×8 grayscale images of "
+        "someone/scribbles, trained with",
+        "pipe(class_labels=[-1]).images[0]",
+        "It was trained without labels: pass `class_labels=-1`, the null class.",
+    ):
+        assert line in text
+    for words in ("guidance_scale", "## Classes", "1 classes"):
+        assert words not in text
 
 
 def test_card_describes_guider_and_guide_unet(pipeline, tmp_path):

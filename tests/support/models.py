@@ -4,7 +4,10 @@ import torch
 from diffusers import SchedulerMixin
 
 from diffusers_cfg import CFGPipeline, LogSNRScheduler, UNet2DCFGModel
+from diffusers_cfg.config import parse_config
 from diffusers_cfg.data.sources import Digits
+from diffusers_cfg.method_settings import DDGANConfig
+from diffusers_cfg.methods.ddgan import build_pipeline as build_ddgan
 
 NAMES = {0: "zero", 1: "one", 2: "two"}
 
@@ -43,6 +46,16 @@ def vdm(prediction_type: str = "v_prediction", ends: tuple[float, float] = (-13.
         log_snr_schedule="linear", log_snr_max=-ends[0], log_snr_min=-ends[1], prediction_type=prediction_type
     )
     return make_pipeline(make_unet(num_class_embeds=11), scheduler, id2label=Digits().id2label, **settings)
+
+
+def ddgan(*argv: str) -> CFGPipeline:
+    """Return a denoising diffusion GAN of the digits with random weights, by flags of train_ddgan.py."""
+    network = ["--block_out_channels", "8", "--layers_per_block", "1", "--latent_dim", "6", "--num_timesteps", "2"]
+    pipeline = build_ddgan(parse_config(DDGANConfig, [*network, *argv]), Digits())
+    torch.nn.init.normal_(pipeline.unet.conv_out.weight, std=0.1)  # not 0, as at the start of a run
+    pipeline.unet.eval()
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
 
 
 def generators(*seeds: int) -> list[torch.Generator]:
