@@ -18,14 +18,14 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 import diffusers_cfg.repository
-from diffusers_cfg import CFGPipeline, LogSNRScheduler
+from diffusers_cfg import CFGPipeline, LogSNRScheduler, UNet2DCFGModel
 from diffusers_cfg.hub import allowed_files, example_images, publish, rounding_tolerance, verify_published
 from diffusers_cfg.repository import PublishError, prepare_repository
 from tests.diffusers_cfg.test_save_and_load import WITHOUT_THE_PACKAGE
 from tests.support.draws import assert_same_draws
 from tests.support.hub_client import HubClient
 from tests.support.hub_server import Fault
-from tests.support.models import generators, make_pipeline, make_unet
+from tests.support.models import ddgan, generators, make_pipeline, make_unet
 
 
 @pytest.fixture
@@ -340,6 +340,37 @@ def test_token_that_cannot_be_sent_is_not_printed(hub, client, model, token, cap
     assert hub.requests == []
 
 
+def test_pictures_and_check_of_a_generator_take_its_own_steps(hub, client, tmp_path, monkeypatch):
+    gan, forward, calls = ddgan(), UNet2DCFGModel.forward, []
+    gan.save_pretrained(tmp_path / "gan")
+    with monkeypatch.context() as patch:
+        patch.setattr(UNet2DCFGModel, "forward", lambda *args, **kwargs: calls.append(args) or forward(*args, **kwargs))
+        publish(tmp_path / "gan", "me/gan")
+    files = hub.files("me/gan")
+    assert [(len(sample), t.item()) for _, sample, t in calls] == [(1, 1), (1, 0)] * (8 + 1)  # 8 pictures and the check
+    assert {name for name in files if name.startswith("sched")} == {"scheduler/scheduler_config.json"}
+    assert {f"samples/class-{class_id}.png" for class_id in range(8)} < files.keys()
+    assert b"denoising diffusion GAN" in files["README.md"]
+    published = CFGPipeline.from_pretrained("me/gan")
+    published.set_progress_bar_config(disable=True)
+    images = [pipe([3, 7], generator=generators(0, 1), output_type="pt").images for pipe in (published, gan)]
+    assert_same_draws(images[0], images[1], gan, guidance_scale=0.0, num_inference_steps=2)
+
+
+def test_generator_without_labels_is_pictured_by_the_null_class(hub, client, tmp_path):
+    unet = make_unet(num_class_embeds=2, latent_dim=6)
+    gan = make_pipeline(unet, ddgan().scheduler, id2label={}, conditioning_dropout_prob=1.0)
+    gan.save_pretrained(tmp_path)
+    (tmp_path / "run.json").write_text(json.dumps({"method": {"classes_without_images": [0]}}))
+    publish(tmp_path, "me/stacks")
+    files = hub.files("me/stacks")
+    assert [name for name in files if name.startswith("samples/")] == ["samples/null-class.png"]
+    picture = np.array(Image.open(io.BytesIO(files["samples/null-class.png"])), dtype=int)
+    (expected,) = gan(-1, generator=generators(0)[0]).images
+    assert abs(picture - np.array(expected, dtype=int)).max() <= 1  # of 256 levels, by rounding
+    assert abs(picture - np.array(gan(0, generator=generators(0)[0]).images[0], dtype=int)).max() > 1
+
+
 def test_verification_detects_missing_weights(hub, client, model, monkeypatch):
     create_commit = HfApi.create_commit
 
@@ -371,6 +402,16 @@ def test_verification_detects_different_weights(hub, client, model):
 def test_tolerance_separates_rounding_from_different_weights(scheduler_class, w):
     """Perturb the weights by ε, as a different order of the sums would, and round them to 16 bits."""
     pipes = {name: make_pipeline(scheduler=scheduler_class.from_config(LogSNRScheduler().config)) for name in "abc"}
+    assert_separates(pipes, w, 16)
+
+
+@pytest.mark.parametrize("num_timesteps", [1, 8])
+def test_tolerance_separates_rounding_from_different_weights_of_a_generator(num_timesteps):
+    assert_separates({name: ddgan("--num_timesteps", str(num_timesteps)) for name in "abc"}, 0.0, num_timesteps)
+
+
+def assert_separates(pipes: dict[str, CFGPipeline], w: float, num_inference_steps: int) -> None:
+    """Assert that the tolerance is above the effect of rounding, and below that of other weights."""
     generator = torch.Generator().manual_seed(1)
     for parameter in pipes["b"].unet.parameters():
         parameter.data *= 1 + torch.finfo(torch.float32).eps * torch.randn(parameter.shape, generator=generator)
@@ -378,10 +419,11 @@ def test_tolerance_separates_rounding_from_different_weights(scheduler_class, w)
         parameter.data = parameter.data.half().float()
     images = {}
     for name, pipe in pipes.items():
-        images[name] = pipe(0, w, num_inference_steps=16, generator=generators(0), output_type="pt").images
+        call = {"num_inference_steps": num_inference_steps, "generator": generators(0), "output_type": "pt"}
+        images[name] = pipe(0, w, **call).images
         assert isinstance(images[name], torch.Tensor)
     differences = {name: (images[name] - images["a"]).abs().max().item() for name in "bc"}
-    tolerance = rounding_tolerance(pipes["a"], w, 16)
+    tolerance = rounding_tolerance(pipes["a"], w, num_inference_steps)
     assert differences["b"] < tolerance < differences["c"]
 
 
