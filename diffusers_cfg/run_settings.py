@@ -94,7 +94,7 @@ class RunConfig(Config):
         1000, "Number of steps between grids of samples; 0 draws one at the end only.", at_least=0
     )
     eval_steps: int = free(
-        0, "Number of steps between evaluations at each w of --validation_guidance_scales; 0 disables them.", at_least=0
+        0, "Number of steps between evaluations at each w of the validation grid; 0 disables them.", at_least=0
     )
     num_eval_samples: int = free(500, "Number of samples in an evaluation, for each w.", at_least=MIN_SAMPLES)
     feature_extractor: str = free("small", "Feature extractor of the evaluations, see evaluate_cfg.py --help.")

@@ -138,7 +138,8 @@ class DenoisingDiffusionGAN(GuidedMethod):
         c = torch.where(c < 0, null, c)
         t = self.step_at(draws.uniform(f"{purpose} time"))
         noise, next_noise = (draws.normal(f"{purpose} noise of {name}", *shape) for name in ("x_prev", "x_next"))
-        return t, c, *self.steps.to(x.device).diffuse(x, t, noise, next_noise)
+        steps = self.steps.to(x.device, non_blocking=True)
+        return t, c, *steps.diffuse(x, t, noise, next_noise)
 
     def step_at(self, u: torch.Tensor) -> torch.Tensor:
         """Return the step t of each time in [0, 1), in the shape of u. All steps are equally likely."""
@@ -346,4 +347,5 @@ def minibatch_std(h: torch.Tensor) -> torch.Tensor:
     group = next(size for size in range(GROUP_SIZE, 0, -1) if len(h) % size == 0)
     groups = h.float().unflatten(0, (-1, group))
     std = (groups.var(1, unbiased=False) + 1e-8).sqrt().mean((1, 2, 3))
-    return std.repeat_interleave(group).view(-1, 1, 1, 1).expand(-1, 1, *h.shape[2:]).to(h.dtype)
+    std = std[:, None].expand(-1, group).reshape(-1, 1, 1, 1)
+    return std.expand(-1, 1, *h.shape[2:]).to(h.dtype)

@@ -19,22 +19,36 @@ from accelerate import Accelerator
 from safetensors.torch import load_file
 
 from diffusers_cfg import CFGPipeline, LogSNRScheduler, UNet2DCFGModel
-from diffusers_cfg.config import UserError
+from diffusers_cfg.config import UserError, parse_config
 from diffusers_cfg.data import datasets, latents, sources
 from diffusers_cfg.data.datasets import stack_images
+from diffusers_cfg.data.decoding import to_float
 from diffusers_cfg.data.sources import Digits
 from diffusers_cfg.engine.batches import StepBatches
+from diffusers_cfg.engine.method import Batch
+from diffusers_cfg.engine.state import frozen
 from diffusers_cfg.engine.trainer import Trainer
 from diffusers_cfg.evaluation import features
 from diffusers_cfg.evaluation.measure import measure
 from diffusers_cfg.evaluation.statistics import RealStatistics
 from diffusers_cfg.hub import rounding_tolerance
+from diffusers_cfg.method_settings import DDGANConfig
 from diffusers_cfg.methods import cfg
+from diffusers_cfg.methods.ddgan import DenoisingDiffusionGAN, build_pipeline
 from diffusers_cfg.randomness import Draws
 from diffusers_cfg.settings import DataConfig
 from tests.support.latents import few_digits, vae_flags
 from tests.support.models import generators, make_pipeline, make_unet
-from tests.support.runs import WEIGHTS, assert_same_tensors, reset_accelerate, scalars, train, train_vdm
+from tests.support.runs import (
+    SMALLEST_GAN,
+    WEIGHTS,
+    assert_same_tensors,
+    reset_accelerate,
+    scalars,
+    train,
+    train_ddgan,
+    train_vdm,
+)
 from tests.support.trajectories import METHODS, expected, train_trajectory, trajectory_of
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")]
@@ -219,6 +233,55 @@ def test_resume_of_a_variational_diffusion_model_is_bit_exact(tmp_path, determin
     assert_same_checkpoint(tmp_path / "whole" / "checkpoint-4", tmp_path / "resumed" / "checkpoint-4")
 
 
+@pytest.mark.parametrize("loss", ["non_saturating", "relativistic"])
+def test_bf16_of_a_denoising_diffusion_gan(tmp_path, conv_dtypes, loss):
+    """R1 is computed in float32. In the first step, whose logits are zero, both networks are those of float32."""
+    flags = ["--loss", loss, "--report_to", "tensorboard", "--learning_rate", "1e-4", "--train_batch_size", "64"]
+    train_ddgan(tmp_path / "fp32", *flags)
+    assert conv_dtypes == {torch.float32}
+    conv_dtypes.clear()
+    train_ddgan(tmp_path / "mixed", *flags, "--mixed_precision", "bf16")
+    assert conv_dtypes == {torch.float32, torch.bfloat16}
+    fp32, mixed = (scalars(tmp_path / run) for run in ("fp32", "mixed"))
+    for tag in ("discriminator/loss", "generator/loss"):
+        losses = [dict(logged[tag]) for logged in (mixed, fp32)]
+        assert losses[0] == pytest.approx(losses[1], rel=0.1)
+    for tag in ("discriminator/r1", "discriminator/r2") if loss == "relativistic" else ("discriminator/r1",):
+        penalties = [dict(logged[tag]) for logged in (mixed, fp32)]  # of the steps 0 and 3
+        assert list(penalties[0]) == [1, 4]
+        assert penalties[0] == pytest.approx(penalties[1], rel=0.1)
+        assert penalties[0][4] > 0
+    assert all(skipped == 0 for _, skipped in mixed["discriminator/skipped_steps"])
+    images = CFGPipeline.from_pretrained(tmp_path / "mixed").to(DEVICE)([0, 1], output_type="pt").images
+    assert images.device.type == DEVICE
+    assert images.isfinite().all()
+
+
+@pytest.mark.parametrize("loss", ["non_saturating", "relativistic"])
+def test_r1_under_autocast_is_that_of_float32(loss):
+    config = parse_config(DDGANConfig, [*SMALLEST_GAN, "--loss", loss])
+    method = DenoisingDiffusionGAN(config, build_pipeline(config, Digits()))
+    for weight in (method.discriminator.linear.weight, method.discriminator.class_embedding.weight):
+        torch.nn.init.normal_(weight, std=0.1)
+    for module in method.modules.values():
+        module.to(DEVICE)
+    x = to_float(torch.from_numpy(Digits().images[:16]).view(-1, 1, 8, 8)).to(DEVICE)
+    labels = torch.from_numpy(Digits().class_labels[:16]).to(DEVICE)
+    batch, terms = Batch(x, labels, Draws(0, 0, range(16), 16, DEVICE), 0), []
+    for enabled in (False, True):
+        with torch.autocast(DEVICE, dtype=torch.bfloat16, enabled=enabled), frozen([method.modules["generator"]]):
+            terms.append(method.discriminator_loss(method.modules, batch))
+    torch.testing.assert_close(terms[1].logs["r1"], terms[0].logs["r1"], rtol=1e-4, atol=1e-5)
+
+
+def test_resume_of_a_denoising_diffusion_gan_is_bit_exact(tmp_path, deterministic):
+    """R1 is due at the steps 0 and 3, of which the second comes after the checkpoint."""
+    train_ddgan(tmp_path / "whole")
+    shutil.copytree(tmp_path / "whole" / "checkpoint-2", tmp_path / "resumed" / "checkpoint-2")
+    train_ddgan(tmp_path / "resumed", *RESUME)
+    assert_same_checkpoint(tmp_path / "whole" / "checkpoint-4", tmp_path / "resumed" / "checkpoint-4")
+
+
 def test_gradient_scaler_is_saved_and_restored(tmp_path):
     train(tmp_path / "whole", "--mixed_precision", "fp16", "--checkpointing_steps", "1")
     scalers = [scaler_of(tmp_path / "whole" / f"checkpoint-{step}") for step in (1, 2, 3, 4)]
@@ -255,7 +318,9 @@ def test_nonfinite_step_is_skipped(tmp_path, monkeypatch, precision):
         assert scaler_of(folders[1])["scale"] == scaler_of(folders[0])["scale"] / 2
 
 
-@pytest.mark.parametrize(("run", "argv"), [(train, ["--random_flip"]), (train_vdm, []), (train_vdm, FIXED)])
+@pytest.mark.parametrize(
+    ("run", "argv"), [(train, ["--random_flip"]), (train_vdm, []), (train_vdm, FIXED), (train_ddgan, [])]
+)
 def test_training_does_not_synchronize_with_the_device(tmp_path, monkeypatch, run, argv):
     """Neither steps nor copies of batches synchronize. Values are read only when they are logged."""
     calls = []
