@@ -29,10 +29,10 @@ NETWORK = ["--block_out_channels", "8", "16"]
 # After the flags of `TINY`: half the time, for tests of what does not depend on the network
 ONE_LEVEL = ["--block_out_channels", "8"]
 SMALLEST = [*ONE_LEVEL, "--layers_per_block", "1", "--attention_resolutions", "0"]
-# Two tiny networks of a GAN, whose penalty is due at every third step
+# Two tiny networks of a GAN, whose penalty is due at every third step, with optimizers that no default changes
 SMALLEST_GAN = [
-    *SMALLEST, "--discriminator_channels", "8", "8", "--latent_dim", "4", "--lazy_reg", "3",
-    "--learning_rate_discriminator", "2e-3",
+    *SMALLEST, "--discriminator_channels", "8", "8", "--latent_dim", "4", "--r1_gamma", "0.05", "--lazy_reg", "3",
+    "--learning_rate_discriminator", "2e-3", "--adam_beta1", "0", "--adam_beta2", "0.99",
 ]  # fmt: skip
 REPLACE_NETWORK = {"--pretrained_model_name_or_path", "--model_config_name_or_path"}
 SHARED = [
