@@ -34,7 +34,7 @@ def draw(pipeline: Any, *labels: int, w: float | None = None, **call: Any) -> to
     return images
 
 
-def record_calls(pipeline: CFGPipeline) -> list[dict[str, Any]]:
+def record_calls(pipeline: Any) -> list[dict[str, Any]]:
     """Return a list to which each later evaluation of the network adds its arguments."""
     calls: list[dict[str, Any]] = []
 

@@ -5,6 +5,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import diffusers
 import huggingface_hub
@@ -351,9 +352,9 @@ def test_pictures_and_check_of_a_generator_take_its_own_steps(hub, client, tmp_p
     assert {name for name in files if name.startswith("sched")} == {"scheduler/scheduler_config.json"}
     assert {f"samples/class-{class_id}.png" for class_id in range(8)} < files.keys()
     assert b"denoising diffusion GAN" in files["README.md"]
-    published = CFGPipeline.from_pretrained("me/gan")
+    published: Any = CFGPipeline.from_pretrained("me/gan")
     published.set_progress_bar_config(disable=True)
-    images = [pipe([3, 7], generator=generators(0, 1), output_type="pt").images for pipe in (published, gan)]
+    images: Any = [pipe([3, 7], generator=generators(0, 1), output_type="pt").images for pipe in (published, gan)]
     assert_same_draws(images[0], images[1], gan, guidance_scale=0.0, num_inference_steps=2)
 
 
