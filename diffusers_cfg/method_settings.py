@@ -25,14 +25,15 @@ DIGITS_VDM = {
 DIGITS_DDGAN = {
     **DIGITS,
     "train_batch_size": 32,
-    "max_train_steps": 1600,
+    "max_train_steps": 1000,
     "learning_rate": 2e-4,
     "learning_rate_discriminator": 1e-3,
+    "lr_scheduler": "constant",
     "lr_warmup_steps": 0,
     "adam_beta1": 0.0,
     "adam_beta2": 0.99,
-    "r1_gamma": 0.05,
-    "lazy_reg": 1,
+    "r1_gamma": 0.2,
+    "lazy_reg": 4,
     "discriminator_channels": [32, 64, 64],
     "ema_max_decay": [0.995],
 }
