@@ -261,6 +261,8 @@ class DDGANConfig(LabelDropoutConfig):
         super().check_given(values, flags, in_file)
         if not values["r1_gamma"] and "lazy_reg" in flags:
             raise UserError("lazy_reg: no effect with --r1_gamma 0. Leave one of them out.")
+        if values["stack"] > 1 and "conditioning_dropout_prob" in flags:
+            raise UserError("conditioning_dropout_prob: no effect with --stack, whose images have no labels.")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -13,7 +13,7 @@ import pytest
 
 from diffusers_cfg.config import Config, UserError, flag, parse_config, run_command
 from diffusers_cfg.engine.preemption import Preempted
-from diffusers_cfg.method_settings import CFGConfig
+from diffusers_cfg.method_settings import CFGConfig, DDGANConfig
 from tests.support.runs import ROOT, TRAINING
 
 
@@ -100,7 +100,8 @@ def test_network_settings_conflict_with_a_pretrained_network(tmp_path, source):
 
 @pytest.mark.parametrize("path", sorted((TRAINING / "configs").glob("*.yaml")), ids=lambda path: path.name)
 def test_shipped_settings_are_valid(path):
-    assert isinstance(parse_config(CFGConfig, ["--config", str(path)]), CFGConfig)
+    config_class = DDGANConfig if "num_timesteps:" in path.read_text(encoding="utf-8") else CFGConfig
+    assert isinstance(parse_config(config_class, ["--config", str(path)]), config_class)
 
 
 @pytest.mark.parametrize(
