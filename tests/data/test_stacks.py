@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from diffusers_cfg.config import UserError
-from diffusers_cfg.data.datasets import CachedImages, LazyImages, fingerprint, training_dataset
+from diffusers_cfg.data.datasets import CachedImages, LazyImages, fingerprint, num_images, training_dataset
 from diffusers_cfg.data.images import NUM_STACKS, StackedImages, require_classes
 from diffusers_cfg.data.sources import Digits, load_labelled_images
 from diffusers_cfg.settings import DataConfig, TrainConfig
@@ -74,9 +74,9 @@ def test_an_unreadable_image_is_in_no_stack(tmp_path, monkeypatch, caplog):
     monkeypatch.setattr("diffusers_cfg.data.images.NUM_STACKS", 50)
     config = DataConfig(train_data_dir=str(folder), resolution=8, stack=3, max_unreadable_fraction=0.5)
     images = load_labelled_images(config)
-    assert len(training_dataset(images, config, 3, show_progress=False)) == 50
+    assert num_images(training_dataset(images, config, 3, show_progress=False)) == 50
     next(folder.glob("ant/*.png")).write_bytes(b"broken")
-    assert len(training_dataset(images, config, 3, show_progress=False)) == 50
+    assert num_images(training_dataset(images, config, 3, show_progress=False)) == 50
     assert "Skipped unreadable image" in caplog.text
 
 

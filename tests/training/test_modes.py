@@ -2,10 +2,12 @@
 
 import json
 import shutil
+from functools import partial
 
 import pytest
 
 from diffusers_cfg.evaluation import features, gaussian_grid, mode_coverage
+from diffusers_cfg.evaluation.gaussian_grid import GridSettings
 from diffusers_cfg.method_settings import DDGANConfig
 from tests.support.commands import check_refused, load_command
 from tests.support.images import save_class_folders, solid
@@ -77,7 +79,7 @@ def test_data_without_classes_or_with_color_are_refused_before_the_first_run(arg
 def test_study_trains_what_is_missing_and_writes_the_tables(argv, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(features.train_classifier, "__defaults__", (30, 64))
     monkeypatch.setattr(mode_coverage, "CACHE_DIR", tmp_path / "cache")  # not the quick classifier in the user's
-    monkeypatch.setattr(gaussian_grid.GridSettings.__new__, "__defaults__", (3, 8, 8, *GRID_DEFAULTS[3:]))
+    monkeypatch.setattr(gaussian_grid, "GridSettings", partial(GridSettings, steps=3, batch_size=8, units=8))
     reset_accelerate()
     out, argv = tmp_path / "out", [*argv, *TRAINING_FLAGS]
     modes.main([*argv, "--num_timesteps", "1", "--parts", "stacked"])
@@ -102,6 +104,3 @@ def test_study_trains_what_is_missing_and_writes_the_tables(argv, tmp_path, monk
     assert {path.name for path in out.iterdir()} == {
         *("gaussians", "gaussians.png", "stacked", "stacked.png", "modes.json", "table.md")
     }
-
-
-GRID_DEFAULTS = gaussian_grid.GridSettings.__new__.__defaults__
