@@ -191,6 +191,7 @@ def build_unet(
         "num_class_embeds": num_classes + 1,
         "class_embed_type": None,
         "latent_dim": latent_dim,
+        "max_guidance_scale": None,  # only distillation trains for it
     }
     try:
         unet = cast(UNet2DCFGModel, UNet2DCFGModel.from_config(settings))

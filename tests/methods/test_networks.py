@@ -10,6 +10,7 @@ from diffusers_cfg.data.sources import Digits
 from diffusers_cfg.evaluation.records import noise_process
 from diffusers_cfg.method_settings import CFGConfig
 from diffusers_cfg.methods.networks import attention, build_pipeline, build_unet
+from tests.support.models import make_unet
 from tests.support.runs import TRAINING
 
 
@@ -67,6 +68,19 @@ def test_invalid_config_file_is_refused(tmp_path, text, message):
     (tmp_path / "config.json").write_text(text)
     with pytest.raises(UserError, match=message):
         build_unet(CFGConfig(model_config_name_or_path=str(tmp_path / "config.json"), resolution=8), None, 1, 2)
+
+
+@pytest.mark.parametrize("settings", [{"latent_dim": 6}, {"latent_dim": 0}, {"max_guidance_scale": 4.0}])
+@pytest.mark.parametrize("latent_dim", [None, 3])
+def test_config_of_another_kind_of_network_gives_its_layers_only(tmp_path, settings, latent_dim):
+    """Whether a network takes a latent vector or w is a matter of the method."""
+    make_unet(**settings, resnet_time_scale_shift="scale_shift", fourier_frequencies=[1.0]).save_config(tmp_path)
+    config = CFGConfig(model_config_name_or_path=str(tmp_path), resolution=8)
+    unet = build_unet(config, None, 1, num_classes=2, latent_dim=latent_dim)
+    assert (unet.latent_dim, unet.max_guidance_scale, unet.num_classes) == (latent_dim, None, 2)
+    assert (unet.config.resnet_time_scale_shift, unet.config.fourier_frequencies) == ("scale_shift", [1.0])
+    assert "max_guidance_scale" not in unet.config
+    assert ("latent_dim" in unet.config) == (latent_dim is not None)
 
 
 def recipe(name: str) -> CFGConfig:
