@@ -58,10 +58,11 @@ def measure(summary: Summary, reference: Reference, id2label: dict[int, str] | N
         row["class_accuracy_error"] = jackknife(
             lambda kept: (correct[kept].sum() / requested[kept].sum()).item(), BLOCKS
         )
-        row["accuracy_by_class"] = {
+        row["accuracy_by_class"] = by_class = {
             names.get(class_id, str(class_id)): (correct[:, class_id].sum() / requested[:, class_id].sum()).item()
             for class_id in requested.sum(0).nonzero().flatten().tolist()
         }
+        row["worst_class_accuracy"] = min(by_class.values())
     return row
 
 
@@ -71,7 +72,7 @@ def measure_floor(real: RealStatistics) -> dict[str, Any]:
     if real.extractor.accuracy is not None:
         # The small classifier was trained on most of the held-out images: report its accuracy on unseen ones instead.
         floor["class_accuracy"] = real.extractor.accuracy
-        for key in ("class_accuracy_error", "accuracy_by_class"):
+        for key in ("class_accuracy_error", "accuracy_by_class", "worst_class_accuracy"):
             floor.pop(key, None)
     return floor
 

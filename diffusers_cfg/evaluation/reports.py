@@ -65,6 +65,7 @@ def metric_names(feature_extractor: str) -> dict[str, str]:
         **dict(zip(("frechet_distance", "kernel_distance", "inception_score"), names, strict=True)),
         **{name: name for name in ("precision", "recall", "density", "coverage")},
         "class_accuracy": "class accuracy",
+        "worst_class_accuracy": "worst class",
     }
 
 
