@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +23,15 @@ from diffusers_cfg.evaluation.mixture import (
     rms_distance,
     sliced_wasserstein,
 )
+from diffusers_cfg.evaluation.records import noise_process
 from diffusers_cfg.evaluation.reports import new_figure, save_figure, table
-from diffusers_cfg.evaluation.sampling import check_call, draw_images, load_pipeline
+from diffusers_cfg.evaluation.sampling import (
+    check_call,
+    choose_scheduler,
+    draw_images,
+    guidance_scales,
+    load_pipeline,
+)
 from diffusers_cfg.evaluation.settings import EvaluationConfig, format_number
 from diffusers_cfg.evaluation.statistics import BATCH_SIZE, RealStatistics
 from diffusers_cfg.evaluation.sweep import check_scales, load_data
@@ -199,8 +205,11 @@ def check_rules(config: EvaluationConfig) -> None:
 
 
 def load_rules_pipeline(config: EvaluationConfig, device: torch.device | str) -> CFGPipeline:
-    """Load the models, with a solver of the probability flow."""
-    return load_pipeline(replace(config, scheduler="UniPCMultistepScheduler"), device)
+    """Load the models, with a solver of the probability flow. Raise `UserError` if that fails, or there is no flow."""
+    pipeline = load_pipeline(config, device)
+    noise_process(pipeline)  # refuses a generator
+    pipeline.scheduler = choose_scheduler("UniPCMultistepScheduler", pipeline)
+    return pipeline
 
 
 def rules(output_dir: Path, accelerator: Accelerator, config: EvaluationConfig) -> str:
@@ -216,6 +225,7 @@ def rules(output_dir: Path, accelerator: Accelerator, config: EvaluationConfig) 
         The table, in Markdown.
     """
     pipeline = load_rules_pipeline(config, accelerator.device)
+    (w,) = guidance_scales(config, pipeline)
     dataset, id2label, _ = load_data(config.model, {}, pipeline, show_progress=True)
     num_samples, statistics_dir = config.num_samples, Path(config.statistics_dir)
     real = RealStatistics(accelerator, dataset, id2label, "small", num_samples, statistics_dir)
@@ -238,7 +248,7 @@ def rules(output_dir: Path, accelerator: Accelerator, config: EvaluationConfig) 
     save_image(make_grid(torch.stack(tiles), [name for name, *_ in rows], columns), output_dir / "rules.png")
     header = ["rule", "Fréchet distance", *metrics[1:], "saturated", "evaluations per image"]
     return (
-        f"## Rules at w = {format_number(config.guidance_scales[0])} on {config.model_name}\n\n{num_samples} samples, "
+        f"## Rules at w = {format_number(w)} on {config.model_name}\n\n{num_samples} samples, "
         f"{config.num_inference_steps} steps of UniPC. Saturated: the fraction of pixels that are 0 or 255; "
         f"{saturated(dataset.images):.3f} for the real images.\n\n" + table(header, rows)
     )
@@ -246,7 +256,7 @@ def rules(output_dir: Path, accelerator: Accelerator, config: EvaluationConfig) 
 
 def rules_of(config: EvaluationConfig, pipeline: CFGPipeline) -> Iterator[tuple[str, dict[str, Any]]]:
     """Yield the name and the call arguments of each guidance rule. Only the last rule uses the guide."""
-    (w,), guide_unet = config.guidance_scales, pipeline.guide_unet
+    (w,), guide_unet = guidance_scales(config, pipeline), pipeline.guide_unet
     guiders, original = diffusers.guiders, {"guidance_scale": w, "use_original_formulation": True}
     calls: dict[str, dict[str, Any]] = {
         "w = 0": {"guidance_scale": 0.0},

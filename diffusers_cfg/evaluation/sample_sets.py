@@ -39,6 +39,7 @@ class Shard(NamedTuple):
     images: np.ndarray  # (images, height, width, 3), uint8
     class_labels: np.ndarray  # (images,), int64
     network_evaluations: float  # per image
+    seconds: float = float("nan")  # per image, in the process that drew them; unknown of an older version
 
 
 class SampleSet:
@@ -66,7 +67,7 @@ class SampleSet:
         if not self.path(shard).is_file():
             return False
         try:
-            images, labels, evaluations = self.load(shard)
+            images, labels, evaluations, _ = self.load(shard)
             intact = images.dtype == np.uint8 and images.shape[1:] == (*size, 3) and np.isfinite(evaluations)
         except Exception as error:  # a damaged file raises exceptions of many types
             logger.warning("%s is damaged (%s) and drawn again.", self.path(shard), error)
@@ -75,15 +76,17 @@ class SampleSet:
 
     def save(self, shard: range, content: Shard) -> None:
         """Write a shard atomically."""
-        images, class_labels, evaluations = content
+        images, class_labels, *cost = content
+        costs = dict(zip(("network_evaluations", "seconds"), cost, strict=True))
         with atomic_write(self.path(shard)) as unfinished, unfinished.open("wb") as file:
-            np.savez_compressed(file, arr_0=images, arr_1=class_labels, network_evaluations=evaluations)
+            np.savez_compressed(file, arr_0=images, arr_1=class_labels, **costs)
 
     def load(self, shard: range) -> Shard:
         """Read a shard. A missing or damaged one raises an exception of any type."""
         with np.load(self.path(shard)) as file:
             images, class_labels = (file[name][: len(shard)] for name in ("arr_0", "arr_1"))
-            return Shard(images, class_labels, float(file["network_evaluations"]))
+            costs = [float(file[name]) for name in ("network_evaluations", "seconds") if name in file]
+            return Shard(images, class_labels, *costs)
 
     def first_images(self, count: int) -> torch.Tensor:
         """Return the first images, `(count, 3, height, width)`, with values in [0, 1]."""

@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 import diffusers
 import torch
 from accelerate import Accelerator
-from diffusers import DiffusionPipeline, SchedulerMixin
+from diffusers import DDIMScheduler, DiffusionPipeline, SchedulerMixin
 from diffusers.guiders import BaseGuidance
 from tqdm.auto import tqdm
 
@@ -19,7 +19,15 @@ from diffusers_cfg.config import UserError
 from diffusers_cfg.evaluation.class_labels import parse_class_labels
 from diffusers_cfg.evaluation.records import recorded_data
 from diffusers_cfg.evaluation.sample_sets import SETTINGS_FILE, WRITERS, SampleSet, Shard, claimed
-from diffusers_cfg.evaluation.settings import SampleConfig, SamplingConfig, SavedModelConfig, format_number
+from diffusers_cfg.evaluation.settings import (
+    PAPER_SCALES,
+    EvaluationConfig,
+    SampleConfig,
+    SamplingConfig,
+    SavedModelConfig,
+    format_number,
+)
+from diffusers_cfg.evaluation.timing import now
 from diffusers_cfg.files import check_writable, digest, refuse_data_folder
 from diffusers_cfg.loading import load_guide_unet
 from diffusers_cfg.randomness import seeded_generator
@@ -74,12 +82,19 @@ def load_guide(name: str, pipeline: CFGPipeline) -> UNet2DCFGModel:
 
     Raises:
         OSError: if it cannot be found.
-        ValueError: if it cannot be loaded, or has other classes or a different noise process than the pipeline.
+        ValueError: if it cannot be loaded, is of another kind, or has other classes or a different noise process than
+            the pipeline.
     """
     try:
         guide = CFGPipeline.from_pretrained(name)
     except FileNotFoundError:  # A checkpoint has no classes to compare, and its network records its noise process.
         return load_guide_unet(name)
+    kinds = [
+        "a diffusion model" if unet.latent_dim is None else "a denoising diffusion GAN"
+        for unet in (guide.unet, pipeline.unet)
+    ]
+    if kinds[0] != kinds[1]:
+        raise ValueError(f"It is {kinds[0]}, and cannot guide {kinds[1]}. Pass a guide of the same kind.")
     ours, theirs = pipeline.id2label, guide.id2label
     if ours and theirs and (differing := sorted(ours.items() ^ theirs.items())):
         raise ValueError(
@@ -93,7 +108,12 @@ def load_guide(name: str, pipeline: CFGPipeline) -> UNet2DCFGModel:
 
 def choose_scheduler(name: str, pipeline: CFGPipeline) -> SchedulerMixin:
     """Create a scheduler for the noise process of a pipeline. Raise `UserError` if the scheduler is not supported."""
-    if name not in pipeline.schedulers:
+    if pipeline.unet.latent_dim is not None and name != pipeline.generator_scheduler:
+        raise UserError(
+            f"--scheduler {name} is not supported by a denoising diffusion GAN, whose generator was trained for the "
+            f"steps of its own {pipeline.generator_scheduler}. Leave it out."
+        )
+    if pipeline.unet.latent_dim is None and name not in pipeline.schedulers:
         raise UserError(f"--scheduler {name} is not supported. Supported schedulers: {', '.join(pipeline.schedulers)}.")
     return make_scheduler(name, pipeline.scheduler)
 
@@ -111,6 +131,40 @@ def make_scheduler(name: str, scheduler: SchedulerMixin, **settings: Any) -> Sch
 def with_model_defaults(config: C, pipeline: CFGPipeline) -> C:
     """Return the settings with the model's own number of steps if they set none."""
     return dataclasses.replace(config, num_inference_steps=config.num_inference_steps or pipeline.num_inference_steps)
+
+
+def only_sampler(pipeline: CFGPipeline) -> tuple[str, int] | None:
+    """
+    Return the scheduler and the number of steps of a model that was trained for these alone: a generator, or a student
+    that was distilled to few DDIM steps. Return `None` for other models.
+    """
+    is_student = pipeline.unet.max_guidance_scale is not None and isinstance(pipeline.scheduler, DDIMScheduler)
+    if pipeline.unet.latent_dim is None and not is_student:
+        return None
+    return type(pipeline.scheduler).__name__, pipeline.num_inference_steps
+
+
+def guidance_scales(config: SampleConfig | EvaluationConfig, pipeline: CFGPipeline) -> list[float]:
+    """
+    Return the guidance scales of the settings, or by default those for the kind of model.
+
+    Raises:
+        UserError: if other settings of guidance are given without w for a generator, which is not guided by default.
+    """
+    is_generator = pipeline.unet.latent_dim is not None
+    if isinstance(config, SampleConfig):
+        name, default = "--guidance_scale", [1.0]
+        given = None if config.guidance_scale is None else [config.guidance_scale]
+    else:
+        name, given, default = "--guidance_scales", config.guidance_scales, PAPER_SCALES
+    if given is not None:
+        return given
+    if is_generator and (useless := config.guidance_flags):
+        raise UserError(
+            f"{', '.join(useless)}: no effect at w = 0, the default of a denoising diffusion GAN. Leave it out, or set "
+            f"{name}."
+        )
+    return [0.0] if is_generator else default
 
 
 def guidance_arguments(config: SamplingConfig, w: float) -> dict[str, Any]:
@@ -275,13 +329,14 @@ def draw_sets(
         progress.set_postfix_str(f"w = {format_number(w)}")
         if progress.disable:
             logger.info("Sampling shard %d of %d, w = %s", number, len(assigned), format_number(w))
-        drawn = []
+        drawn, start = [], now()
         for indices in torch.tensor(shard).split(config.batch_size):
             call = call_arguments(config, w)
             drawn.append(draw_images(pipeline, class_labels[indices], indices.tolist(), config.seed, **call))
             progress.update(passes[w] * len(indices))
         images = torch.cat([images for images, _ in drawn]).movedim(1, -1).numpy()
-        sets[w].save(shard, Shard(images, class_labels[list(shard)].numpy(), drawn[0][1]))
+        seconds = (now() - start) / len(shard)
+        sets[w].save(shard, Shard(images, class_labels[list(shard)].numpy(), drawn[0][1], seconds))
     progress.close()
     accelerator.wait_for_everyone()
 
@@ -301,7 +356,8 @@ def draw_to_folder(config: SampleConfig, accelerator: Accelerator) -> None:
     config = with_model_defaults(config, pipeline)
     labels = parse_class_labels(config.class_labels, pipeline)
     class_labels = torch.tensor(labels)[torch.arange(config.num_samples) % len(labels)]
-    check_call(pipeline, **call_arguments(config, config.guidance_scale))
+    (w,) = guidance_scales(config, pipeline)
+    check_call(pipeline, **call_arguments(config, w))
     output_dir = Path(config.output_dir)
     samples = SampleSet(output_dir / UNFINISHED, config.num_samples)
     check_writable(output_dir, "--output_dir")
@@ -311,9 +367,9 @@ def draw_to_folder(config: SampleConfig, accelerator: Accelerator) -> None:
         interrupted = (samples.folder / SETTINGS_FILE).is_file() and not samples.folder.is_symlink()
         if output_dir.is_dir() and any(output_dir.iterdir()) and not interrupted:
             raise UserError(f"--output_dir {output_dir} is not empty. Choose a different folder.")
-    settings = {"class_labels": labels, "guidance_scale": config.guidance_scale, "format": config.format}
+    settings = {"class_labels": labels, "guidance_scale": w, "format": config.format}
     with claimed(samples.folder, {**settings, **sampling_settings(config, pipeline)}, accelerator):
-        draw_sets(config, accelerator, pipeline, {config.guidance_scale: samples}, class_labels)
+        draw_sets(config, accelerator, pipeline, {w: samples}, class_labels)
         if accelerator.is_main_process:
             WRITERS[config.format](samples, output_dir, pipeline)
             samples.delete()

@@ -22,6 +22,11 @@ def format_number(value: float) -> str:
     return text if float(text) == value else repr(value)
 
 
+def sampler_folder(scheduler: str, steps: int, interval: list[float] | None) -> str:
+    """Return the name of the output folder of a sampler with its number of steps and guidance interval."""
+    return f"{scheduler}-{steps}" + (f"-interval={','.join(map(format_number, interval))}" if interval else "")
+
+
 def refuse_flags(argv: list[str], hints: Mapping[str, str]) -> None:
     """Raise UserError for flags of another command that have no effect in this one. `hints` says what to do instead."""
     for name in (argument.split("=")[0] for argument in argv):
@@ -88,13 +93,19 @@ class SamplingConfig(SavedModelConfig):
     )
     batch_size: int = flag(250, "Number of images that each process generates at a time.", at_least=1)
 
-    def check(self) -> None:
-        conflicts = {
+    @property
+    def guidance_flags(self) -> list[str]:
+        """The flags that are given and change the guidance at a scale w."""
+        given = {
             "--guidance_interval": self.guidance_interval is not None,
             "--guidance_rescale": self.guidance_rescale > 0,
             "--guide_model": self.guide_model is not None,
+            "--guider": self.guider is not None,
         }
-        if self.guider is not None and (given := [name for name, is_given in conflicts.items() if is_given]):
+        return [name for name, is_given in given.items() if is_given]
+
+    def check(self) -> None:
+        if self.guider is not None and (given := self.guidance_flags[:-1]):
             raise UserError(
                 f"{', '.join(given)} cannot be combined with --guider {self.guider}, which has its own guidance rule. "
                 "Omit one of the two."
@@ -111,7 +122,9 @@ class SampleConfig(SamplingConfig):
     group = "images"
 
     class_labels: list[str] | None = flag(None, "Class names or ids to cycle through; defaults to all classes.")
-    guidance_scale: float = flag(1.0, "Guidance scale w, as defined in the paper.")
+    guidance_scale: float | None = flag(
+        None, "Guidance scale w, as defined in the paper; defaults to 1, or to 0 for a denoising diffusion GAN."
+    )
     num_samples: int = flag(20, "Number of images.", at_least=1, at_most=MAX_SAMPLES)
     output_dir: str = flag("images", "Output folder.")
     format: Literal["png", "grid", "npz"] = flag(
@@ -129,7 +142,11 @@ class EvaluationConfig(SamplingConfig, EvaluatedDataConfig):
     )
     group = "evaluation"
 
-    guidance_scales: list[float] = flag(PAPER_SCALES, "Guidance scales w, as defined in the paper.")
+    guidance_scales: list[float] | None = flag(
+        None,
+        f"Guidance scales w, as defined in the paper; defaults to its {' '.join(map(format_number, PAPER_SCALES))}, or "
+        "to 0 alone for a denoising diffusion GAN.",
+    )
     num_samples: int = flag(
         2000, "Number of samples for each w; the paper uses 50,000.", at_least=MIN_SAMPLES, at_most=MAX_SAMPLES
     )
@@ -146,8 +163,9 @@ class EvaluationConfig(SamplingConfig, EvaluatedDataConfig):
 
     def check(self) -> None:
         super().check()
-        if len(set(self.guidance_scales)) < len(self.guidance_scales):
-            raise UserError(f"guidance_scales must not repeat a value, but is {self.guidance_scales}.")
+        scales = self.guidance_scales or []
+        if len(set(scales)) < len(scales):
+            raise UserError(f"guidance_scales must not repeat a value, but is {scales}.")
 
 
 @dataclass(frozen=True, kw_only=True)

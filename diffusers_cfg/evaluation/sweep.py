@@ -27,6 +27,7 @@ from diffusers_cfg.evaluation.sampling import (
     check_call,
     choose_scheduler,
     draw_sets,
+    guidance_scales,
     load_pipeline,
     sampling_settings,
     with_model_defaults,
@@ -69,8 +70,7 @@ def run_sweep(config: EvaluationConfig, accelerator: Accelerator) -> dict[str, A
         )
         floor = measure_floor(real) if accelerator.is_main_process else {}
         class_labels = choose_class_labels(config, dataset.class_labels)
-        folders = {w: output_dir / SAMPLES / f"w={format_number(w)}" for w in config.guidance_scales}
-        sets = {w: SampleSet(folder, config.num_samples) for w, folder in folders.items()}
+        sets = {w: sample_set(config, w) for w in guidance_scales(config, pipeline)}
         draw_sets(config, accelerator, pipeline, sets, class_labels)
         results = measure_sets(accelerator, real, sets)
         if not accelerator.is_main_process:
@@ -90,7 +90,7 @@ def check_sampling(config: EvaluationConfig, pipeline: CFGPipeline) -> None:
     original = pipeline.scheduler
     if config.scheduler is not None:
         pipeline.scheduler = choose_scheduler(config.scheduler, pipeline)
-    for w in config.guidance_scales:
+    for w in guidance_scales(config, pipeline):
         check_call(pipeline, **call_arguments(config, w))
     pipeline.scheduler = original
 
@@ -113,6 +113,11 @@ def output_folder(config: EvaluationConfig | LikelihoodConfig) -> Path:
     if config.output_dir is not None:
         return Path(config.output_dir)
     return (Path(config.model) if Path(config.model).is_dir() else Path()) / "evaluation"
+
+
+def sample_set(config: EvaluationConfig, w: float) -> SampleSet:
+    """Return the samples of a sweep at one w, which may not be drawn yet."""
+    return SampleSet(output_folder(config) / SAMPLES / f"w={format_number(w)}", config.num_samples)
 
 
 def measure_sets(accelerator: Accelerator, real: RealStatistics, sets: dict[float, SampleSet]) -> list[dict[str, Any]]:
@@ -150,12 +155,12 @@ def sampling_record(config: EvaluationConfig, pipeline: CFGPipeline) -> dict[str
 
 def check_scales(config: EvaluationConfig, pipeline: CFGPipeline) -> None:
     """Raise `UserError` for guidance scales that the model was not trained for."""
-    largest = pipeline.unet.max_guidance_scale
-    if largest is not None and (invalid := [w for w in config.guidance_scales if not 0 <= w <= largest]):
+    scales, largest = guidance_scales(config, pipeline), pipeline.unet.max_guidance_scale
+    if largest is not None and (invalid := [w for w in scales if not 0 <= w <= largest]):
         raise UserError(
             f"--guidance_scales {invalid} are out of range: {config.model} was distilled for w from 0 to {largest:g}."
         )
-    guided = [w for w in config.guidance_scales if w != 0]
+    guided = [w for w in scales if w != 0]
     if guided and pipeline.config.conditioning_dropout_prob == 0 and pipeline.guide_unet is None:
         raise UserError(
             f"--guidance_scales {guided} need a null class, but {config.model} was trained with "

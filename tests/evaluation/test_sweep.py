@@ -273,7 +273,7 @@ def test_network_evaluations_are_counted(model, tmp_path):
         pipeline = sampling.load_pipeline(config, "cpu")
         return [
             sampling.draw_images(pipeline, torch.arange(3), [0, 1, 2], 0, **sampling.call_arguments(config, w))[1]
-            for w in config.guidance_scales
+            for w in sampling.guidance_scales(config, pipeline)
         ]
 
     assert counted("--scheduler", "HeunDiscreteScheduler", "--num_inference_steps", "3") == [5, 10]

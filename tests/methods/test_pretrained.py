@@ -10,10 +10,11 @@ import torch
 from diffusers_cfg import CFGPipeline
 from diffusers_cfg.config import UserError
 from diffusers_cfg.data.images import LabelledImages
-from diffusers_cfg.method_settings import CFGConfig
+from diffusers_cfg.method_settings import DIGITS_DDGAN, CFGConfig, DDGANConfig
 from diffusers_cfg.methods.networks import build_pipeline, replace_classes
-from tests.support.models import make_pipeline, make_unet
-from tests.support.runs import train
+from tests.support.commands import load_command
+from tests.support.models import ddgan, make_pipeline, make_unet
+from tests.support.runs import reset_accelerate, train
 
 
 def test_classes_of_the_same_name_keep_their_rows():
@@ -89,4 +90,23 @@ def test_resolution_that_the_network_cannot_halve_is_refused(tmp_path):
     make_pipeline(make_unet()).save_pretrained(tmp_path / "base")
     with pytest.raises(UserError, match="9×9 cannot be halved 1 times"):
         train(tmp_path / "out", "--pretrained_model_name_or_path", str(tmp_path / "base"), "--resolution", "9")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("command", "flag", "message"),
+    [
+        ("train_cfg", "--pretrained_model_name_or_path", "is a denoising diffusion GAN, whose generator draws images"),
+        ("train_vdm", "--pretrained_model_name_or_path", "is a denoising diffusion GAN, whose generator draws images"),
+        ("distill_guidance", "--teacher", "is a denoising diffusion GAN, whose generator draws images in 2 steps"),
+        ("train_ddgan", "--pretrained_model_name_or_path", "a generator cannot be trained further without its discr"),
+    ],
+)
+def test_training_from_a_generator_is_refused(tmp_path, command, flag, message):
+    """The settings of its run, which distillation reads, do not matter."""
+    ddgan().save_pretrained(tmp_path / "gan")
+    DDGANConfig(**DIGITS_DDGAN, num_timesteps=2).save(tmp_path / "gan" / "train_config.yaml")
+    reset_accelerate()
+    with pytest.raises(UserError, match=f"{flag} {tmp_path / 'gan'}:? {message}"):
+        load_command(command).main([flag, str(tmp_path / "gan"), "--output_dir", str(tmp_path / "out")])
     assert not (tmp_path / "out").exists()
