@@ -1,5 +1,8 @@
-"""Write the tables and figures of the ablations over p_uncond, and over samplers and step counts."""
+"""Write the tables and figures of the ablations over p_uncond, and over models, samplers and step counts."""
 
+import logging
+import math
+import statistics
 from dataclasses import replace
 from itertools import groupby
 from pathlib import Path
@@ -7,18 +10,24 @@ from typing import Any
 
 from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
 
+from diffusers_cfg import CFGPipeline
 from diffusers_cfg.config import UserError
 from diffusers_cfg.evaluation.records import recorded_data
 from diffusers_cfg.evaluation.reports import INTERVAL, caption, cell, new_figure, save_figure, table
-from diffusers_cfg.evaluation.sampling import load_pipeline
-from diffusers_cfg.evaluation.settings import EvaluationConfig, format_number
-from diffusers_cfg.evaluation.sweep import check_folders, check_sampling
+from diffusers_cfg.evaluation.sampling import load_model, load_pipeline, only_sampler
+from diffusers_cfg.evaluation.settings import EvaluationConfig, format_number, sampler_folder
+from diffusers_cfg.evaluation.sweep import check_folders, check_sampling, sample_set
+
+logger = logging.getLogger(__name__)
 
 PAPER_SAMPLER = "LogSNRScheduler"
 # Two distances count as equal if the larger exceeds the smaller by at most this fraction.
 TOLERANCE = 0.05
 # The settings that identify a row.
 ROW_SETTINGS = ("model", "scheduler", "num_inference_steps", "guidance_interval")
+# The metrics in the table of samplers, and the guidance scales of a generator.
+COMPARED = ("frechet_distance", "class_accuracy", "worst_class_accuracy", "precision", "recall")
+UNGUIDED = [0.0]
 
 
 def dropout_table(records: dict[float, dict[str, Any]]) -> str:
@@ -51,38 +60,90 @@ def plot_tradeoff(records: dict[float, dict[str, Any]], path: Path) -> None:
     save_figure(figure, path)
 
 
-def check_settings(configs: list[EvaluationConfig]) -> None:
-    """Raise `UserError` for settings that a pipeline rejects, before any image is drawn."""
+def check_settings(configs: list[EvaluationConfig]) -> list[EvaluationConfig]:
+    """
+    Return the settings that apply to each model, see `applicable`. Raise `UserError` for those that a pipeline rejects,
+    before any image is drawn.
+    """
+    checked = []
     for _, group in groupby(configs, key=lambda config: config.model):
         model_configs = list(group)
+        model_configs = applicable(model_configs, load_model(model_configs[0]))
         pipeline = load_pipeline(replace(model_configs[0], scheduler=None), "cpu")
         for config in model_configs:
             check_sampling(config, pipeline)
             check_folders(config, recorded_data(config.model, pipeline) or {})
+        checked += model_configs
+    return checked
+
+
+def applicable(configs: list[EvaluationConfig], pipeline: CFGPipeline) -> list[EvaluationConfig]:
+    """
+    Return the settings of the sweeps of one model without those that do not apply to it: other samplers than the only
+    one that it was trained for, and guidance of a generator.
+    """
+    sampler = only_sampler(pipeline)
+    if sampler is None:
+        return configs
+    is_generator = pipeline.unet.latent_dim is not None
+    own = {"scheduler": sampler[0], "num_inference_steps": sampler[1]}
+    if is_generator:
+        own |= {"guidance_scales": UNGUIDED, "guidance_interval": None, "guidance_rescale": 0.0}
+        own |= {"guider": None, "guide_model": None}
+    logger.info(
+        "%s is evaluated only with the sampler that it was trained for, %d steps of %s%s.",
+        configs[0].model,
+        sampler[1],
+        sampler[0],
+        ", at w = 0" if is_generator else "",
+    )
+    sweeps = {}
+    for config in (replace(config, **own) for config in configs):
+        assert config.output_dir is not None
+        folder = Path(config.output_dir).parent / sampler_folder(*sampler, config.guidance_interval)
+        sweeps[folder] = replace(config, output_dir=str(folder))
+    return list(sweeps.values())
 
 
 def combine(configs: list[EvaluationConfig], records: list[dict[str, Any]]) -> dict[str, Any]:
     """
     Merge the records of all sweeps: the settings that they share, and a row for each sweep at the w with its smallest
-    Fréchet distance.
+    Fréchet distance, with the seconds that 100 of its samples took.
 
     Raises:
         UserError: if the models were measured against different data or with different features.
     """
-    first, rows = records[0], []
+    guided = [i for i, config in enumerate(configs) if config.guidance_scales != UNGUIDED]
+    base = guided[0] if guided else 0
+    first, rows = records[base], []
     for config, record in zip(configs, records, strict=True):
         if any(record[name] != first[name] for name in ("dataset", "feature_extractor", "num_real")):
             raise UserError(
-                f"{configs[0].model} was measured against {first['dataset']} and {config.model} against "
+                f"{configs[base].model} was measured against {first['dataset']} and {config.model} against "
                 f"{record['dataset']}, or with different features, so their distances cannot be compared. Evaluate "
                 "both on the same data."
             )
         best = min(record["results"], key=lambda row: row["frechet_distance"])
         settings = {name: getattr(config, name) for name in ROW_SETTINGS}
-        rows.append({**settings, "model": config.model_name, **best})
+        rows.append({**settings, "model": config.model_name, **best, **time_of(config, best["guidance_scale"])})
     specific = ("num_inference_steps", "scheduler", "results", "best")
     shared = {name: value for name, value in first.items() if name not in specific}
-    return {**shared, "guidance_scales": [row["guidance_scale"] for row in first["results"]], "rows": rows}
+    unguided = [configs[i].model_name for i in range(len(configs)) if guided and i not in guided]
+    return {
+        **shared,
+        "guidance_scales": [row["guidance_scale"] for row in first["results"]],
+        "unguided": list(dict.fromkeys(unguided)),
+        "batch_size": configs[base].batch_size,
+        "rows": rows,
+    }
+
+
+def time_of(config: EvaluationConfig, w: float) -> dict[str, float]:
+    """Return the seconds for 100 samples of a sweep, the median over its shards; empty if none has recorded them."""
+    samples = sample_set(config, w)
+    shards = [samples.load(shard).seconds for shard in samples.shards if samples.path(shard).is_file()]
+    known = [seconds for seconds in shards if math.isfinite(seconds)]
+    return {"seconds": 100 * statistics.median(known)} if known else {}
 
 
 def paper_row(rows: list[dict[str, Any]]) -> dict[str, Any] | None:
@@ -110,26 +171,32 @@ def interval_of(row: dict[str, Any]) -> str:
 def samplers_table(record: dict[str, Any]) -> str:
     """Return two Markdown tables: all rows, and the cheapest rows close to the best and to the paper's sampler."""
     rows, names = record["rows"], record["metric_names"]
-    metrics = [metric for metric in ("frechet_distance", "class_accuracy") if metric in rows[0]]
+    metrics = [metric for metric in COMPARED if metric in rows[0]]
+    is_timed = any("seconds" in row for row in rows)
     smallest = min(row["frechet_distance"] for row in rows)
 
     def cells(row: dict[str, Any]) -> list[str]:
         best = {"frechet_distance": row["guidance_scale"]} if row["frechet_distance"] == smallest else {}
         settings = [label_of(row, rows), str(row["num_inference_steps"]), interval_of(row)]
         cost = [f"{row['network_evaluations']:g}", format_number(row["guidance_scale"])]
-        return [*settings, *cost, *(cell(row, metric, best) for metric in metrics)]
+        seconds = [f"{row['seconds']:.3g}" if "seconds" in row else ""] if is_timed else []
+        return [*settings, *cost, *(cell(row, metric, best) for metric in metrics), *seconds]
 
     targets = {f"best distance, {smallest:.3f}": smallest}
     if (paper := paper_row(rows)) is not None:
         distance, evaluations = paper["frechet_distance"], paper["network_evaluations"]
         targets[f"paper's sampler, {distance:.3f} with {evaluations:g} evaluations"] = distance
-    header = ["sampler", "steps", "interval", "evaluations", "w", *(names[metric] for metric in metrics)]
-    real = ["real", "", "", "", "", *(cell(record["floor"], metric) for metric in metrics)]
+    timed = ["s / 100 images"] if is_timed else []
+    header = ["sampler", "steps", "interval", "evaluations", "w", *(names[metric] for metric in metrics), *timed]
+    real = ["real", "", "", "", "", *(cell(record["floor"], metric) for metric in metrics), *("" for _ in timed)]
     chosen = [[target, *cells(cheapest(rows, distance))] for target, distance in targets.items()]
     scales = ", ".join(map(format_number, record["guidance_scales"]))
+    unguided = f" ({', '.join(record['unguided'])} at 0)" if record["unguided"] else ""
+    description = caption(record, f"each sampler at its best w among {scales}{unguided}")
+    if is_timed:
+        description += f" Seconds are those of one process with batches of {record['batch_size']} images."
     return (
-        f"{table(header, [*map(cells, rows), real])}\n\n"
-        f"{caption(record, f'each sampler at its best w among {scales}')}\n\n"
+        f"{table(header, [*map(cells, rows), real])}\n\n{description}\n\n"
         f"{table([f'cheapest within {TOLERANCE:.0%} of', *header], chosen)}\n"
     )
 
@@ -157,7 +224,9 @@ def plot_quality(record: dict[str, Any], path: Path) -> None:
     axis.axhline(record["floor"]["frechet_distance"], color="gray", linestyle=":", label="real images")
     axis.set(xscale="log", yscale="log", xlabel="network evaluations per image")
     axis.set_ylabel(record["metric_names"]["frechet_distance"])
-    for ticks, digits in ((axis.xaxis, (1, 2, 5)), (axis.yaxis, range(1, 10))):
+    low, high = axis.get_ylim()
+    few = (1, 2, 5)
+    for ticks, digits in ((axis.xaxis, few), (axis.yaxis, range(1, 10) if high < 20 * low else few)):
         ticks.set_major_locator(LogLocator(subs=digits))
         ticks.set_major_formatter(StrMethodFormatter("{x:g}"))
         ticks.set_minor_formatter(NullFormatter())

@@ -2,19 +2,23 @@
 
 import json
 import os
+from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 from accelerate import Accelerator
+from diffusers import DDIMScheduler
 
+from diffusers_cfg import CFGPipeline, LogSNRScheduler
 from diffusers_cfg.config import UserError, parse_config
 from diffusers_cfg.evaluation import features
-from diffusers_cfg.evaluation.ablations import cheapest, paper_row
+from diffusers_cfg.evaluation.ablations import applicable, cheapest, paper_row
 from diffusers_cfg.evaluation.reports import write_report
-from diffusers_cfg.evaluation.settings import EvaluationConfig
+from diffusers_cfg.evaluation.settings import EvaluationConfig, sampler_folder
 from diffusers_cfg.evaluation.sweep import run_sweep
 from tests.support.commands import load_command
-from tests.support.models import make_pipeline
+from tests.support.models import ddgan, make_pipeline, make_unet
 
 ablate_samplers = load_command("studies/ablate_samplers")
 
@@ -28,11 +32,22 @@ DISTANCES = {
     ("DDIMScheduler", 2, False): (0.104, 0.3),
     ("DDIMScheduler", 4, False): (0.3, 0.09),
     ("DDIMScheduler", 4, True): (0.11, 0.0106),
+    ("DDIMScheduler", 5, False): (0.07, 0.08),
+    ("DDPMScheduler", 1, False): (0.8,),
+    ("DDPMScheduler", 2, False): (0.4,),
 }
 
 
 def save_model(folder: Path) -> str:
-    make_pipeline().save_pretrained(folder)
+    """Save a model of the kind that the name of the folder says."""
+    if folder.name.startswith("gan"):
+        pipeline = ddgan("--num_timesteps", folder.name.removeprefix("gan"))
+    elif folder.name == "few":
+        unet, scheduler = make_unet(max_guidance_scale=4.0), LogSNRScheduler().solver(DDIMScheduler)
+        pipeline = make_pipeline(unet, scheduler, num_inference_steps=5)
+    else:
+        pipeline = make_pipeline()
+    pipeline.save_pretrained(folder)
     return str(folder)
 
 
@@ -41,6 +56,7 @@ def fake_sweep(config: EvaluationConfig, _accelerator: Accelerator) -> dict:
     assert config.scheduler is not None
     assert config.num_inference_steps is not None
     assert config.output_dir is not None
+    assert config.guidance_scales is not None
     distances = DISTANCES[config.scheduler, config.num_inference_steps, config.guidance_interval is not None]
     factor = 0.1 if Path(config.model).name == "student" else 1.0
     results = [
@@ -51,6 +67,7 @@ def fake_sweep(config: EvaluationConfig, _accelerator: Accelerator) -> dict:
             "frechet_distance_error": 0.001,
             "class_accuracy": 0.9 + w / 10,
             "class_accuracy_error": 0.01,
+            **{"worst_class_accuracy": 0.7, "precision": 0.6, "recall": 0.5},
         }
         for w, distance in zip(config.guidance_scales, distances, strict=True)
     ]
@@ -78,30 +95,32 @@ def fake_sweeps(monkeypatch):
 
 
 SAMPLERS = ["--samplers", "LogSNRScheduler:4,8", "DDIMScheduler:2,4"]
+METRICS = "Fréchet distance | class accuracy | worst class | precision | recall"
+REST = "0.700 | 0.600 | 0.500"
 
 
 def test_table_shows_each_sampler_at_its_best_w(tmp_path, fake_sweeps, capsys):
     table = ablate(tmp_path, *SAMPLERS, "--num_samples", "300")
     assert capsys.readouterr().out.endswith(f"{table}\n")
     assert table.splitlines()[:7] == [
-        "| sampler | steps | interval | evaluations | w | Fréchet distance | class accuracy |",
-        "| --- | --- | --- | --- | --- | --- | --- |",
-        "| LogSNRScheduler | 4 |  | 8 | 0.2 | 0.500 ± 0.002 | 0.920 ± 0.020 |",
-        "| LogSNRScheduler | 8 |  | 16 | 0.3 | 0.100 ± 0.002 | 0.930 ± 0.020 |",
-        "| DDIMScheduler | 2 |  | 4 | 0.2 | 0.104 ± 0.002 | 0.920 ± 0.020 |",
-        "| DDIMScheduler | 4 |  | 8 | 0.3 | **0.090** ± 0.002 | 0.930 ± 0.020 |",
-        "| real |  |  |  |  | 0.020 | 0.990 |",
+        f"| sampler | steps | interval | evaluations | w | {METRICS} |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |",
+        f"| LogSNRScheduler | 4 |  | 8 | 0.2 | 0.500 ± 0.002 | 0.920 ± 0.020 | {REST} |",
+        f"| LogSNRScheduler | 8 |  | 16 | 0.3 | 0.100 ± 0.002 | 0.930 ± 0.020 | {REST} |",
+        f"| DDIMScheduler | 2 |  | 4 | 0.2 | 0.104 ± 0.002 | 0.920 ± 0.020 | {REST} |",
+        f"| DDIMScheduler | 4 |  | 8 | 0.3 | **0.090** ± 0.002 | 0.930 ± 0.020 | {REST} |",
+        "| real |  |  |  |  | 0.020 | 0.990 |  |  |  |",
     ]
     assert (
         "300 samples for each w (balanced labels, seed 0), each sampler at its best w among 0.2, 0.3. Evaluations"
         in table
     )
     assert table.splitlines()[-4:] == [
-        "| cheapest within 5% of | sampler | steps | interval | evaluations | w | Fréchet distance | class accuracy |",
-        "| --- | --- | --- | --- | --- | --- | --- | --- |",
-        "| best distance, 0.090 | DDIMScheduler | 4 |  | 8 | 0.3 | **0.090** ± 0.002 | 0.930 ± 0.020 |",
+        f"| cheapest within 5% of | sampler | steps | interval | evaluations | w | {METRICS} |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |",
+        f"| best distance, 0.090 | DDIMScheduler | 4 |  | 8 | 0.3 | **0.090** ± 0.002 | 0.930 ± 0.020 | {REST} |",
         "| paper's sampler, 0.100 with 16 evaluations | DDIMScheduler | 2 |  | 4 | 0.2 | 0.104 ± 0.002 | "
-        "0.920 ± 0.020 |",
+        f"0.920 ± 0.020 | {REST} |",
     ]
     rows = json.loads((tmp_path / "out" / "samplers.json").read_text())["rows"]
     assert [(row["model"], row["scheduler"], row["num_inference_steps"], row["guidance_scale"]) for row in rows] == [
@@ -130,6 +149,39 @@ def test_two_models_are_compared_in_one_table(tmp_path, fake_sweeps):
     assert "| LogSNRScheduler (student) | 8 |  | 16 | 0.3 | 0.010 ± 0.002 |" in table
     assert "| best distance, 0.009 | DDIMScheduler (student) | 4 |  | 8 | 0.3 | **0.009**" in table
     assert "| paper's sampler, 0.100 with 16 evaluations | DDIMScheduler (student) | 2 |  | 4 | 0.2 |" in table
+
+
+def test_models_of_one_sampler_are_evaluated_with_it_alone(tmp_path, fake_sweeps):
+    """A generator is not guided, and a student is guided as the others are."""
+    kinds = ("gan1", "teacher", "few", "gan2")
+    table = ablate(tmp_path, "--samplers", "DDIMScheduler:2,4", models=kinds)
+    assert [line.split("|")[1:6] for line in table.splitlines()[2:8]] == [
+        [" DDPMScheduler (gan1) ", " 1 ", "  ", " 2 ", " 0 "],
+        [" DDIMScheduler (teacher) ", " 2 ", "  ", " 4 ", " 0.2 "],
+        [" DDIMScheduler (teacher) ", " 4 ", "  ", " 8 ", " 0.3 "],
+        [" DDIMScheduler (few) ", " 5 ", "  ", " 10 ", " 0.2 "],
+        [" DDPMScheduler (gan2) ", " 2 ", "  ", " 4 ", " 0 "],
+        [" real ", "  ", "  ", "  ", "  "],
+    ]
+    assert "each sampler at its best w among 0.2, 0.3 (gan1, gan2 at 0). Evaluations" in table
+    folders = sorted(str(path.parent.relative_to(tmp_path / "out")) for path in tmp_path.rglob("out/*/*/metrics.json"))
+    assert folders == [
+        "few/DDIMScheduler-5",
+        "gan1/DDPMScheduler-1",
+        "gan2/DDPMScheduler-2",
+        *(f"teacher/DDIMScheduler-{steps}" for steps in (2, 4)),
+    ]
+
+
+def test_a_student_of_one_sampler_is_also_guided_in_the_interval(tmp_path):
+    config = EvaluationConfig(model="few", guidance_scales=[0.2], output_dir=str(tmp_path / "few" / "x"))
+    configs = [replace(config, guidance_interval=interval) for interval in (None, [0.2, 5.0])]
+    student = CFGPipeline.from_pretrained(save_model(tmp_path / "few"))
+    found = [(Path(config.output_dir or "").name, config.guidance_scales) for config in applicable(configs, student)]
+    assert found == [("DDIMScheduler-5", [0.2]), ("DDIMScheduler-5-interval=0.2,5", [0.2])]
+    (only,) = applicable([replace(config, guidance_rescale=0.5, guide_model="other") for config in configs], ddgan())
+    assert only.output_dir == str(tmp_path / "few" / "DDPMScheduler-2")
+    assert (only.guidance_scales, only.guidance_flags) == ([0.0], [])
 
 
 def test_table_without_the_papers_sampler(tmp_path, fake_sweeps):
@@ -236,6 +288,14 @@ def test_comparison_end_to_end(trained_model, tmp_path, monkeypatch):
         parse_config(EvaluationConfig, [*same, *flags, "--output_dir", str(tmp_path / "own")]), Accelerator(cpu=True)
     )
     assert rows[0]["frechet_distance"] == min(row["frechet_distance"] for row in own["results"])
+
+    # The seconds are those of the images at the best w.
+    for row in rows:
+        name = sampler_folder(*(row[key] for key in ("scheduler", "num_inference_steps", "guidance_interval")))
+        with np.load(out / trained_model.name / name / f"samples/w={row['guidance_scale']:g}/shard-00000.npz") as file:
+            assert row["seconds"] == pytest.approx(100 * file["seconds"])
+    header, line = (text.split(" | ") for text in (out / "table.md").read_text().splitlines()[::2][:2])
+    assert (header[-1], line[-1]) == ("s / 100 images |", f"{rows[0]['seconds']:.3g} |")
 
     # Existing shards are not generated again.
     shards, table = sorted(out.rglob("shard-*.npz")), (out / "table.md").read_text()

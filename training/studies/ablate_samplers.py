@@ -5,12 +5,15 @@
 # [tool.uv.sources]
 # diffusers-cfg = { path = "../..", editable = true }
 # ///
-"""Compare samplers on a trained model by Fréchet distance and number of network evaluations.
+"""Compare samplers, and kinds of models, by Fréchet distance, network evaluations and time.
 
 python training/studies/ablate_samplers.py --model cfg-model --output_dir samplers
 python training/studies/ablate_samplers.py --model teacher student --output_dir samplers --guidance_interval 0.2 5
+python training/studies/ablate_samplers.py --model cfg-model eight-steps ddgan-model --output_dir trilemma \
+  --samplers DPMSolverMultistepScheduler:4,12 --guidance_scales 0 0.1 0.3
 
-Other flags are those of evaluate_cfg.py. If the command is run again, it reuses existing samples.
+A denoising diffusion GAN, or a student that was distilled to few steps, is evaluated with its own sampler alone, and
+the GAN at w = 0. Other flags are those of evaluate_cfg.py. If the command is run again, it reuses existing samples.
 """
 
 from argparse import ArgumentDefaultsHelpFormatter, ArgumentParser, Namespace
@@ -18,7 +21,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from diffusers_cfg.config import UserError, parse_config, run_command
-from diffusers_cfg.evaluation.settings import EvaluationConfig, format_number
+from diffusers_cfg.evaluation.settings import EvaluationConfig, sampler_folder
 
 SAMPLERS = [
     "LogSNRScheduler:256",
@@ -43,7 +46,12 @@ def parse_args(argv: list[str] | None = None) -> tuple[Namespace, list[str]]:
     parser.add_argument(
         "--output_dir", required=True, help="Output folder for table.md, samplers.json, curves.png and samples."
     )
-    parser.add_argument("--samplers", nargs="+", default=SAMPLERS, help="Samplers as CLASS:STEPS,STEPS.")
+    parser.add_argument(
+        "--samplers",
+        nargs="+",
+        default=SAMPLERS,
+        help="Samplers as CLASS:STEPS,STEPS. Models that were trained for their own sampler take no other.",
+    )
     parser.add_argument(
         "--guidance_interval",
         type=float,
@@ -55,7 +63,7 @@ def parse_args(argv: list[str] | None = None) -> tuple[Namespace, list[str]]:
         type=float,
         nargs="+",
         default=[0.1, 0.2, 0.3],
-        help="Guidance scales w; the best one is reported.",
+        help="Guidance scales w; the best one is reported. A denoising diffusion GAN is evaluated at 0 alone.",
     )
     return parser.parse_known_args(argv)
 
@@ -70,8 +78,8 @@ def main(argv: list[str] | None = None) -> None:
     from diffusers_cfg.evaluation.reports import write_json, write_text
     from diffusers_cfg.evaluation.sweep import run_sweep
 
-    check_settings(configs)
     accelerator = make_accelerator()
+    configs = check_settings(configs)
     records = [run_sweep(config, accelerator) for config in configs]
     if accelerator.is_main_process:
         output_dir, record = Path(args.output_dir), combine(configs, records)
@@ -102,7 +110,7 @@ def configs_of(args: Namespace, evaluation_argv: list[str]) -> list[EvaluationCo
             num_inference_steps=steps,
             guidance_interval=interval,
             guidance_scales=args.guidance_scales,
-            output_dir=Path(args.output_dir) / config.model_name / folder_name(scheduler, steps, interval),
+            output_dir=Path(args.output_dir) / config.model_name / sampler_folder(scheduler, steps, interval),
         )
         for config in model_configs
         for scheduler, step_counts in map(parse_sampler, args.samplers)
@@ -110,11 +118,6 @@ def configs_of(args: Namespace, evaluation_argv: list[str]) -> list[EvaluationCo
         for steps in step_counts
     ]
     return list({config.output_dir: config for config in configs}.values())
-
-
-def folder_name(scheduler: str, steps: int, interval: list[float] | None) -> str:
-    """Return the name of the output folder of a sampler with its steps and guidance interval."""
-    return f"{scheduler}-{steps}" + (f"-interval={','.join(map(format_number, interval))}" if interval else "")
 
 
 def parse_sampler(text: str) -> tuple[str, list[int]]:
