@@ -143,8 +143,7 @@ class DenoisingDiffusionGAN(GuidedMethod):
 
     def step_at(self, u: torch.Tensor) -> torch.Tensor:
         """Return the step t of each time in [0, 1), in the shape of u. All steps are equally likely."""
-        num_timesteps = self.config.num_timesteps
-        return (u * num_timesteps).long().clamp(max=num_timesteps - 1)  # The product may be rounded to T.
+        return (u * self.config.num_timesteps).long()
 
     def generate(
         self,
