@@ -13,12 +13,16 @@ from torch.nn.functional import softplus
 
 Loss = Literal["non_saturating", "relativistic"]
 
-# The ends of the variance-preserving process in continuous time (section 4), and its first time.
+# β(u) at the ends of the variance-preserving process in continuous time (Song et al. 2021, arXiv 2011.13456), which the
+# paper discretizes, and its first time u.
 BETA_MIN, BETA_MAX, FIRST_TIME = 0.1, 20.0, 1e-3
 
 
 def vp_betas(num_timesteps: int) -> list[float]:
-    """Return β of each of T steps of the variance-preserving process, all of which end at ᾱ = 4.3e-5 (equation 9)."""
+    """
+    Return β of each of the T steps between equally spaced times of the variance-preserving process. ᾱ[T-1] is 4.3e-5
+    for every T.
+    """
 
     def log_alpha_bar(u: float) -> float:
         return -0.5 * u**2 * (BETA_MAX - BETA_MIN) - u * BETA_MIN
@@ -56,9 +60,6 @@ class DenoisingSteps(torch.nn.Module):
         ]
         self.table: torch.Tensor
         self.register_buffer("table", torch.stack(columns, dim=1), persistent=False)
-
-    def __len__(self) -> int:
-        return len(self.table)
 
     def diffuse(
         self, x: torch.Tensor, t: torch.Tensor, noise_prev: torch.Tensor, noise_next: torch.Tensor
@@ -110,7 +111,7 @@ def discriminator_loss(loss: Loss, real: torch.Tensor, fake: torch.Tensor) -> to
 
 
 def generator_loss(loss: Loss, real: torch.Tensor | None, fake: torch.Tensor) -> torch.Tensor:
-    """Return the loss of a generator, `(batch,)`. The arguments are as above; only "relativistic" needs `real`."""
+    """Return the loss of a generator, `(batch,)`. See `discriminator_loss`; only "relativistic" needs `real`."""
     if loss == "relativistic":
         assert real is not None
         return softplus(real - fake)

@@ -39,7 +39,7 @@ logger = logging.getLogger(__name__)
 PREVIEW_IMAGES = 5
 # The discriminator does not halve images any further.
 SMALLEST_SIZE = 4
-# Warn if a network has been losing for as many steps.
+# Number of steps for which a network must have been losing before a warning
 WATCHED_STEPS = 200
 # A discriminator has died if D(real) - D(fake) is this close to 0 at every t and ‖∇D‖² is this small. It wins outright
 # if D(real) - D(fake) is this large.

@@ -90,7 +90,7 @@ class Judge(torch.nn.Module):
 
 
 def cumulative(num_timesteps: int) -> torch.Tensor:
-    """Return ᾱ before and after each step, `(T + 1,)`, from equation 9 of the paper's appendix."""
+    """Return ᾱ before and after each step, `(T + 1,)`, from its closed form in continuous time."""
     u = 1e-3 + (1 - 1e-3) * torch.arange(num_timesteps + 1, dtype=torch.float64) / num_timesteps
     alpha_bar = torch.exp(-0.5 * u**2 * 19.9 - 0.1 * u)
     return alpha_bar / alpha_bar[0]
