@@ -84,7 +84,7 @@ class GridNetwork(nn.Module):
         self.body = nn.Sequential(*hidden, nn.Linear(settings.units, num_outputs))
 
     def forward(self, t: torch.Tensor, *inputs: torch.Tensor) -> torch.Tensor:
-        """Return `(batch, num_outputs)` of the steps t, int64 `(batch,)`, and inputs of shape `(batch, …)`."""
+        """Return `(batch, num_outputs)` from steps t, int64 `(batch,)`, and inputs, `(batch, num_inputs)` together."""
         return self.body(torch.cat([*inputs, nn.functional.one_hot(t, self.num_timesteps).float()], dim=1))
 
 

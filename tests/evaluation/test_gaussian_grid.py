@@ -2,13 +2,11 @@
 
 import logging
 import math
-import time
 from functools import partial
 
 import pytest
 import torch
 
-from diffusers_cfg.denoising_gan import DenoisingSteps, vp_betas
 from diffusers_cfg.evaluation import gaussian_grid
 from diffusers_cfg.evaluation.gaussian_grid import (
     MEANS,
@@ -69,12 +67,12 @@ def test_training_moves_all_weights_and_is_deterministic():
         assert not torch.equal(weight, other[name])
 
 
-def test_one_step_matches_the_equations():
-    """The average of the generator moves by (1 - decay) times an Adam step, which is the sign of its gradient."""
-    settings = TINY._replace(steps=1, ema_decay=0.0, learning_rate_discriminator=1e-12)
+def test_the_average_moves_by_a_part_of_the_step():
+    """It moves by (1 - decay) times the first step of Adam, which is the learning rate times the gradient's sign."""
+    settings = TINY._replace(steps=1, ema_decay=0.75)
     before, after = train_on_grid(settings._replace(steps=0)), train_on_grid(settings)
     moved = torch.cat([(a - b).flatten() for a, b in zip(after.parameters(), before.parameters(), strict=True)])
-    assert moved.abs().max().item() == pytest.approx(settings.learning_rate, rel=1e-3)
+    assert moved.abs().max().item() == pytest.approx(0.25 * settings.learning_rate, rel=1e-3)
 
 
 def test_samples_take_the_posterior_steps_of_the_generator():
@@ -89,7 +87,6 @@ def test_samples_take_the_posterior_steps_of_the_generator():
     assert torch.allclose(points, torch.tensor([0.25, -0.5]).expand(5, 2))
     assert [t for t, _ in calls] == [1, 0]
     assert not torch.equal(calls[0][1], calls[1][1])  # a new latent vector in each step
-    assert len(DenoisingSteps(vp_betas(TINY.num_timesteps))) == 2
 
 
 def test_models_are_reused_if_their_settings_are_the_same(tmp_path, monkeypatch, caplog):
@@ -119,10 +116,10 @@ def test_comparison_trains_each_number_of_steps_and_seed(tmp_path, monkeypatch):
 @pytest.mark.slow
 def test_four_steps_cover_the_modes_more_evenly_than_one():
     """The claim of the paper, at half of the steps of the study: KL(T = 4) < KL(T = 1) / 3."""
-    started, found = time.process_time(), {}
+    found = {}
     for num_timesteps in (1, 4):
         settings = GridSettings(num_timesteps, seed=0, steps=3000)
         found[num_timesteps] = grid_coverage(sample_grid_model(train_on_grid(settings), settings, 10_000))
     assert found[4]["modes"] == 25, found
     assert found[4]["kl"] < 0.05, found
-    assert found[4]["kl"] < found[1]["kl"] / 3, (found, time.process_time() - started)
+    assert found[4]["kl"] < found[1]["kl"] / 3, found
