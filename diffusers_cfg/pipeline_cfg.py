@@ -329,13 +329,14 @@ class CFGPipeline(DiffusionPipeline):
             if self._interrupt:
                 break
             z = scheduler.scale_model_input(sample, t).to(dtype)
-            inputs = z, t, class_labels, guide_labels
             latent = self._draw_latent(num_images, generator, device)
             if guider is None:
-                preds = self.predictions(*inputs, scales[i], needs_cond[i], needs_uncond[i], latent)
-                pred = self.guide(*preds, scales[i], guidance_rescale)
+                w, needs = scales[i], (needs_cond[i], needs_uncond[i])
+                preds = self.predictions(z, t, class_labels, guide_labels, w, *needs, latent)
+                pred = self.guide(*preds, w, guidance_rescale)
             else:
-                pred = self.guider_prediction(guider, *inputs[:2], i, len(timesteps), *inputs[2:], latent)
+                inputs = class_labels, guide_labels, latent
+                pred = self.guider_prediction(guider, z, t, i, len(timesteps), *inputs)
             sample = scheduler.step(pred, t, sample, **step_kwargs).prev_sample
 
             if callback_on_step_end is not None:

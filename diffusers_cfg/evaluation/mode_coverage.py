@@ -88,11 +88,10 @@ class StackedModes(NamedTuple):
             accelerator (`Accelerator`): the processes.
         """
         with accelerator.main_process_first():
-            datasets = [
-                training_dataset(images, config, channels, accelerator.is_main_process)
-                for images, channels in ((single, 1), (stacks, 3))
-            ]
-            dataset, stacked = (one for one in datasets if not isinstance(one, StreamedImages))  # DataConfig refuses it
+            dataset = training_dataset(single, config, 1, accelerator.is_main_process)
+            stacked = training_dataset(stacks, config, 3, accelerator.is_main_process)
+            assert not isinstance(dataset, StreamedImages)  # `DataConfig` refuses --streaming with --stack.
+            assert not isinstance(stacked, StreamedImages)
             classifier = small_classifier(dataset, fingerprint(dataset), single.id2label, CACHE_DIR)
         labels = dataset.class_labels[dataset.class_labels != UNLABELLED]
         p = labels.bincount(minlength=len(single.id2label)).double() / len(labels)

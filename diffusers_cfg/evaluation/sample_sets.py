@@ -76,10 +76,10 @@ class SampleSet:
 
     def save(self, shard: range, content: Shard) -> None:
         """Write a shard atomically."""
-        images, class_labels, *cost = content
-        costs = dict(zip(("network_evaluations", "seconds"), cost, strict=True))
+        images, class_labels, evaluations, seconds = content
+        arrays = {"arr_0": images, "arr_1": class_labels, "network_evaluations": evaluations, "seconds": seconds}
         with atomic_write(self.path(shard)) as unfinished, unfinished.open("wb") as file:
-            np.savez_compressed(file, arr_0=images, arr_1=class_labels, **costs)
+            np.savez_compressed(file, **arrays)
 
     def load(self, shard: range) -> Shard:
         """Read a shard. A missing or damaged one raises an exception of any type."""

@@ -95,7 +95,7 @@ class SamplingConfig(SavedModelConfig):
 
     @property
     def guidance_flags(self) -> list[str]:
-        """The flags that are given and change the guidance at a scale w."""
+        """The flags that are given and have no effect at w = 0."""
         given = {
             "--guidance_interval": self.guidance_interval is not None,
             "--guidance_rescale": self.guidance_rescale > 0,
@@ -105,7 +105,7 @@ class SamplingConfig(SavedModelConfig):
         return [name for name, is_given in given.items() if is_given]
 
     def check(self) -> None:
-        if self.guider is not None and (given := self.guidance_flags[:-1]):
+        if self.guider is not None and (given := [name for name in self.guidance_flags if name != "--guider"]):
             raise UserError(
                 f"{', '.join(given)} cannot be combined with --guider {self.guider}, which has its own guidance rule. "
                 "Omit one of the two."
