@@ -38,7 +38,7 @@ from diffusers_cfg.methods.ddgan import DenoisingDiffusionGAN, build_pipeline
 from diffusers_cfg.randomness import Draws
 from diffusers_cfg.settings import DataConfig
 from tests.support.latents import few_digits, vae_flags
-from tests.support.models import generators, make_pipeline, make_unet
+from tests.support.models import generators, make_pipeline, make_unet, randomize_head
 from tests.support.runs import (
     SMALLEST_GAN,
     WEIGHTS,
@@ -261,8 +261,7 @@ def test_bf16_of_a_denoising_diffusion_gan(tmp_path, conv_dtypes, loss):
 def test_r1_under_autocast_is_that_of_float32(loss):
     config = parse_config(DDGANConfig, [*SMALLEST_GAN, "--loss", loss])
     method = DenoisingDiffusionGAN(config, build_pipeline(config, Digits()))
-    for weight in (method.discriminator.linear.weight, method.discriminator.class_embedding.weight):
-        torch.nn.init.normal_(weight, std=0.1)
+    randomize_head(method.discriminator)
     for module in method.modules.values():
         module.to(DEVICE)
     x = to_float(torch.from_numpy(Digits().images[:16]).view(-1, 1, 8, 8)).to(DEVICE)

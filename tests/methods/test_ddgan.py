@@ -1,10 +1,8 @@
-"""Test the losses of denoising diffusion GANs and the discriminator, on the real method object."""
+"""Test the losses of denoising diffusion GANs, on the real method object."""
 
 import math
 from collections.abc import Callable
-from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from diffusers.models.unets.unet_2d import UNet2DOutput
@@ -16,8 +14,9 @@ from diffusers_cfg.data.sources import Digits
 from diffusers_cfg.engine.method import Batch, Terms
 from diffusers_cfg.engine.state import frozen
 from diffusers_cfg.method_settings import DDGANConfig
-from diffusers_cfg.methods.ddgan import DenoisingDiffusionGAN, Discriminator, build_pipeline, minibatch_std
+from diffusers_cfg.methods.ddgan import DenoisingDiffusionGAN, build_pipeline
 from diffusers_cfg.randomness import Draws
+from tests.support.models import randomize_head
 from tests.support.runs import SMALLEST_GAN
 
 BATCH_SIZE = 16
@@ -32,11 +31,6 @@ def make_method(*argv: str) -> DenoisingDiffusionGAN:
     torch.nn.init.normal_(method.pipeline.unet.conv_out.weight, std=0.1)
     randomize_head(method.discriminator)
     return method
-
-
-def randomize_head(discriminator: Discriminator) -> None:
-    for weight in (discriminator.linear.weight, discriminator.class_embedding.weight):
-        torch.nn.init.normal_(weight, std=0.1)
 
 
 def make_batch(step: int = 0, class_labels: torch.Tensor | None = None, size: int = BATCH_SIZE) -> Batch:
@@ -239,78 +233,6 @@ def test_penalty_is_of_x_prev_only(loss):
     assert logs["r1"].tolist() == slopes
     assert logs["r2"].tolist() == slopes if loss == "relativistic" else "r2" not in logs
     assert not any(call["x_next"].requires_grad for call in judge.calls)
-
-
-# ---- the discriminator
-
-
-def make_discriminator(**settings: Any) -> Discriminator:
-    torch.manual_seed(0)
-    settings = {"in_channels": 1, "size": 8, "num_classes": 10, "num_timesteps": 4, "channels": [8, 8], **settings}
-    discriminator = Discriminator(**settings)
-    assert (discriminator(*inputs(4, settings["in_channels"], settings["size"])) == 0).all()
-    randomize_head(discriminator)
-    return discriminator
-
-
-def inputs(count: int, channels: int = 1, size: int = 8) -> tuple[torch.Tensor, ...]:
-    generator = torch.Generator().manual_seed(0)
-    x_prev, x_next = torch.randn(2, count, channels, size, size, generator=generator)
-    return x_prev, x_next, torch.arange(count) % 4, torch.arange(count) % 11
-
-
-@pytest.mark.parametrize(("size", "channels"), [(8, [8]), (12, [8, 16, 8, 8]), (7, [4, 4]), (4, [4, 4]), (1, [4, 4])])
-def test_discriminator_of_any_size(size, channels):
-    discriminator = make_discriminator(in_channels=3, size=size, channels=channels)
-    logits = discriminator(*inputs(8, 3, size))
-    assert logits.shape == (8,)
-    logits.sum().backward()
-    assert all(
-        parameter.grad is not None and parameter.grad.isfinite().all() for parameter in discriminator.parameters()
-    )
-
-
-def test_projection_head():
-    """D(c) - D(c') is the inner product of the features with the difference of two rows."""
-    discriminator, features = make_discriminator(), []
-    discriminator.linear.register_forward_pre_hook(lambda _, given: features.append(given[0]))
-    x_prev, x_next, t, c = inputs(8)
-    logits = [discriminator(x_prev, x_next, t, labels) for labels in (c, torch.full_like(c, NULL))]
-    rows = discriminator.class_embedding.weight
-    torch.testing.assert_close(
-        logits[0] - logits[1], ((rows[c] - rows[NULL]) * features[0]).sum(1), rtol=1e-4, atol=1e-5
-    )
-    assert rows.shape[0] == 11
-
-
-def test_discriminator_depends_on_the_step_and_on_both_ends():
-    discriminator, (x_prev, x_next, t, c) = make_discriminator(), inputs(8)
-    logits = discriminator(x_prev, x_next, t, c)
-    for other in ((x_next, x_prev, t, c), (x_prev, x_next, (t + 1) % 4, c), (x_prev, x_next, t, (c + 1) % 11)):
-        assert ((discriminator(*other) - logits).abs() > 1e-3).all()
-
-
-@pytest.mark.parametrize(("count", "group"), [(8, 4), (12, 4), (6, 3), (2, 2), (5, 1)])
-def test_minibatch_std_compares_groups_of_consecutive_samples(count, group):
-    h = torch.randn(count, 3, 2, 2, generator=torch.Generator().manual_seed(0))
-    std = minibatch_std(h)
-    groups = h.numpy().reshape(count // group, group, 12)
-    expected = np.sqrt(groups.var(1) + 1e-8).mean(1)
-    assert std.shape == (count, 1, 2, 2)
-    for i in range(count):
-        np.testing.assert_allclose(std[i], expected[i // group], rtol=1e-5)
-
-
-def test_logits_depend_on_the_own_group_only():
-    """Otherwise several processes or accumulated batches would not be equal to one."""
-    discriminator, (x_prev, x_next, t, c) = make_discriminator(), inputs(8)
-    logits = discriminator(x_prev, x_next, t, c)
-    torch.testing.assert_close(discriminator(x_prev[:4], x_next[:4], t[:4], c[:4]), logits[:4])
-    alike = x_prev.clone()
-    alike[5:] = alike[4]  # mode collapse of the second group
-    after = discriminator(alike, x_next, t, c)
-    torch.testing.assert_close(after[:4], logits[:4])
-    assert abs(after[4] - logits[4]) > 1e-3
 
 
 # ---- precision

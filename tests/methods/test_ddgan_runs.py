@@ -1,4 +1,4 @@
-"""Test runs of train_ddgan.py: what is saved, logged, resumed, and equal whatever the division of a step."""
+"""Test runs of train_ddgan.py: what is saved, logged, skipped and resumed. test_trajectories.py divides their steps."""
 
 import json
 import math
@@ -18,17 +18,7 @@ from diffusers_cfg.methods.ddgan import DenoisingDiffusionGAN
 from tests.support.draws import assert_same_draws
 from tests.support.images import save_shards
 from tests.support.models import generators
-from tests.support.runs import (
-    SHARED,
-    SMALLEST_GAN,
-    TRAINING,
-    WEIGHTS,
-    assert_same_tensors,
-    launch,
-    scalars,
-    train,
-    train_ddgan,
-)
+from tests.support.runs import WEIGHTS, assert_same_tensors, scalars, train, train_ddgan
 
 # R1 is due at the steps 0, 3 and 6; a run resumes from step 4. EMA weights differ from those of the last step.
 FLAGS = ["--max_train_steps", "8", "--checkpointing_steps", "4", "--ema_max_decay", "0.5", "--report_to", "tensorboard"]
@@ -129,27 +119,6 @@ def test_settings_that_cannot_change(run, tmp_path, flags, message):
         train_ddgan(tmp_path, *FLAGS, *flags, *RESUME)
 
 
-def assert_same_run(first: Path, second: Path, last: int = 4) -> None:
-    """Compare the losses of the first steps, whose weights differ by rounding."""
-    a, b = (scalars(folder) for folder in (first, second))
-    for tag in ("discriminator/loss", "generator/loss", "discriminator/r1"):
-        values = [{step: value for step, value in logged[tag] if step <= last} for logged in (a, b)]
-        assert values[0] == pytest.approx(values[1], rel=1e-6, abs=1e-6)
-
-
-def test_accumulation_is_a_large_batch(run, tmp_path):
-    """A group of the minibatch standard deviation is one batch of four."""
-    train_ddgan(tmp_path, *FLAGS, "--train_batch_size", "4", "--gradient_accumulation_steps", "2")
-    assert_same_run(tmp_path, run)
-
-
-@pytest.mark.slow
-def test_two_processes_are_one(run, tmp_path):
-    flags = [*SHARED, *SMALLEST_GAN, *FLAGS, "--train_batch_size", "4"]
-    launch(*flags, "--output_dir", "out", cwd=tmp_path, processes=2, script=TRAINING / "train_ddgan.py")
-    assert_same_run(tmp_path / "out", run)
-
-
 def test_each_update_changes_one_network(tmp_path, monkeypatch):
     """Neither weights nor gradients of the other network are touched, and both updates get the same images."""
     minimise, updates = Trainer.minimise, []
@@ -208,6 +177,7 @@ def test_other_numbers_of_steps_and_losses_train(tmp_path, flags, calls):
     assert all(value == 0 for _, value in logged["discriminator/skipped_steps"])
 
 
+@pytest.mark.slow
 def test_gradient_checkpointing_does_not_change_the_weights(run, tmp_path, monkeypatch):
     original, recomputed = torch.utils.checkpoint.checkpoint, []
 
@@ -249,6 +219,7 @@ def test_a_discriminator_without_finite_values_is_skipped_alone(tmp_path, monkey
     assert [step for step, _ in logged["discriminator/loss"]] == [1, 2, 4]
 
 
+@pytest.mark.slow
 def test_streamed_run_resumes_bit_for_bit(tmp_path):
     flags = ["--streaming", "--shuffle_buffer_size", "5", "--resolution", "8", "--train_batch_size", "4"]
     flags += ["--dataset_name", save_shards(tmp_path / "data", 5, 2, 4), "--max_train_steps", "5"]

@@ -7,6 +7,7 @@ from diffusers_cfg import CFGPipeline, LogSNRScheduler, UNet2DCFGModel
 from diffusers_cfg.config import parse_config
 from diffusers_cfg.data.sources import Digits
 from diffusers_cfg.method_settings import DDGANConfig
+from diffusers_cfg.methods.ddgan import Discriminator
 from diffusers_cfg.methods.ddgan import build_pipeline as build_ddgan
 
 NAMES = {0: "zero", 1: "one", 2: "two"}
@@ -56,6 +57,12 @@ def ddgan(*argv: str) -> CFGPipeline:
     pipeline.unet.eval()
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
+
+
+def randomize_head(discriminator: Discriminator) -> None:
+    """Replace the zeros of the head, with which all logits are 0 at the start of a run."""
+    for weight in (discriminator.linear.weight, discriminator.class_embedding.weight):
+        torch.nn.init.normal_(weight, std=0.1)
 
 
 def generators(*seeds: int) -> list[torch.Generator]:
