@@ -209,9 +209,12 @@ def compare_on_grid(num_timesteps: list[int], seeds: list[int], num_samples: int
         output_dir (`Path`): the output folder.
 
     Returns:
-        `dict[str, Any]`: `runs`, the coverage of each model; `references`, that of perfect samples; and the settings.
+        `dict[str, Any]`: `runs`, the coverage of each model; `references`, that of perfect samples and of a model
+        that has learned no mode; and the settings.
     """
     perfect = draw_grid(num_samples, seeded_generator("cpu", "perfect samples"))
+    # A cell of one spacing around each mean
+    square = SIDE * SPACING * (torch.rand(num_samples, 2, generator=seeded_generator("cpu", "square")) - 0.5)
     panels, runs = {"data": perfect}, []
     for steps in num_timesteps:
         for seed in seeds:
@@ -228,5 +231,5 @@ def compare_on_grid(num_timesteps: list[int], seeds: list[int], num_samples: int
         "num_samples": num_samples,
         "settings": shared,
         "runs": runs,
-        "references": {"perfect": grid_coverage(perfect)},
+        "references": {"perfect": grid_coverage(perfect), "uniform square": grid_coverage(square)},
     }

@@ -105,9 +105,11 @@ def test_models_are_reused_if_their_settings_are_the_same(tmp_path, monkeypatch,
 
 def test_comparison_trains_each_number_of_steps_and_seed(tmp_path, monkeypatch):
     monkeypatch.setattr(gaussian_grid, "GridSettings", partial(GridSettings, steps=2, batch_size=8, units=8))
-    record = compare_on_grid([1, 4], [0, 3], 200, tmp_path)
+    record = compare_on_grid([1, 4], [0, 3], 2000, tmp_path)
     assert [(run["num_timesteps"], run["seed"]) for run in record["runs"]] == [(1, 0), (1, 3), (4, 0), (4, 3)]
     assert record["references"]["perfect"]["modes"] == 25
+    # π (3σ)² of a cell of one spacing
+    assert record["references"]["uniform square"]["high_quality"] == pytest.approx(math.pi * 0.15**2, abs=0.02)
     assert record["settings"]["steps"] == 2
     assert not {"num_timesteps", "seed"} & record["settings"].keys()
     assert (tmp_path / "gaussians.png").stat().st_size > 5000
