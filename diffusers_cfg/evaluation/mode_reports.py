@@ -41,9 +41,9 @@ def gaussians_text(part: Mapping[str, Any]) -> str:
         f"{coverage_table(part)}\n\n"
         f"25 Gaussians, {part['num_samples']} samples: modes with a sample within 3 standard deviations (of 25), the "
         "share of samples within 3 standard deviations of a mean, and KL(q‖uniform) in nats of the nearest mode. "
-        "perfect: as many samples of the data. uniform square: points without modes, which reach all of them evenly, so "
-        "that a low KL only counts with a share of high quality above theirs. ± is the standard deviation over seeds; "
-        "seconds are of training.\n"
+        "perfect: as many samples of the data. uniform square: points that reach all modes evenly without having any, "
+        "so that a low KL only counts with a share of high quality above theirs. ± is the standard deviation over "
+        "seeds; seconds are of training.\n"
     )
 
 
