@@ -78,8 +78,10 @@ class CFGPipeline(DiffusionPipeline):
         "KDPM2DiscreteScheduler",
         "UniPCMultistepScheduler",
     )
-    # The sampler of a generator, whose variance is that of the posterior q(x_prev | x_next, x).
-    generator_scheduler, generator_variance = "DDPMScheduler", "fixed_small"
+    # The sampler of a generator, and the settings with which it samples the posterior q(x_prev | x_next, x) of an x in
+    # [-1, 1]: other ones replace x or the variance without an error.
+    generator_scheduler = "DDPMScheduler"
+    generator_settings = {"variance_type": "fixed_small", "clip_sample_range": 1.0, "thresholding": False}
 
     # Guiders that do not work with these models, and why.
     refused_guiders = {
@@ -162,7 +164,7 @@ class CFGPipeline(DiffusionPipeline):
     def _generator_steps(self) -> int | None:
         """The only number of steps T of a generator; `None` for other networks."""
         process = None if self.unet.latent_dim is None else self._trained_process
-        return process["num_train_timesteps"] if process else None
+        return process.get("num_train_timesteps") if process else None
 
     @property
     def guidance_scale(self) -> float | Sequence[float] | torch.Tensor | Callable[[float], Any] | None:
@@ -597,6 +599,10 @@ class CFGPipeline(DiffusionPipeline):
         """Check that the components fit each other, and that the scheduler has the network's noise process."""
         unet, guide, vae = self.unet, self.guide_unet, self.vae
         channels, size = unet.config.in_channels, unet.config.sample_size
+        for name, network in (("unet", unet), ("guide_unet", guide or unet)):
+            record = network.noise_process
+            is_record = record is None or isinstance(record, Mapping)
+            self._require(f"{name}.noise_process", record, is_record, "a dictionary or None")
         sides = size if isinstance(size, (list, tuple)) else (size, size)
         # Each level but the last halves the size.
         multiple = 2 ** (max(len(network.config.block_out_channels) for network in (unet, guide or unet)) - 1)
@@ -794,8 +800,8 @@ class CFGPipeline(DiffusionPipeline):
         difference = (alphas_cumprod - expected).abs().max().item() if is_same_length else 1
         stated = {"prediction_type": config.get("prediction_type"), **(stated or {})}
         if is_generator:
-            stated["variance_type"] = config.get("variance_type")
-            process = {**process, "variance_type": self.generator_variance}
+            stated |= {key: config.get(key) for key in self.generator_settings}
+            process = {**process, **self.generator_settings}
         differs = [
             f"{key} {own!r} instead of {process[key]!r}"
             for key, own in stated.items()

@@ -501,5 +501,6 @@ class UNet2DCFGModel(UNet2DModel):
             shown = latent if latent is None else f"of shape {tuple(latent.shape)}"
             raise ValueError(f"latent must be {required}, but is {shown}.")
         assert self.latent_mapping is not None
+        latent = latent.float()  # The squares of large values overflow in half precision.
         latent = latent / (latent.square().mean(1, keepdim=True) + 1e-8).sqrt()
         return self.latent_mapping(latent.to(sample.dtype))

@@ -167,9 +167,11 @@ class Log:
         if in_a_row >= self.config.max_nonfinite_steps:
             existing = [path.name for path in checkpoints(Path(self.config.output_dir))]
             restart = f"resume with --resume_from_checkpoint {existing[-1]}" if existing else "restart"
+            names = [name for name in vars(self.config) if name.startswith("learning_rate")]
+            rates = " or ".join(f"--{name} (now {getattr(self.config, name)})" for name in names)
             raise Diverged(
                 f"The loss or its gradient was not finite in the last {in_a_row} steps, up to step {step}. Lower "
-                f"--learning_rate (now {self.config.learning_rate}) and {restart}."
+                f"{rates} and {restart}."
             )
 
     def close(self) -> None:

@@ -228,6 +228,9 @@ def test_generator_returns_samples_that_its_latent_vector_selects(gan):
     assert all(output.abs().max() <= 1 for output in outputs)
     # Of the vector, only the direction has an effect.
     torch.testing.assert_close(gan.unet(100 * x, t, latent=1000 * latents[0]).sample, outputs[0])
+    torch.testing.assert_close(  # although the squares exceed the range of half precision
+        gan.unet(100 * x, t, latent=1000 * latents[0].half()).sample, outputs[0], atol=1e-3, rtol=1e-3
+    )
     assert gan.unet(x, t, latent=torch.zeros(2, 6)).sample.isfinite().all()
 
 
@@ -252,6 +255,9 @@ WRONG_PROCESSES = {
     "another prediction": (SCHEDULER, {"prediction_type": "epsilon"}, "prediction_type 'epsilon' instead of 'sample'"),
     "another prediction in the network": (NETWORK, {"prediction_type": "epsilon"}, "the prediction_type 'sample'"),
     "another variance": (SCHEDULER, {"variance_type": "fixed_large"}, "variance_type 'fixed_large' instead of"),
+    "a smaller range": (SCHEDULER, {"clip_sample_range": 0.1}, "clip_sample_range 0.1 instead of 1.0"),
+    "a range of a wrong type": (SCHEDULER, {"clip_sample_range": "1"}, "clip_sample_range '1' instead of 1.0"),
+    "thresholds": (SCHEDULER, {"thresholding": True, "sample_max_value": 0.5}, "thresholding True instead of False"),
     "another length of the scheduler": (SCHEDULER, {"num_train_timesteps": 3}, "num_train_timesteps 3 instead of 2"),
 }
 
@@ -265,6 +271,23 @@ def test_wrong_noise_processes_are_refused(saved, name):
     edit(saved / file, **changes)
     with pytest.raises(ValueError, match=message):
         CFGPipeline.from_pretrained(saved)
+
+
+@pytest.mark.parametrize("record", [3, "x", ["trained_betas"]])
+def test_record_of_another_form_is_refused(gan, saved, record):
+    edit(saved / NETWORK, _noise_process=record)
+    with pytest.raises(ValueError, match=r"unet.noise_process must be a dictionary or None, but is .?.?(3|x|trained)"):
+        CFGPipeline.from_pretrained(saved)
+    gan.unet.noise_process = record
+    with pytest.raises(ValueError, match=r"noise_process must be a dictionary or None"):
+        gan(0)
+
+
+def test_record_without_a_number_of_steps_is_refused(gan):
+    gan.unet.noise_process = {"trained_betas": [0.5]}
+    assert gan.num_inference_steps == 2
+    with pytest.raises(ValueError, match="must be the prediction_type 'sample', and a list of num_train_timesteps"):
+        gan(0)
 
 
 @pytest.mark.parametrize("name", [name for name in CFGPipeline.schedulers if name != "DDPMScheduler"])
