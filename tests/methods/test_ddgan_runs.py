@@ -46,7 +46,7 @@ def weights(run: Path, step: int, name: str) -> dict[str, torch.Tensor]:
 def test_saved_pipeline_samples_in_four_evaluations(run):
     remote: Any = DiffusionPipeline.from_pretrained(run, trust_remote_code=True)
     remote.set_progress_bar_config(disable=True)
-    images: list[torch.Tensor] = []
+    images: list[Any] = []
     for pipeline in (load(run), remote):
         calls: list[int] = []
         pipeline.unet.register_forward_pre_hook(lambda _, given, calls=calls: calls.append(len(given[0])))
