@@ -12,11 +12,12 @@ import torch
 from accelerate import Accelerator
 
 import diffusers_cfg
+from diffusers_cfg.config import UserError
 from diffusers_cfg.data.naming import is_built_in, local_name, public_name
 from diffusers_cfg.engine.method import Method
 from diffusers_cfg.engine.plan import num_parameters
 from diffusers_cfg.engine.state import TrainState
-from diffusers_cfg.model_files import RUN
+from diffusers_cfg.model_files import RUN, read_object
 from diffusers_cfg.settings import TrainConfig
 
 # The settings that are needed to load the same data.
@@ -65,6 +66,35 @@ def write_run_record(
     }
     path = folder / RUN
     path.write_text(json.dumps({k: v for k, v in record.items() if v is not None}, indent=2) + "\n", encoding="utf-8")
+
+
+def is_completed(config: TrainConfig) -> bool:
+    """
+    Return whether the run of these settings has finished, for commands that skip completed runs.
+
+    Raises:
+        UserError: if a run with other settings has finished in the same folder, or its record is damaged.
+    """
+    path = Path(config.output_dir) / RUN
+    if not path.is_file():
+        return False
+    repeat = f"Pass a different --output_dir, or delete {path.parent} to repeat the run."
+    try:
+        recorded = read_object(path).get("config")
+    except ValueError as error:
+        raise UserError(f"{error} {repeat}") from error
+    if not isinstance(recorded, dict):
+        raise UserError(f"{path} does not contain the settings of a run. {repeat}")
+    fixed = {field.name for field in fields(config) if field.metadata.get("on_resume") != "free"}
+    current = json.loads(json.dumps(public_config(config)))
+    differs = [
+        f"--{name} was {recorded[name]} and is {value}"
+        for name, value in current.items()
+        if name in fixed and name in recorded and recorded[name] != value
+    ]
+    if differs:
+        raise UserError(f"The run in {path.parent} was completed with other settings: {'; '.join(differs)}. {repeat}")
+    return True
 
 
 def without_paths(change: dict[str, Any]) -> dict[str, Any]:

@@ -18,6 +18,7 @@ from PIL import Image
 from diffusers_cfg import CFGPipeline
 from diffusers_cfg.config import UserError
 from diffusers_cfg.data.images import UNLABELLED, LabelledImages, StackedImages, require_classes
+from diffusers_cfg.data.sources import ImageStream
 from diffusers_cfg.denoising_gan import (
     DenoisingSteps,
     discriminator_loss,
@@ -56,9 +57,11 @@ class DenoisingDiffusionGAN(GuidedMethod):
         self.present_classes = present_classes or list(range(pipeline.unet.num_classes))
         torch.manual_seed(config.seed + 1)  # not the random numbers of the generator's weights
         channels, size, _ = pipeline.sample_shape
-        self.discriminator = Discriminator(
-            channels, size, pipeline.unet.num_classes, config.num_timesteps, config.discriminator_channels
-        )
+        widths = config.discriminator_channels
+        try:
+            self.discriminator = Discriminator(channels, size, pipeline.unet.num_classes, config.num_timesteps, widths)
+        except RuntimeError as error:
+            raise UserError(f"Failed to build a network with --discriminator_channels {widths}: {error}") from error
         self.steps = DenoisingSteps(pipeline.scheduler.config["trained_betas"]).float()  # MPS has no float64
         self.modules = {"generator": pipeline.unet, "discriminator": self.discriminator}
         self.averaged = ("generator",)
@@ -74,6 +77,11 @@ class DenoisingDiffusionGAN(GuidedMethod):
         """Return the method with a new pipeline. Raise UserError if the settings do not fit the data."""
         if not isinstance(images, StackedImages):
             require_classes(images)
+        if not isinstance(images, ImageStream) and len(images) < GROUP_SIZE:
+            raise UserError(
+                f"The dataset has {len(images)} images, but the discriminator compares {GROUP_SIZE} at a time. Add "
+                "images."
+            )
         if AcceleratorState().mixed_precision == "fp16":
             raise UserError(FP16_REFUSED)
         return cls(config, build_pipeline(config, images), images.present_classes or [UNLABELLED])

@@ -8,8 +8,10 @@ from accelerate.state import AcceleratorState
 from diffusers_cfg.config import UserError, parse_config
 from diffusers_cfg.data.sources import Digits
 from diffusers_cfg.engine.accelerator import make_accelerator
+from diffusers_cfg.engine.log import Diverged
 from diffusers_cfg.method_settings import DDGANConfig
 from diffusers_cfg.methods.ddgan import DenoisingDiffusionGAN, build_pipeline
+from tests.support.images import save_images
 from tests.support.latents import vae_flags
 from tests.support.runs import SMALLEST, reset_accelerate, train_ddgan
 
@@ -131,3 +133,26 @@ def test_network_config(tmp_path):
     (tmp_path / "network.json").write_text(json.dumps({**settings, "time_embedding_type": "fourier"}))
     with pytest.raises(UserError, match=r"Failed to build a network .* A generator cannot have .*'fourier'"):
         build_pipeline(parse(*flags), Digits())
+
+
+def test_discriminator_that_does_not_fit_in_memory_is_refused():
+    config = parse(*SMALLEST, "--discriminator_channels", "8", str(10**15))
+    reset_accelerate()
+    make_accelerator(config)
+    with pytest.raises(UserError, match=r"a network with --discriminator_channels \[8, 10{15}\]"):
+        DenoisingDiffusionGAN.build(config, Digits())
+
+
+def test_fewer_images_than_the_discriminator_compares_are_refused(tmp_path):
+    data = save_images(tmp_path / "data", ["a", "b", "c"], n=1)
+    message = "The dataset has 3 images, but the discriminator compares 4 at a time. Add images"
+    with pytest.raises(UserError, match=message):
+        train_ddgan(tmp_path / "run", "--train_data_dir", data, "--resolution", "8")
+    assert not (tmp_path / "run").exists()
+
+
+def test_diverged_run_names_the_learning_rates_of_both_networks(tmp_path):
+    flags = ["--learning_rate_discriminator", "1e30", "--max_train_steps", "8", "--max_nonfinite_steps", "2"]
+    message = r"--learning_rate .now 0.001. or --learning_rate_discriminator .now 1e\+30. and"
+    with pytest.raises(Diverged, match=message):
+        train_ddgan(tmp_path, *flags)

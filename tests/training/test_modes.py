@@ -2,10 +2,12 @@
 
 import json
 import shutil
+from dataclasses import replace
 from functools import partial
 
 import pytest
 
+from diffusers_cfg.engine.record import is_completed, public_config
 from diffusers_cfg.evaluation import features, gaussian_grid, mode_coverage
 from diffusers_cfg.evaluation.gaussian_grid import GridSettings
 from diffusers_cfg.method_settings import DDGANConfig
@@ -73,6 +75,22 @@ def test_data_without_classes_or_with_color_are_refused_before_the_first_run(arg
     check_refused(modes.main, data, "the data has images with color", monkeypatch)
     shutil.rmtree(folder / "ant")
     check_refused(modes.main, data, "needs at least two classes", monkeypatch)
+
+
+def test_completed_run_of_other_settings_is_refused(argv, tmp_path, monkeypatch):
+    monkeypatch.setattr(gaussian_grid, "train_on_grid", lambda _: pytest.fail("a run was started"))
+    (config,) = configs_of([*argv, "--num_timesteps", "1"])
+    assert not is_completed(config)
+    record = tmp_path / "out" / "stacked" / "T=1" / "seed=0" / "run.json"
+    record.parent.mkdir(parents=True)
+    record.write_text(json.dumps({"config": public_config(config)}))
+    assert is_completed(replace(config, logging_steps=7, train_batch_size=8, push_to_hub=True))
+    flags = [*argv, "--num_timesteps", "2", "1", "--max_train_steps", "9", "--latent_dim", "5"]
+    message = f"--max_train_steps was {config.max_train_steps} and is 9.*--latent_dim was 100 and is 5.* delete .*T=1"
+    check_refused(modes.main, flags, message, monkeypatch)
+    for text, problem in {"{": "cannot be read as JSON", "{}": "does not contain the settings of a run"}.items():
+        record.write_text(text)
+        check_refused(modes.main, [*argv, "--num_timesteps", "1"], f"run.json {problem}.* delete", monkeypatch)
 
 
 @pytest.mark.slow

@@ -69,6 +69,7 @@ def main(argv: list[str] | None = None) -> None:
     # Imported here so that --help and flag errors do not wait for torch.
     from diffusers_cfg.data.sources import load_labelled_images
     from diffusers_cfg.engine.accelerator import make_accelerator
+    from diffusers_cfg.engine.record import is_completed
     from diffusers_cfg.engine.trainer import Trainer
     from diffusers_cfg.evaluation.ablations import dropout_table, plot_tradeoff
     from diffusers_cfg.evaluation.in_training import training_evaluation
@@ -78,10 +79,11 @@ def main(argv: list[str] | None = None) -> None:
 
     images, records = load_labelled_images(next(iter(runs.values()))[0]), {}
     for train_config, evaluation_config in runs.values():  # all before the first run starts
+        is_completed(train_config)
         check_sampling(evaluation_config, ClassifierFreeGuidance.build(train_config, images).pipeline)
         check_folders(evaluation_config, vars(train_config))
     for p, (train_config, evaluation_config) in runs.items():
-        if not (Path(train_config.output_dir) / "run.json").is_file():
+        if not is_completed(train_config):
             Trainer(train_config, ClassifierFreeGuidance, preemption, training_evaluation).run()
         accelerator = make_accelerator(replace(train_config, report_to="none"))
         records[p] = run_sweep(evaluation_config, accelerator)

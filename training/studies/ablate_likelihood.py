@@ -90,6 +90,7 @@ def main(argv: list[str] | None = None) -> None:
     # Imported here so that --help and flag errors do not wait for torch.
     from diffusers_cfg.data.sources import load_labelled_images
     from diffusers_cfg.engine.accelerator import make_accelerator
+    from diffusers_cfg.engine.record import is_completed
     from diffusers_cfg.engine.trainer import Trainer
     from diffusers_cfg.evaluation.in_training import training_evaluation
     from diffusers_cfg.evaluation.likelihood_ablation import check_evaluation, evaluations_of, measure, write_ablation
@@ -107,6 +108,7 @@ def main(argv: list[str] | None = None) -> None:
         for variant, config in runs
     }
     for _, config in runs:  # all before the first run starts
+        is_completed(config)
         pipeline = VariationalDiffusion.build(config if isinstance(config, VDMConfig) else base, images).pipeline
         for evaluation in evaluations[config.output_dir]:
             check_evaluation(evaluation, pipeline, config)
@@ -120,7 +122,7 @@ def main(argv: list[str] | None = None) -> None:
         if accelerator.is_main_process:
             say(f"Run {number} of {len(runs)}: {variant}, seed {config.seed} (time left: {left})")
         started = time.monotonic()
-        if not (Path(config.output_dir) / "run.json").is_file():
+        if not is_completed(config):
             Trainer(config, methods.get(variant, VariationalDiffusion), preemption, training_evaluation).run()
         measurements += [measure(evaluation, accelerator) for evaluation in evaluations[config.output_dir]]
         durations.append(time.monotonic() - started)

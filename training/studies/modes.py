@@ -66,6 +66,7 @@ def main(argv: list[str] | None = None) -> None:
     from diffusers_cfg.data.images import require_classes
     from diffusers_cfg.data.sources import load_labelled_images
     from diffusers_cfg.engine.accelerator import make_accelerator
+    from diffusers_cfg.engine.record import is_completed
     from diffusers_cfg.engine.trainer import Trainer
     from diffusers_cfg.evaluation.gaussian_grid import compare_on_grid
     from diffusers_cfg.evaluation.mode_coverage import StackedModes, compare_stacks, draw_stacks
@@ -81,6 +82,7 @@ def main(argv: list[str] | None = None) -> None:
         single, stacks = load_labelled_images(replace(base, stack=1)), load_labelled_images(base)
         require_classes(single)
         for config in configs:
+            is_completed(config)
             DenoisingDiffusionGAN.build(config, stacks)
     if "gaussians" in args.parts and accelerator.is_main_process:
         record["gaussians"] = compare_on_grid(args.num_timesteps, args.seeds, args.num_samples, output_dir)
@@ -95,7 +97,7 @@ def main(argv: list[str] | None = None) -> None:
                 run = f"T = {config.num_timesteps}, seed {config.seed}"
                 say(f"Run {number} of {len(configs)}: {run} (time left: {left})")
             started = time.monotonic()
-            if not (Path(config.output_dir) / "run.json").is_file():
+            if not is_completed(config):
                 Trainer(config, DenoisingDiffusionGAN, preemption).run()
             draw_stacks(config, args.num_samples, accelerator)
             durations.append(time.monotonic() - started)
