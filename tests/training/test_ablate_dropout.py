@@ -85,20 +85,20 @@ def test_ablation_skips_trained_models_and_writes_the_table(argv, trained_model,
     config_class = partial(EvaluationConfig, statistics_dir=tmp_path / "cache")
     monkeypatch.setitem(ablate_dropout.main.__globals__, "EvaluationConfig", config_class)
     reset_accelerate()
-    first = tmp_path / "out" / "p=0.1"
+    first = tmp_path / "out" / "p=0.2"
     shutil.copytree(trained_model, first)  # an existing model is not trained again
     before = (first / "run.json").stat().st_mtime_ns
-    ablate_dropout.main(argv)
+    ablate_dropout.main([*argv, "--conditioning_dropout_probs", "0.2", "0.5"])
     table = (tmp_path / "out" / "table.md").read_text()
     assert capsys.readouterr().out.endswith(f"{table}\n")
-    columns = [f"{name}, p = {p}" for name in ("Fréchet distance", "classifier score") for p in ("0.1", "0.5")]
+    columns = [f"{name}, p = {p}" for name in ("Fréchet distance", "classifier score") for p in ("0.2", "0.5")]
     assert table.startswith(f"| w | {' | '.join(columns)} |\n")
     assert re.findall(r"^\| (\S+) \|", table, flags=re.MULTILINE) == ["w", "---", "0", "1", "real"]
     assert (tmp_path / "out" / "curves.png").is_file()
     assert (first / "run.json").stat().st_mtime_ns == before
     trained = read_yaml(tmp_path / "out" / "p=0.5" / "train_config.yaml", CFGConfig)
     assert (trained["conditioning_dropout_prob"], trained["max_train_steps"]) == (0.5, 4)
-    for p in ("0.1", "0.5"):
+    for p in ("0.2", "0.5"):
         record = json.loads((tmp_path / "out" / f"p={p}" / "evaluation" / "metrics.json").read_text())
         assert [row["network_evaluations"] for row in record["results"]] == [2, 4]
     assert len(list((tmp_path / "cache").iterdir())) == 2
