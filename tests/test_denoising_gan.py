@@ -9,6 +9,7 @@ from diffusers import DDPMScheduler
 
 from diffusers_cfg.denoising_gan import (
     DenoisingSteps,
+    Loss,
     discriminator_loss,
     generator_loss,
     squared_gradient,
@@ -140,7 +141,7 @@ def softplus(x: np.ndarray) -> np.ndarray:
 def test_losses_follow_the_papers():
     real, fake = (torch.from_numpy(a.ravel()) for a in np.meshgrid(LOGITS, LOGITS))
     a, b = real.numpy(), fake.numpy()
-    expected = {
+    expected: dict[Loss, tuple[np.ndarray, np.ndarray]] = {
         "non_saturating": (softplus(-a) + softplus(b), softplus(-b)),
         "relativistic": (softplus(b - a), softplus(a - b)),
     }

@@ -70,6 +70,7 @@ CHANGED = {
     "train_val_split": "0.1",
     "streaming": None,  # needs a different dataset
     "shuffle_buffer_size": None,
+    "stack": None,  # needs a method without labels, tested in tests/methods/test_ddgan_runs.py
     "resolution": "16",
     "block_out_channels": "16",
     "layers_per_block": "2",

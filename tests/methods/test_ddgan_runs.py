@@ -110,6 +110,7 @@ def test_resumed_run_is_the_same_bit_for_bit(run, tmp_path):
     [
         (["--num_timesteps", "2"], "--num_timesteps was 4 and is 2"),
         (["--latent_dim", "0"], "--latent_dim was 4 and is 0"),
+        (["--stack", "3"], "--stack was 1 and is 3"),
         (["--discriminator_channels", "8", "4"], r"--discriminator_channels was \[8, 8\] and is \[8, 4\]"),
     ],
 )
