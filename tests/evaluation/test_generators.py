@@ -87,7 +87,7 @@ def test_what_does_not_fit_a_generator_is_refused_before_it_draws(
 ):
     monkeypatch.setattr(sampling, "draw_sets", never)
     models = {"GAN": str(gan), "CFG": str(diffusion_model)}
-    argv = [models.get(argument, argument) for argument in argv]
+    argv = [str(models.get(argument, argument)) for argument in argv]
     with pytest.raises(UserError, match=message):
         draw_to_folder(sampled(gan, "--output_dir", str(tmp_path / "images"), *argv), Accelerator(cpu=True))
     with pytest.raises(UserError, match=message):
