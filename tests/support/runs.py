@@ -32,7 +32,7 @@ SMALLEST = [*ONE_LEVEL, "--layers_per_block", "1", "--attention_resolutions", "0
 # Two tiny networks of a GAN, whose penalty is due at every third step, with optimizers that no default changes
 SMALLEST_GAN = [
     *SMALLEST, "--discriminator_channels", "8", "8", "--latent_dim", "4", "--r1_gamma", "0.05", "--lazy_reg", "3",
-    "--learning_rate_discriminator", "2e-3", "--adam_beta1", "0", "--adam_beta2", "0.99",
+    "--learning_rate_discriminator", "2e-3", "--adam_beta1", "0", "--adam_beta2", "0.99", "--lr_scheduler", "cosine",
 ]  # fmt: skip
 REPLACE_NETWORK = {"--pretrained_model_name_or_path", "--model_config_name_or_path"}
 SHARED = [
