@@ -98,6 +98,7 @@ class VDMConfig(CFGConfig):
         "noise schedule (arXiv 2107.00630)."
     )
     group = "variational diffusion"
+    digits = DIGITS_VDM
     replaced = {
         "model_config_name_or_path": NETWORK_SETTINGS | {"fourier_features"},
         "pretrained_model_name_or_path": NETWORK_SETTINGS | PROCESS_SETTINGS | {"fourier_features"},
@@ -177,11 +178,6 @@ class VDMConfig(CFGConfig):
             raise UserError(f"fourier_features must not repeat a value, but is {self.fourier_features}.")
 
     @classmethod
-    def derived_defaults(cls, values: Mapping[str, Any]) -> dict[str, Any]:
-        """Return the settings for the built-in digits if no dataset is given."""
-        return DIGITS_VDM if super().derived_defaults(values) else {}
-
-    @classmethod
     def check_given(cls, values: Mapping[str, Any], flags: set[str], in_file: set[str]) -> None:
         """Refuse settings that have no effect."""
         super().check_given(values, flags, in_file)
@@ -197,6 +193,7 @@ class DDGANConfig(LabelDropoutConfig):
         "Train a class-conditional denoising diffusion GAN, which generates in at most eight steps (arXiv 2112.07804)."
     )
     group = "denoising diffusion GAN"
+    digits = DIGITS_DDGAN
 
     num_timesteps: int = fixed(
         4, "Number T of denoising steps, each of which evaluates the generator once.", at_least=1, at_most=MAX_TIMESTEPS
@@ -249,11 +246,6 @@ class DDGANConfig(LabelDropoutConfig):
                 f"--train_batch_size must be a multiple of {GROUP_SIZE}, because the discriminator compares "
                 f"{GROUP_SIZE} images at a time, but is {self.train_batch_size}."
             )
-
-    @classmethod
-    def derived_defaults(cls, values: Mapping[str, Any]) -> dict[str, Any]:
-        """Return the settings for the built-in digits if no dataset is given."""
-        return DIGITS_DDGAN if super().derived_defaults(values) else {}
 
     @classmethod
     def check_given(cls, values: Mapping[str, Any], flags: set[str], in_file: set[str]) -> None:

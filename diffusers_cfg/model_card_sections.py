@@ -293,7 +293,7 @@ def likelihood_section(folder: Path) -> str:
 
 def limits_section(kind: Kind) -> str:
     """Return the intended use of the model, and its limits."""
-    return GENERATOR_LIMITS if kind == "generator" else LIMITS
+    return LIMITS.format(variety=GAN_VARIETY if kind == "generator" else GUIDED_VARIETY)
 
 
 def citation_section(kind: Kind) -> str:
@@ -303,10 +303,8 @@ def citation_section(kind: Kind) -> str:
 
 LIMITS = """## Intended use and limits
 
-This model is intended for research and education. It reproduces the gaps and biases of its training data. A larger w
-makes samples more typical of their class and less diverse. `device_map="balanced"` is not supported if the model is
+This model is intended for research and education. It reproduces the gaps and biases of its training data. {variety} \
+`device_map="balanced"` is not supported if the model is
 loaded with remote code."""
-GENERATOR_LIMITS = LIMITS.replace(
-    "A larger w\nmakes samples more typical of their class and less diverse.",
-    "Like\nother GANs, it may leave out some of the variety of that data.",
-)
+GUIDED_VARIETY = "A larger w\nmakes samples more typical of their class and less diverse."
+GAN_VARIETY = "Like\nother GANs, it may leave out some of the variety of that data."

@@ -120,11 +120,13 @@ class TrainConfig(HubConfig, RunConfig, OptimizationConfig, ModelConfig, DataCon
     Settings shared by all methods: data, network, optimization, run and Hub.
 
     Attributes:
+        digits (`Mapping[str, Any]`): the defaults for the built-in digits.
         replaced (`Mapping[str, set[str]]`): the settings that a pretrained network or its config replaces, by the name
             of the setting that names it.
     """
 
     group = "training"
+    digits: ClassVar[Mapping[str, Any]] = DIGITS
     replaced: ClassVar[Mapping[str, set[str]]] = {
         "model_config_name_or_path": NETWORK_SETTINGS,
         "pretrained_model_name_or_path": NETWORK_SETTINGS,
@@ -185,7 +187,7 @@ class TrainConfig(HubConfig, RunConfig, OptimizationConfig, ModelConfig, DataCon
     def derived_defaults(cls, values: Mapping[str, Any]) -> dict[str, Any]:
         """Return the settings for the built-in digits if no dataset is given."""
         names_data = values["dataset_name"] is not None or values["train_data_dir"] is not None
-        return {} if names_data else DIGITS
+        return {} if names_data else {**cls.digits}
 
     @classmethod
     def check_given(cls, values: Mapping[str, Any], flags: set[str], in_file: set[str]) -> None:

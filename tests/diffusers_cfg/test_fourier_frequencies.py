@@ -5,13 +5,13 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import DiffusionPipeline, UNet2DModel
+from diffusers import UNet2DModel
 
 from diffusers_cfg import CFGPipeline, LogSNRScheduler, UNet2DCFGModel
 from diffusers_cfg.data.decoding import to_float
 from diffusers_cfg.hub import rounding_tolerance
 from tests.support.draws import assert_same_draws
-from tests.support.models import generators, make_pipeline, make_unet
+from tests.support.models import generators, load_saved, make_pipeline, make_unet
 
 FREQUENCIES = [2.0**n * math.pi for n in range(3, 9)]
 Z = torch.randn(2, 1, 8, 8, generator=torch.Generator().manual_seed(1))
@@ -86,12 +86,7 @@ def test_invalid_frequencies_are_refused(frequencies):
 def test_saved_pipeline_draws_the_same_images(tmp_path, remote_code):
     pipeline = make_vdm()
     pipeline.save_pretrained(tmp_path)
-    if remote_code:
-        loaded: Any = DiffusionPipeline.from_pretrained(tmp_path, trust_remote_code=True)
-        assert type(loaded.unet) is not UNet2DCFGModel
-    else:
-        loaded = CFGPipeline.from_pretrained(tmp_path)
-    loaded.set_progress_bar_config(disable=True)
+    loaded = load_saved(tmp_path, remote_code)
     assert loaded.unet.config.fourier_frequencies == FREQUENCIES
     images: Any = [p([0, 1], 1.0, generator=generators(0, 1), output_type="pt").images for p in (pipeline, loaded)]
     assert_same_draws(images[1], images[0], pipeline, 1.0, 4)

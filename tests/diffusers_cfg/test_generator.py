@@ -8,15 +8,15 @@ from typing import Any
 import diffusers
 import pytest
 import torch
-from diffusers import DDPMScheduler, DiffusionPipeline
+from diffusers import DDPMScheduler
 from diffusers.guiders import ClassifierFreeGuidance
 from diffusers.models.unets.unet_2d import UNet2DOutput
 from diffusers.utils.torch_utils import randn_tensor
 
-from diffusers_cfg import CFGPipeline, LogSNRScheduler, UNet2DCFGModel
+from diffusers_cfg import CFGPipeline, LogSNRScheduler
 from tests.diffusers_cfg.test_older_models import FOLDER as OLDER
 from tests.support.draws import assert_same_draws
-from tests.support.models import ddgan, generators, make_pipeline, make_unet
+from tests.support.models import ddgan, generators, load_saved, make_pipeline, make_unet
 
 F64 = torch.float64
 
@@ -135,12 +135,7 @@ def test_image_does_not_depend_on_its_batch(gan):
 def test_saved_generator_draws_the_same_images(tmp_path, argv, remote_code):
     gan = ddgan(*argv)
     gan.save_pretrained(tmp_path)
-    if remote_code:
-        loaded: Any = DiffusionPipeline.from_pretrained(tmp_path, trust_remote_code=True)
-        assert type(loaded.unet) is not UNet2DCFGModel
-    else:
-        loaded = CFGPipeline.from_pretrained(tmp_path)
-    loaded.set_progress_bar_config(disable=True)
+    loaded = load_saved(tmp_path, remote_code)
     assert (loaded.unet.latent_dim, loaded.num_inference_steps) == (gan.unet.latent_dim, gan.num_inference_steps)
     assert loaded.unet.noise_process == gan.unet.noise_process
     assert_same_draws(draw(loaded, 3, 7), draw(gan, 3, 7), gan, 0.0, gan.num_inference_steps)

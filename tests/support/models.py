@@ -1,7 +1,10 @@
 """Make tiny models, which run in milliseconds."""
 
+from pathlib import Path
+from typing import Any
+
 import torch
-from diffusers import SchedulerMixin
+from diffusers import DiffusionPipeline, SchedulerMixin
 
 from diffusers_cfg import CFGPipeline, LogSNRScheduler, UNet2DCFGModel
 from diffusers_cfg.config import parse_config
@@ -63,6 +66,17 @@ def randomize_head(discriminator: Discriminator) -> None:
     """Replace the zeros of the head, with which all logits are 0 at the start of a run."""
     for weight in (discriminator.linear.weight, discriminator.class_embedding.weight):
         torch.nn.init.normal_(weight, std=0.1)
+
+
+def load_saved(folder: Path, remote_code: bool) -> Any:
+    """Load a saved pipeline with the code in its folder, or with the package."""
+    if remote_code:
+        loaded: Any = DiffusionPipeline.from_pretrained(folder, trust_remote_code=True)
+        assert type(loaded.unet) is not UNet2DCFGModel
+    else:
+        loaded = CFGPipeline.from_pretrained(folder)
+    loaded.set_progress_bar_config(disable=True)
+    return loaded
 
 
 def generators(*seeds: int) -> list[torch.Generator]:
