@@ -75,14 +75,19 @@ def peak_bytes(function: Callable[[], Any]) -> int:
     process, done, increases = psutil.Process(), threading.Event(), [0]
     before = process.memory_info().rss
 
+    def sample() -> None:
+        increases.append(process.memory_info().rss - before)
+
     def watch() -> None:
         while not done.wait(0.002):
-            increases.append(process.memory_info().rss - before)
+            sample()
 
     watcher = threading.Thread(target=watch, daemon=True)
     watcher.start()
     try:
-        function()
+        result = function()
+        sample()  # before the result is freed: on a busy machine, the thread may not have run
+        del result
     finally:
         done.set()
         watcher.join()
