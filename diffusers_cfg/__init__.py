@@ -4,16 +4,22 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from .classifier_2d import NoisyClassifier2DModel
     from .hub import CFGPipeline
     from .scheduling_log_snr import LogSNRScheduler
     from .unet_2d_cfg import UNet2DCFGModel
 
 __version__ = "0.1.0"
 
-__all__ = ["CFGPipeline", "LogSNRScheduler", "UNet2DCFGModel"]
+__all__ = ["CFGPipeline", "LogSNRScheduler", "NoisyClassifier2DModel", "UNet2DCFGModel"]
 
 # Imported lazily (PEP 562): torch and diffusers take seconds to import, and a command's `--help` needs neither.
-_MODULES = {"CFGPipeline": "hub", "LogSNRScheduler": "scheduling_log_snr", "UNet2DCFGModel": "unet_2d_cfg"}
+_MODULES = {
+    "CFGPipeline": "hub",
+    "LogSNRScheduler": "scheduling_log_snr",
+    "NoisyClassifier2DModel": "classifier_2d",
+    "UNet2DCFGModel": "unet_2d_cfg",
+}
 
 
 def __getattr__(name: str) -> Any:

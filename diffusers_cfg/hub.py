@@ -38,7 +38,7 @@ from .repository import PublishError, prepare_repository, read_card, retry
 
 # The only files that are uploaded. An allowlist, so that optimizer states, logs, and settings with paths and tokens are
 # never published.
-COMPONENTS = ("unet", "scheduler", "vae", "guide_unet", "guider")
+COMPONENTS = ("unet", "scheduler", "vae", "guide_unet", "guider", "classifier")
 COMPONENT_FILES = (
     "config.json",
     "scheduler_config.json",
@@ -47,6 +47,7 @@ COMPONENT_FILES = (
     "*.safetensors.index*.json",
     "*_cfg.py",
     "scheduling_log_snr.py",
+    "classifier_2d.py",
 )
 ROOT_FILES = (INDEX, "pipeline_cfg.py", *FACTS)
 

@@ -19,6 +19,7 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 
+from .classifier_2d import NoisyClassifier2DModel
 from .model_files import INDEX, checkpoints, read_object
 from .scheduling_log_snr import LogSNRScheduler
 from .unet_2d_cfg import UNet2DCFGModel
@@ -32,8 +33,9 @@ CLASSES = {
     "vae": AutoencoderKL,
     "guide_unet": UNet2DCFGModel,
     "guider": BaseGuidance,
+    "classifier": NoisyClassifier2DModel,
 }
-OWN_CLASSES = {"UNet2DCFGModel": UNet2DCFGModel, "LogSNRScheduler": LogSNRScheduler}
+OWN_CLASSES = {cls.__name__: cls for cls in (UNet2DCFGModel, LogSNRScheduler, NoisyClassifier2DModel)}
 # The config files of components, the names of which differ by kind.
 COMPONENT_CONFIGS = {"scheduler": "scheduler_config.json", "guider": "guider_config.json"}
 

@@ -18,7 +18,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import AutoencoderKL, DiffusionPipeline, ImagePipelineOutput, SchedulerMixin, UNet2DModel
+from diffusers import (
+    AutoencoderKL,
+    DiffusionPipeline,
+    ImagePipelineOutput,
+    ModelMixin,
+    SchedulerMixin,
+    UNet2DModel,
+)
 from diffusers.guiders import BaseGuidance
 from diffusers.guiders.guider_utils import rescale_noise_cfg
 from diffusers.image_processor import VaeImageProcessor
@@ -50,6 +57,9 @@ class CFGPipeline(DiffusionPipeline):
         guide_unet (`UNet2DCFGModel`, *optional*): Weaker network for the same classes. Its predictions replace those
             for the null class: autoguidance (Karras et al. 2024, arXiv 2406.02507).
         guider (`BaseGuidance`, *optional*): A diffusers guider, which replaces the rule above.
+        classifier (`NoisyClassifier2DModel`, *optional*): A classifier p(c | z) of noisy samples, for classifier
+            guidance (Dhariwal & Nichol 2021, arXiv 2105.05233), with the classes and the noise process of `unet`. With
+            a classifier, `unet` may be unconditional.
         num_inference_steps (`int`, *optional*): Default number of sampling steps.
 
     Raises:
@@ -57,8 +67,8 @@ class CFGPipeline(DiffusionPipeline):
             noise process of the network.
     """
 
-    model_cpu_offload_seq = "guide_unet->unet->vae"
-    _optional_components = ["vae", "guide_unet", "guider"]
+    model_cpu_offload_seq = "guide_unet->unet->classifier->vae"
+    _optional_components = ["vae", "guide_unet", "guider", "classifier"]
     _callback_tensor_inputs = ["latents", "pred"]
 
     # Tested with these models. Other schedulers accept the same config and then return noise.
@@ -91,7 +101,11 @@ class CFGPipeline(DiffusionPipeline):
 
     # This package's modules that define components. `load_config` uses their classes instead of the folder's copies
     # and refuses all other modules.
-    component_classes = {"unet_2d_cfg": ("UNet2DCFGModel",), "scheduling_log_snr": ("LogSNRScheduler",)}
+    component_classes = {
+        "unet_2d_cfg": ("UNet2DCFGModel",),
+        "scheduling_log_snr": ("LogSNRScheduler",),
+        "classifier_2d": ("NoisyClassifier2DModel",),
+    }
 
     # Copied from diffusers_cfg.unet_2d_cfg.UNet2DCFGModel
     # Source of this module, which `CFGPipeline.save_pretrained` writes next to the weights. Read at import: all
@@ -108,9 +122,11 @@ class CFGPipeline(DiffusionPipeline):
         guide_unet: UNet2DModel | None = None,
         guider: BaseGuidance | None = None,
         num_inference_steps: int | None = None,
+        classifier: ModelMixin | None = None,
     ) -> None:
         super().__init__()
         components = {"unet": unet, "scheduler": scheduler, "vae": vae, "guide_unet": guide_unet, "guider": guider}
+        components["classifier"] = classifier
         for name, component in components.items():
             self._check_type(name, component)
         self.register_modules(**components)
@@ -123,6 +139,7 @@ class CFGPipeline(DiffusionPipeline):
                 "settings of the pipeline, not of its components. CFGPipeline.from_pipe(pipe) keeps them."
             )
         self.register_to_config(**settings)
+        self._check_classifier_names()
         self.image_processor = VaeImageProcessor()
 
     def __setattr__(self, name: str, value: Any) -> None:
@@ -154,6 +171,16 @@ class CFGPipeline(DiffusionPipeline):
     def id2label(self) -> dict[int, str]:
         """The name of each class id; empty if the classes have no names."""
         return {int(class_id): name for class_id, name in (self.config.id2label or {}).items()}
+
+    @property
+    def num_classes(self) -> int:
+        """The number of classes without the null class: of the classifier if the network is unconditional."""
+        return self.classifier.num_classes if self._is_unconditional else self.unet.num_classes
+
+    @property
+    def _is_unconditional(self) -> bool:
+        """Whether the labels are for the classifier alone, because the network takes none."""
+        return self.classifier is not None and self.unet.config.num_class_embeds is None
 
     @property
     def num_inference_steps(self) -> int:
@@ -218,6 +245,7 @@ class CFGPipeline(DiffusionPipeline):
         return_dict: bool = True,
         callback_on_step_end: Callable[["CFGPipeline", int, torch.Tensor, dict], dict | None] | None = None,
         callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
+        classifier_guidance_scale: float | Sequence[float] | torch.Tensor | Callable[[float], Any] | None = None,
     ) -> ImagePipelineOutput | tuple:
         r"""
         Generate images of the given classes.
@@ -231,7 +259,8 @@ class CFGPipeline(DiffusionPipeline):
             guidance_scale (`float`, `list[float]`, `torch.Tensor` or `Callable`, *optional*): The paper's w, for all
                 images, for each label or for each image; s = 1 + w. Defaults to 1, or to 0 for a generator, whose
                 samples guidance would extrapolate. A distilled network takes 0 … `unet.max_guidance_scale`. A callable
-                is called with the log-SNR of each step, λ = log(α²/σ²), and returns w(λ), a number or a list.
+                is called with the log-SNR of each step, λ = log(α²/σ²), and returns w(λ), a number or a list. An
+                unconditional network takes only -1, its default.
             num_inference_steps (`int`, *optional*, defaults to `CFGPipeline.num_inference_steps`): T. A generator takes
                 only its own. A step evaluates the network twice per image, in one batch. It evaluates the network once
                 if w = 0 or w = -1 for all images, or if the network takes w as an input.
@@ -261,13 +290,20 @@ class CFGPipeline(DiffusionPipeline):
                 and end the sampling by `pipe._interrupt = True`.
             callback_on_step_end_tensor_inputs (`list[str]`, *optional*): Names of the tensors to pass to the callback:
                 `"latents"` and `"pred"`.
+            classifier_guidance_scale (`float`, `list[float]`, `torch.Tensor` or `Callable`, *optional*): The scale s of
+                classifier guidance, ε̃ - s σ ∇_z log p(c | z), in any form of `guidance_scale`. Defaults to 0, or to 1
+                for an unconditional network. If the classifier is exact, `guidance_scale=w` draws the same images as
+                `guidance_scale=0, classifier_guidance_scale=w` and as `guidance_scale=-1,
+                classifier_guidance_scale=1 + w`. The gradient is taken once per step, in float32, for the images and
+                the steps with s ≠ 0 and in `guidance_interval`. A mix of classes has the weighted mean of their
+                log p(c | z), and that of `negative_class_labels` is subtracted.
 
         Returns:
             `ImagePipelineOutput` or `tuple`: `images`, in the order of the labels.
 
         Raises:
             ValueError: If an argument is invalid. Arguments are checked before the network is evaluated.
-            FloatingPointError: If the images contain non-finite values.
+            FloatingPointError: If the images or the gradient of the classifier contain non-finite values.
 
         Examples:
 
@@ -279,15 +315,19 @@ class CFGPipeline(DiffusionPipeline):
         """
         # 1. Check the components and arguments, and expand the labels to one per image
         self._check_components()
+        self._check_classifier_names()
         guider = guider if guider is not None else self.guider
         if num_inference_steps is None:
             num_inference_steps = self.num_inference_steps
         if guidance_scale is None and guider is None:
-            guidance_scale = 0.0 if self.unet.latent_dim is not None else min(1.0, self.unet.max_guidance_scale or 1.0)
+            guidance_scale = self._default_guidance_scale
+        if classifier_guidance_scale is None:
+            classifier_guidance_scale = 1.0 if self._is_unconditional else 0.0
         num_inference_steps = self._checked_steps(num_inference_steps)
         num_images_per_label = self._positive_integer("num_images_per_label", num_images_per_label)
         self._check_arguments(
             guidance_scale=guidance_scale,
+            classifier_guidance_scale=classifier_guidance_scale,
             guidance_interval=guidance_interval,
             guidance_rescale=guidance_rescale,
             generator=generator,
@@ -305,8 +345,12 @@ class CFGPipeline(DiffusionPipeline):
         device = self._execution_device
         class_labels = self._network_labels("class_labels", class_labels)
         class_labels, guide_labels = self._guide_labels(class_labels, negative_class_labels)
-        class_labels = class_labels.repeat_interleave(num_images_per_label, 0).to(device)
-        guide_labels = guide_labels.repeat_interleave(num_images_per_label, 0).to(device)
+        class_labels = class_labels.repeat_interleave(num_images_per_label, 0)
+        guide_labels = guide_labels.repeat_interleave(num_images_per_label, 0)
+        classes = self._weights(class_labels)[:, :-1]  # without ∅, since log p(∅ | z) = 0
+        if negative_class_labels is not None:
+            classes = classes - self._weights(guide_labels)[:, :-1]
+        class_labels, guide_labels = class_labels.to(device), guide_labels.to(device)
         num_images = len(class_labels)
 
         # 2. Set λ_min … λ_max and w at each λ, and sample z ~ N(0, I). A step changes its scheduler and its guider, so
@@ -315,7 +359,15 @@ class CFGPipeline(DiffusionPipeline):
         self._set_timesteps(scheduler, num_inference_steps, device)
         log_snr = self._log_snr_of(scheduler)
         self._check_noise_levels(scheduler, num_inference_steps, log_snr)
-        scales = self._guidance_scales(guidance_scale, guidance_interval, log_snr, num_images, num_images_per_label)
+        per_image = log_snr, num_images, num_images_per_label
+        interval = None if self._is_unconditional else guidance_interval  # w = 0 outside of it would be conditional
+        scales = self._guidance_scales("guidance_scale", guidance_scale, interval, *per_image)
+        self._check_guidance_scales(scales)
+        classifier_scales = self._guidance_scales(
+            "classifier_guidance_scale", classifier_guidance_scale, guidance_interval, *per_image
+        )
+        is_classified = ((classifier_scales != 0) & classes.any(1)).tolist()  # by step and image
+        self._check_classifier_guidance(classifier_scales)
         needs_cond, needs_uncond = self._needed_passes(scales)
         self._warn_if_never_dropped(guide_labels, any(needs_uncond))
         scales = scales.view(*scales.shape, 1, 1, 1).to(device)  # (steps, images, 1, 1, 1)
@@ -330,7 +382,8 @@ class CFGPipeline(DiffusionPipeline):
         for i, t in enumerate(self.progress_bar(timesteps)):  # pyright: ignore[reportCallIssue, reportArgumentType]
             if self._interrupt:
                 break
-            z = scheduler.scale_model_input(sample, t).to(dtype)
+            z_float32 = scheduler.scale_model_input(sample, t)
+            z = z_float32.to(dtype)
             latent = self._draw_latent(num_images, generator, device)
             if guider is None:
                 w, needs = scales[i], (needs_cond[i], needs_uncond[i])
@@ -339,6 +392,12 @@ class CFGPipeline(DiffusionPipeline):
             else:
                 inputs = class_labels, guide_labels, latent
                 pred = self.guider_prediction(guider, z, t, i, len(timesteps), *inputs)
+            if any(is_classified[i]):
+                rows = torch.tensor([image for image in range(num_images) if is_classified[i][image]])
+                inputs = classes[rows].to(device), classifier_scales[i, rows].to(device), log_snr[i].item()
+                guidance = self.classifier_guidance(z_float32[rows.to(device)], t, *inputs)
+                self._check_gradient(guidance, rows, i, inputs[-1])
+                pred = pred.index_add(0, rows.to(device), guidance)
             sample = scheduler.step(pred, t, sample, **step_kwargs).prev_sample
 
             if callback_on_step_end is not None:
@@ -392,6 +451,8 @@ class CFGPipeline(DiffusionPipeline):
         """
         guide = self.unet if self.guide_unet is None else self.guide_unet
         inputs = {} if latent is None else {"latent": latent}
+        if self._is_unconditional:
+            return None, self.unet(z, t).sample.float()
         if self.unet.max_guidance_scale is not None:
             return self.unet(z, t, class_labels=class_labels, guidance_scale=w.flatten()).sample.float(), None
         if not needs_uncond:
@@ -432,6 +493,42 @@ class CFGPipeline(DiffusionPipeline):
             return pred
         pred = (1 + w) * pred_cond - w * pred_uncond
         return rescale_noise_cfg(pred, pred_cond, guidance_rescale) if guidance_rescale else pred
+
+    def classifier_guidance(
+        self, z: torch.Tensor, t: torch.Tensor, classes: torch.Tensor, scale: torch.Tensor, log_snr: float
+    ) -> torch.Tensor:
+        r"""
+        Return what classifier guidance adds to a prediction: -s σ ∇_z log p(c | z) to ε (Dhariwal & Nichol 2021,
+        Algorithm 2), 1/α of it to v, and -σ/α of it to x, which are affine in ε at a given z.
+
+        Args:
+            z (`torch.Tensor` of shape `(batch, channels, height, width)`): Noisy samples, scaled by the scheduler.
+            t (`torch.Tensor` of shape `()`): Timestep.
+            classes (`torch.Tensor` of shape `(batch, num_classes)`): Weights of the log p(c | z), which are summed.
+            scale (`torch.Tensor` of shape `(batch,)`): s.
+            log_snr (`float`): λ at the timestep.
+
+        Returns:
+            `torch.Tensor` of the shape of z, in float32.
+        """
+        alpha, sigma = (math.sqrt(1 / (1 + math.exp(-sign * log_snr))) for sign in (1, -1))
+        # With y = αz the gradient is ∇_z = α ∇_y, so that nothing is divided by α, which is 4.5e-5 at λ = -20.
+        factor = {"epsilon": -sigma * alpha, "v_prediction": -sigma, "sample": sigma**2}
+        with torch.inference_mode(False), torch.enable_grad(), torch.autocast(z.device.type, enabled=False):
+            y, t, classes = (alpha * z.detach().float()).requires_grad_(), t.clone(), classes.clone()
+            log_prob = (classes * self.classifier(y, t).log_softmax(1)).sum()
+            (gradient,) = torch.autograd.grad(log_prob, y)
+        return scale.view(-1, 1, 1, 1) * factor[self.scheduler.config["prediction_type"]] * gradient
+
+    def _check_gradient(self, guidance: torch.Tensor, rows: torch.Tensor, step: int, log_snr: float) -> None:
+        """Raise FloatingPointError if the gradient of the classifier is not finite for one of the images `rows`."""
+        finite = guidance.isfinite().flatten(1).all(1).cpu()
+        if not finite.all():
+            raise FloatingPointError(
+                f"The gradient of the classifier is not finite at step {step + 1} of {self.num_timesteps} (λ = "
+                f"{log_snr:.2f}), for the images {self._shown(rows[~finite].tolist())}. Use a smaller "
+                "classifier_guidance_scale, or a classifier whose training did not diverge."
+            )
 
     @staticmethod
     def _needed_passes(scales: torch.Tensor) -> tuple[list[bool], list[bool]]:
@@ -580,7 +677,8 @@ class CFGPipeline(DiffusionPipeline):
 
     def _check_type(self, name: str, component: Any) -> None:
         """Check the type of a component. Accept any value of other names."""
-        is_network = hasattr(component, "noise_process") and not isinstance(component, type)
+        has_process = hasattr(component, "noise_process") and not isinstance(component, type)
+        is_network = has_process and hasattr(component, "latent_dim")
         is_none = component is None
         types = {
             "unet": (is_network, "a UNet2DCFGModel"),
@@ -591,13 +689,14 @@ class CFGPipeline(DiffusionPipeline):
                 "an AutoencoderKL or None",
             ),
             "guider": (isinstance(component, BaseGuidance) or is_none, "a diffusers guider object or None"),
+            "classifier": ((has_process and not is_network) or is_none, "a NoisyClassifier2DModel or None"),
         }
         if name in types:
             self._require(name, component, *types[name])
 
     def _check_components(self) -> None:
         """Check that the components fit each other, and that the scheduler has the network's noise process."""
-        unet, guide, vae = self.unet, self.guide_unet, self.vae
+        unet, guide, vae, classifier = self.unet, self.guide_unet, self.vae, self.classifier
         channels, size = unet.config.in_channels, unet.config.sample_size
         for name, network in (("unet", unet), ("guide_unet", guide or unet)):
             record = network.noise_process
@@ -607,14 +706,25 @@ class CFGPipeline(DiffusionPipeline):
         # Each level but the last halves the size.
         multiple = 2 ** (max(len(network.config.block_out_channels) for network in (unet, guide or unet)) - 1)
         is_size = len(sides) == 2 and all(type(side) is int and side > 0 and side % multiple == 0 for side in sides)
-        num_classes, out_channels = unet.num_classes, unet.config.out_channels
+        num_classes, out_channels = self.num_classes, unet.config.out_channels
         required = f"a positive multiple of {multiple}, or two of them as height and width"
         self._require("unet.config.sample_size", size, is_size, required)
         self._require("unet.config.out_channels", out_channels, out_channels == channels, f"in_channels, {channels}")
         if vae is not None:
             found = vae.config.latent_channels
             self._require("vae.config.latent_channels", found, found == channels, f"the UNet's {channels}")
+        if classifier is not None:
+            theirs, ours = classifier.config.sample_size, [*sides]
+            theirs = [*theirs] if isinstance(theirs, (list, tuple)) else [theirs, theirs]
+            self._require("classifier.config.sample_size", theirs, theirs == ours, f"the UNet's {ours}")
+            for name, ours, theirs in (
+                ("num_classes", num_classes, classifier.num_classes),
+                ("config.in_channels", channels, classifier.config.in_channels),
+                ("noise_process", self._classified_process, classifier.noise_process),
+            ):
+                self._require(f"classifier.{name}", theirs, theirs == ours, f"the UNet's {ours}")
         if guide is not None:
+            self._require("guide_unet", guide, not self._is_unconditional, "None, because the UNet is unconditional")
             for name, ours, theirs in (
                 ("num_classes", num_classes, guide.num_classes),
                 ("config.in_channels", channels, guide.config.in_channels),
@@ -628,11 +738,22 @@ class CFGPipeline(DiffusionPipeline):
             self._require("guide_unet.max_guidance_scale", largest, largest is None, required)
         self._check_scheduler()
 
+    def _check_classifier_names(self) -> None:
+        """Check that the classes of the classifier have the names of the pipeline's, if both have names."""
+        names = self.classifier.config.id2label if self.classifier is not None else None
+        theirs, ours = {int(class_id): name for class_id, name in (names or {}).items()}, self.id2label
+        if theirs and ours and theirs != ours:
+            raise ValueError(
+                "classifier was trained for classes with other names or in another order, such as "
+                f"{self._shown(sorted(theirs.items() ^ ours.items())[:2])}. Use a classifier for the classes of this "
+                "model."
+            )
+
     def _checked_settings(
         self, id2label: Any, conditioning_dropout_prob: Any, num_inference_steps: Any
     ) -> dict[str, Any]:
         """Return the settings of the pipeline as they are saved. Raise ValueError if one is invalid."""
-        p, num_classes = conditioning_dropout_prob, self.unet.num_classes
+        p, num_classes = conditioning_dropout_prob, self.num_classes
         is_dict = id2label is None or isinstance(id2label, Mapping)
         is_prob = p is None or self._is_number(p, 0, 1)
         self._require("id2label", id2label, is_dict, "a dictionary such as {0: 'cat', 1: 'dog'}")
@@ -674,6 +795,10 @@ class CFGPipeline(DiffusionPipeline):
             "guidance_scale": (
                 lambda w: not isinstance(w, (type, BaseGuidance)),
                 "a number, a list of numbers or a function of the log-SNR; a guider is passed as guider",
+            ),
+            "classifier_guidance_scale": (
+                lambda s: not isinstance(s, (type, torch.nn.Module)),
+                "a number, a list of numbers or a function of the log-SNR; a classifier is a component of the pipeline",
             ),
             "guidance_interval": (self._is_interval, "(σ_lo, σ_hi) with 0 ≤ σ_lo < σ_hi"),
             "guidance_rescale": (lambda rescale: self._is_number(rescale, 0, 1), "in [0, 1]"),
@@ -753,6 +878,11 @@ class CFGPipeline(DiffusionPipeline):
                 f"{', '.join(given)} cannot be combined with the guider {type(guider).__name__}, which replaces the "
                 "pipeline's rule. Pass a scale, start and stop to the guider, or set pipe.guider = None."
             )
+        if guider is not None and self._is_unconditional:
+            raise ValueError(
+                f"{type(guider).__name__} compares predictions for several classes, but the network of this model is "
+                "unconditional. Use classifier_guidance_scale."
+            )
         if type(guider).__name__ in self.refused_guiders:
             reason = self.refused_guiders[type(guider).__name__]
             raise ValueError(f"{type(guider).__name__} cannot guide this model: in this version of diffusers {reason}.")
@@ -818,6 +948,11 @@ class CFGPipeline(DiffusionPipeline):
     def _trained_process(self) -> dict[str, Any] | None:
         """The noise process that the UNet records, or else that of the scheduler the pipeline was created with."""
         return self._with_schedule(self.unet.noise_process) or self._first_process
+
+    @property
+    def _classified_process(self) -> dict[str, Any] | None:
+        """The noise process of a classifier, which does not depend on what the UNet predicts."""
+        return self._trained_process and {k: v for k, v in self._trained_process.items() if k != "prediction_type"}
 
     @staticmethod
     def _with_schedule(process: dict[str, Any] | None) -> dict[str, Any] | None:
@@ -950,7 +1085,7 @@ class CFGPipeline(DiffusionPipeline):
             mixes = [label.items() if isinstance(label, dict) else [(label, 1.0)] for label in labels]
             mixes = [[(self._class_id(name, label, label2id), weight) for label, weight in mix] for mix in mixes]
             if any(isinstance(label, dict) for label in labels):
-                labels = torch.zeros(len(mixes), self.unet.num_classes + 1)
+                labels = torch.zeros(len(mixes), self.num_classes + 1)
                 for row, mix in zip(labels, mixes, strict=True):
                     for class_id, weight in mix:
                         what = f"The weight of class {class_id} in {name}"
@@ -960,16 +1095,16 @@ class CFGPipeline(DiffusionPipeline):
                 labels = torch.tensor([class_id for mix in mixes for class_id, _ in mix], dtype=torch.int64)
         if labels.numel() == 0:
             raise ValueError(f"{name} is empty. Pass at least one class id or name.")
-        self.unet.check_class_labels(labels, len(labels), name)
+        self.unet.check_class_labels(labels, len(labels), name, self.num_classes)
         if labels.is_floating_point():
             return labels.float()
-        return labels.to(torch.int64) % (self.unet.num_classes + 1)  # -1 is the null class, the last row
+        return labels.to(torch.int64) % (self.num_classes + 1)  # -1 is the null class, the last row
 
     def _check_class_id(self, name: str, class_id: int) -> None:
         """Check an id that a user entered: `0 … num_classes - 1`, or -1 for the null class."""
-        if -1 <= class_id < self.unet.num_classes:
+        if -1 <= class_id < self.num_classes:
             return
-        one_based = ", counted from 1?" if class_id == self.unet.num_classes else "."
+        one_based = ", counted from 1?" if class_id == self.num_classes else "."
         raise ValueError(
             f"{name} contains the unknown id {class_id}{one_based} The classes are {self._known_classes()}; -1 is the "
             "null class."
@@ -977,7 +1112,7 @@ class CFGPipeline(DiffusionPipeline):
 
     def _check_weights(self, name: str, weights: torch.Tensor) -> None:
         """Check the shape of a tensor of weights that a user entered: `(labels, num_classes)`."""
-        num_classes, shape = self.unet.num_classes, tuple(weights.shape)
+        num_classes, shape = self.num_classes, tuple(weights.shape)
         if len(shape) == 2 and shape[1] == num_classes:
             return
         one_based = ", counted from 1?" if shape[1:] == (num_classes + 1,) else "."
@@ -1000,7 +1135,7 @@ class CFGPipeline(DiffusionPipeline):
         elif self.guide_unet is not None:
             guide_labels = class_labels
         else:
-            guide_labels = torch.full((len(class_labels),), self.unet.null_class_label)
+            guide_labels = torch.full((len(class_labels),), self.num_classes)
         if class_labels.ndim != guide_labels.ndim:
             class_labels, guide_labels = self._weights(class_labels), self._weights(guide_labels)
         return class_labels, guide_labels
@@ -1009,7 +1144,7 @@ class CFGPipeline(DiffusionPipeline):
         """Convert ids `(labels,)` to weights `(labels, num_classes + 1)`; return weights unchanged."""
         if labels.is_floating_point():
             return labels
-        return torch.nn.functional.one_hot(labels, self.unet.num_classes + 1).float()
+        return torch.nn.functional.one_hot(labels, self.num_classes + 1).float()
 
     def _class_id(self, name: str, label: int | str, label2id: dict[str, int]) -> int:
         """Return the checked id of a label, `-1 … num_classes - 1`."""
@@ -1037,21 +1172,22 @@ class CFGPipeline(DiffusionPipeline):
         """Return the classes formatted for a message, with at most 50 names."""
         named = [f"{class_name!r} ({class_id})" for class_id, class_name in sorted(self.id2label.items())]
         if not named:
-            return f"0 … {self.unet.num_classes - 1}"
+            return f"0 … {self.num_classes - 1}"
         return ", ".join(named[:50]) + (f", … ({len(named)} in all)" if len(named) > 50 else "")
 
     def _guidance_scales(
         self,
+        name: str,
         guidance_scale: float | Sequence[float] | torch.Tensor | Callable[[float], Any] | None,
         guidance_interval: tuple[float, float] | None,
         log_snr: torch.Tensor,
         num_images: int,
         num_images_per_label: int,
     ) -> torch.Tensor:
-        """Return w at each λ and for each image, float32 `(steps, images)` on the CPU; 0 outside the interval."""
-        name, values = "guidance_scale", [1.0 if guidance_scale is None else guidance_scale]  # None: a guider sets it
+        """Return a scale at each λ and for each image, float32 `(steps, images)` on the CPU; 0 outside the interval."""
+        values = [1.0 if guidance_scale is None else guidance_scale]  # None: a guider sets it
         if callable(guidance_scale):
-            name, values = "What guidance_scale returns", [guidance_scale(x) for x in log_snr.tolist()]
+            name, values = f"What {name} returns", [guidance_scale(x) for x in log_snr.tolist()]
         rows = [self._scale_per_image(name, value, num_images, num_images_per_label) for value in values]
         scales = torch.stack(rows).expand(len(log_snr), -1)
         if guidance_interval is not None:
@@ -1063,13 +1199,53 @@ class CFGPipeline(DiffusionPipeline):
                     f"{sigma.max():.4g} to {sigma.min():.4g}. Use a wider interval or more steps."
                 )
             scales = torch.where(inside[:, None], scales, 0.0)
+        return scales
+
+    @property
+    def _default_guidance_scale(self) -> float:
+        """The w of a call without one."""
+        if self._is_unconditional:
+            return -1.0
+        return 0.0 if self.unet.latent_dim is not None else min(1.0, self.unet.max_guidance_scale or 1.0)
+
+    def _check_guidance_scales(self, scales: torch.Tensor) -> None:
+        """Check that the network supports the values of w, `(steps, images)`."""
+        if self._is_unconditional and (other := scales[scales != -1]).numel():
+            raise ValueError(
+                f"guidance_scale is {other[0]:g}, but the network of this model is unconditional, which is -1. Leave it "
+                "out, and pass classifier_guidance_scale."
+            )
         largest = self.unet.max_guidance_scale
         if largest is not None and (outside := scales[~((scales >= 0) & (scales <= largest))]).numel():
             raise ValueError(
                 f"guidance_scale is {outside[0]:g}, but this model was distilled for 0 … "
                 f"{largest:g}. Use the model that it was distilled from, or class_labels=-1 for unconditional images."
             )
-        return scales
+
+    def _check_classifier_guidance(self, scales: torch.Tensor) -> None:
+        """Check that the model can be guided by a classifier, unless all scales `(steps, images)` are zero."""
+        if not scales.any():
+            return
+        given = f"classifier_guidance_scale is {scales[scales != 0][0]:g}, but"
+        if self.classifier is None:
+            raise ValueError(
+                f"{given} this model has no classifier. Train one with training/train_classifier.py, or use "
+                "guidance_scale alone."
+            )
+        if self.unet.max_guidance_scale is not None:
+            raise ValueError(
+                f"{given} this model was distilled to guide without one. Use the model that it was distilled from."
+            )
+        if self.unet.latent_dim is not None:
+            raise ValueError(
+                f"{given} this model is a generator, whose output is an image and no prediction that a gradient could "
+                "change. Leave it out."
+            )
+        if self.classifier.dtype != torch.float32:
+            raise ValueError(
+                f"{given} the classifier is in {self.classifier.dtype}, which is too coarse for its gradient. Call "
+                "pipe.classifier.to(torch.float32); the other networks may stay in half precision."
+            )
 
     def _scale_per_image(
         self, name: str, guidance_scale: Any, num_images: int, num_images_per_label: int
@@ -1107,8 +1283,9 @@ class CFGPipeline(DiffusionPipeline):
 
     def _warn_if_never_dropped(self, guide_labels: torch.Tensor, needs_uncond: bool) -> None:
         """Warn if ε(z) is needed, but the model was trained without dropping labels."""
-        null_class = guide_labels.ndim == 1 and bool((guide_labels == self.unet.null_class_label).any())
-        if needs_uncond and self.guide_unet is None and null_class and self.config.conditioning_dropout_prob == 0:
+        null_class = guide_labels.ndim == 1 and bool((guide_labels == self.num_classes).any())
+        needs_uncond = needs_uncond and self.guide_unet is None and not self._is_unconditional
+        if needs_uncond and null_class and self.config.conditioning_dropout_prob == 0:
             logging.get_logger(__name__).warning(
                 "This model was trained with conditioning_dropout_prob = 0: its null class is untrained, so guidance "
                 "and unconditional samples are meaningless. Use guidance_scale=0, or train with 0.1 to 0.2."
@@ -1182,6 +1359,8 @@ class CFGPipeline(DiffusionPipeline):
         index = json.loads(super().to_json_string())
         index["_class_name"] = ["pipeline_cfg", type(self).__name__]
         index.pop("_name_or_path", None)
+        if self.classifier is None:
+            index.pop("classifier")  # Versions that know of no classifier would warn of it.
         for name, component in self.components.items():
             if hasattr(component, "remote_code"):
                 module, class_name = index[name]

@@ -18,7 +18,8 @@ class UNet2DCFGModel(UNet2DModel):
     A class-conditional `UNet2DModel` whose last class-embedding row is the null class ∅ of classifier-free guidance.
 
     The constructor is that of `UNet2DModel` with three more arguments. Set `num_class_embeds` to the number of classes
-    **plus one**. Without the three, each class loads the other's weights.
+    **plus one**; with `None` the network is unconditional, and takes no labels. Without the three, each class loads the
+    other's weights.
 
     ```python
     unet = UNet2DCFGModel(sample_size=32, in_channels=1, out_channels=1, num_class_embeds=10 + 1)
@@ -307,7 +308,9 @@ class UNet2DCFGModel(UNet2DModel):
         """The label of the null class ∅, `num_classes`: the last row of the class embedding."""
         return self.num_classes
 
-    def check_class_labels(self, class_labels: torch.Tensor, batch_size: int, name: str = "class_labels") -> None:
+    def check_class_labels(
+        self, class_labels: torch.Tensor, batch_size: int, name: str = "class_labels", num_classes: int | None = None
+    ) -> None:
         """
         Check a batch of labels for the network. They may contain `null_class_label`, which `CFGPipeline` refuses in
         labels that a user enters.
@@ -321,31 +324,35 @@ class UNet2DCFGModel(UNet2DModel):
                 0, and each row adds up to one.
             batch_size (`int`): Number of samples.
             name (`str`, *optional*, defaults to `"class_labels"`): Name of the argument, for messages.
+            num_classes (`int`, *optional*): Number of classes; by default that of the network.
 
         Raises:
             ValueError: If the labels are neither integers nor weights, are not one per sample, or are out of range.
         """
-        self._check_class_labels_layout(class_labels, batch_size, name)
+        num_classes = num_classes or self.num_classes
+        self._check_class_labels_layout(class_labels, batch_size, name, num_classes)
         if class_labels.is_floating_point():
             wrong = [row for row in class_labels.tolist() if not (min(row) >= 0 and abs(sum(row) - 1) < 1e-3)]
             if wrong:
                 shown = str(wrong[0])[:100]
                 raise ValueError(f"The weights in {name} must be at least 0 and add up to one, but are {shown}.")
             return
-        wrong = sorted({label for label in class_labels.tolist() if not -1 <= label <= self.null_class_label})
+        wrong = sorted({label for label in class_labels.tolist() if not -1 <= label <= num_classes})
         if wrong:
             raise ValueError(
-                f"{name} {str(wrong)[:100]} are out of range. The classes are 0 … {self.num_classes - 1}; -1 or "
-                f"{self.null_class_label} is the null class."
+                f"{name} {str(wrong)[:100]} are out of range. The classes are 0 … {num_classes - 1}; -1 or "
+                f"{num_classes} is the null class."
             )
 
-    def _check_class_labels_layout(self, class_labels: torch.Tensor, batch_size: int, name: str) -> None:
+    def _check_class_labels_layout(
+        self, class_labels: torch.Tensor, batch_size: int, name: str, num_classes: int
+    ) -> None:
         """Check dtype and shape, without reading values."""
-        if class_labels.is_floating_point() and class_labels.shape == (batch_size, self.num_classes + 1):
+        if class_labels.is_floating_point() and class_labels.shape == (batch_size, num_classes + 1):
             return
         if class_labels.is_floating_point() or class_labels.is_complex() or class_labels.dtype == torch.bool:
             raise ValueError(
-                f"{name} must be integers, or weights of shape ({batch_size}, {self.num_classes + 1}), but have "
+                f"{name} must be integers, or weights of shape ({batch_size}, {num_classes + 1}), but have "
                 f"dtype {class_labels.dtype} and shape {tuple(class_labels.shape)}."
             )
         if class_labels.shape != (batch_size,):
@@ -373,7 +380,7 @@ class UNet2DCFGModel(UNet2DModel):
                 float is truncated to an integer.
             class_labels (`torch.Tensor` of shape `(batch,)`, *optional*): Integers; `-1` or `null_class_label` is the
                 null class. Or weights, `(batch, num_classes + 1)`, which mix the rows of the class embedding. By
-                default the null class for the whole batch.
+                default the null class for the whole batch. An unconditional network takes `None`.
             return_dict (`bool`, *optional*, defaults to `True`): Whether to return a `UNet2DOutput` instead of a tuple.
             guidance_scale (`torch.Tensor` of shape `(batch,)`, *optional*): The paper's w in [0, `max_guidance_scale`],
                 for a network that takes w. By default 0.
@@ -390,14 +397,15 @@ class UNet2DCFGModel(UNet2DModel):
                 is not one per sample. The ranges of labels and w are checked only on the CPU, because reading them on
                 other devices would stall every step; call `check_class_labels` before.
         """
-        class_labels = self._fill_class_labels(class_labels, sample)
+        if self.class_embedding is not None or class_labels is not None:
+            class_labels = self._fill_class_labels(class_labels, sample)
         if self.config.center_input_sample:
             sample = 2 * sample - 1.0
 
         # 1. emb = time + (class + guidance scale + latent vector)
         timesteps = self._expand_timestep(timestep, sample)
         emb = self.time_embedding(self.time_proj(timesteps).to(sample.dtype))
-        conditions = self._embed_class_labels(class_labels)
+        conditions = torch.zeros_like(emb) if class_labels is None else self._embed_class_labels(class_labels)
         if self.guidance_embedding is not None or guidance_scale is not None:
             conditions = conditions + self._embed_guidance_scale(guidance_scale, sample)
         if self.latent_mapping is not None or latent is not None:
@@ -446,7 +454,7 @@ class UNet2DCFGModel(UNet2DModel):
         if class_labels.device.type == "cpu" and not torch.compiler.is_compiling():
             self.check_class_labels(class_labels, batch_size)
         else:
-            self._check_class_labels_layout(class_labels, batch_size, "class_labels")
+            self._check_class_labels_layout(class_labels, batch_size, "class_labels", self.num_classes)
         if class_labels.is_floating_point():
             return class_labels
         return torch.where(class_labels == -1, self.null_class_label, class_labels)

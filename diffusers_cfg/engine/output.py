@@ -27,7 +27,7 @@ logger = logging.getLogger(__name__)
 # The names of all that runs and evaluations write to the folder, besides logs. --overwrite_output_dir deletes them.
 RUN_FILES = re.compile(
     "|".join(map(re.escape, (CONFIG_FILE, RUN, INDEX, "pipeline_cfg.py", NOISE_SCHEDULE, SCHEDULE_PICTURE)))
-    + r"|unet|scheduler|vae|evaluation|(old-|tmp-)?checkpoint-\d+|tmp-model"
+    + r"|unet|scheduler|vae|classifier|evaluation|(old-|tmp-)?checkpoint-\d+|tmp-model"
 )
 # The settings that may be paths of what a run reads.
 INPUTS = (

@@ -56,7 +56,11 @@ class GaussianMixtureModel(torch.nn.Module):
         channels, size = means.shape[1], tuple(means.shape[2:])
         # One level, which takes any size
         self.config = SimpleNamespace(
-            in_channels=channels, out_channels=channels, block_out_channels=(channels,), sample_size=size
+            in_channels=channels,
+            out_channels=channels,
+            block_out_channels=(channels,),
+            sample_size=size,
+            num_class_embeds=self.num_classes + 1,
         )
         probs = torch.ones(len(means)) if probs is None else probs
         self.register_buffer("means", means.flatten(1))
@@ -77,7 +81,9 @@ class GaussianMixtureModel(torch.nn.Module):
         """The device of the parameters of the mixture."""
         return self.means.device
 
-    def check_class_labels(self, class_labels: torch.Tensor, batch_size: int, name: str = "class_labels") -> None:
+    def check_class_labels(
+        self, class_labels: torch.Tensor, batch_size: int, name: str = "class_labels", num_classes: int | None = None
+    ) -> None:
         """Raise `ValueError` if a label is out of range, like `UNet2DCFGModel.check_class_labels`."""
         invalid = [label for label in class_labels.tolist() if not -1 <= label <= self.null_class_label]
         if invalid:
@@ -259,6 +265,47 @@ def sliced_wasserstein(a: torch.Tensor, b: torch.Tensor, directions: int = 16) -
     axes = torch.stack([angles.cos(), angles.sin()])
     projected = [(points.double().flatten(1) @ axes).sort(dim=0).values for points in (a, b)]
     return (projected[0] - projected[1]).abs().mean().item()
+
+
+class GaussianMixtureClassifier(torch.nn.Module):
+    """
+    The exact classifier of a mixture, p(c | z) = p(z | c) p(c) / p(z). It replaces a `NoisyClassifier2DModel` in
+    `CFGPipeline(model, scheduler, classifier=classifier)`.
+
+    Args:
+        model (`GaussianMixtureModel`): the mixture. In float64 its gradients are exact to that of float32.
+    """
+
+    dtype = torch.float32  # of its input
+
+    def __init__(self, model: GaussianMixtureModel) -> None:
+        super().__init__()
+        self.model, self.num_classes, config = model, model.num_classes, model.scheduler.config
+        names = ("num_train_timesteps", "log_snr_min", "log_snr_max", "log_snr_schedule")
+        self.noise_process = {name: config[name] for name in names}
+        self.config = SimpleNamespace(
+            in_channels=model.config.in_channels, sample_size=model.config.sample_size, id2label=None
+        )
+
+    def forward(self, sample: torch.Tensor, timestep: torch.Tensor) -> torch.Tensor:
+        """Return log p(c | z) at αz, `(batch, num_classes)`, float64. See `NoisyClassifier2DModel.forward`."""
+        alpha, sigma = self.model.scheduler.alpha_sigma(self.model.scheduler.u(timestep.double()))
+        z = sample.double() / alpha
+        log_joint = [
+            self.model.log_prob(z, alpha, sigma, torch.full((len(z),), c, device=z.device))
+            for c in range(self.num_classes)
+        ]
+        return torch.stack(log_joint, 1) + self.log_class_probs - self.model.log_prob(z, alpha, sigma)[:, None]
+
+    @property
+    def device(self) -> torch.device:
+        """The device of the mixture."""
+        return self.model.device
+
+    @property
+    def log_class_probs(self) -> torch.Tensor:
+        """log p(c), `(num_classes,)`."""
+        return self.model.log_probs.masked_fill(~self.model.allowed[:-1], -math.inf).logsumexp(1)
 
 
 class ToyProblem:

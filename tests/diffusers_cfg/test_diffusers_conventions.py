@@ -114,7 +114,7 @@ def test_optional_components_stay_removed(tmp_path):
         setattr(pipeline, name, None)
     again = loaded(pipeline, tmp_path)
     assert {name: getattr(again, name) for name in pipeline._optional_components} == dict.fromkeys(
-        ("vae", "guide_unet", "guider")
+        ("vae", "guide_unet", "guider", "classifier")
     )
     assert sorted(path.name for path in tmp_path.iterdir() if path.is_dir()) == ["scheduler", "unet"]
     torch.testing.assert_close(draw(again), draw(pipeline), rtol=0, atol=1e-4)

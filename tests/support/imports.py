@@ -9,7 +9,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
 PACKAGE = ROOT / "diffusers_cfg"
-REMOTE = ("unet_2d_cfg", "scheduling_log_snr", "pipeline_cfg")
+REMOTE = ("unet_2d_cfg", "scheduling_log_snr", "classifier_2d", "pipeline_cfg")
 
 
 @cache
@@ -68,7 +68,12 @@ def package_of(path: Path) -> list[str]:
 
 def resolve(module: str, name: str) -> str:
     """Return the module that `from module import name` imports."""
-    public = {"CFGPipeline": "hub", "LogSNRScheduler": "scheduling_log_snr", "UNet2DCFGModel": "unet_2d_cfg"}
+    public = {
+        "CFGPipeline": "hub",
+        "LogSNRScheduler": "scheduling_log_snr",
+        "NoisyClassifier2DModel": "classifier_2d",
+        "UNet2DCFGModel": "unet_2d_cfg",
+    }
     if module == "diffusers_cfg" and name in public:
         return f"diffusers_cfg.{public[name]}"
     return f"{module}.{name}" if f"{module}.{name}" in modules() else module
