@@ -20,9 +20,9 @@ class NoisyClassifier2DModel(ModelMixin, ConfigMixin):
     A classifier of noisy images: the down path of a `UNet2DModel`, the mean over positions, and a linear layer
     (Dhariwal & Nichol 2021, arXiv 2105.05233, section 4, with their attention pooling replaced by the mean).
 
-    The network sees αz instead of z = αx + σε. Of all multiples of z it is the closest to x, for x of unit variance, and
-    at the noisy end it vanishes, and with it ∇_z log p(c | z). A gradient of z itself would not: it would move x̃ by
-    w σ²/α ∇_z log p(c | z), where 1/α is 22026 at λ = -20.
+    The network sees αz instead of z = αx + σε: the best linear estimate of x if x has unit variance. It vanishes at the
+    noisy end, and with it ∇_z log p(c | z), as it must: guidance moves x̃ by s σ²/α ∇_z log p(c | z), where 1/α is 22026
+    at λ = -20. The gradient of a network that sees z does not vanish.
 
     ```python
     classifier = NoisyClassifier2DModel(sample_size=32, in_channels=1, num_classes=10)
@@ -43,8 +43,8 @@ class NoisyClassifier2DModel(ModelMixin, ConfigMixin):
         add_attention (`bool`): Whether the block after the last level has self-attention.
         id2label (`dict`, *optional*): Name of each class id. Keys may be strings, as in JSON. `CFGPipeline` compares
             it with its own.
-        noise_process (`dict`, *optional*): The noise process of the training, which `CFGPipeline` compares with its own:
-            `num_train_timesteps`, `log_snr_min`, `log_snr_max` and `log_snr_schedule` of a `LogSNRScheduler`.
+        noise_process (`dict`, *optional*): The noise process of its training: `num_train_timesteps`, `log_snr_min`,
+            `log_snr_max` and `log_snr_schedule` of a `LogSNRScheduler`. `CFGPipeline` compares it with its own.
 
     Raises:
         ValueError: If a setting is invalid.

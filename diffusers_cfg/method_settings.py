@@ -37,8 +37,11 @@ DIGITS_DDGAN = {
     "discriminator_channels": [32, 64, 64],
     "ema_max_decay": [0.995],
 }
+DIGITS_CLASSIFIER = {**DIGITS, "validation_steps": 750}
 # With more steps, a step is close to a Gaussian, which diffusion models learn.
 MAX_TIMESTEPS = 8
+# Fraction of the images that is held out from the training of a classifier
+HELD_OUT = 0.1
 # Number of images that the minibatch standard deviation of a discriminator compares
 GROUP_SIZE = 4
 FP16_REFUSED = (
@@ -291,15 +294,8 @@ class DistillationConfig(CFGConfig):
     @classmethod
     def derived_defaults(cls, values: Mapping[str, Any]) -> dict[str, Any]:
         """Return the teacher's data and optimization settings if its folder contains a train_config.yaml."""
-        path, settings = Path(values["teacher"]).expanduser() / CONFIG_FILE, {}
-        if path.is_file():
-            of_others = {f.name for config in (VDMConfig, DDGANConfig) for f in fields(config)}
-            of_teacher = read_yaml(path, DistillationConfig, ignored=of_others)
-            shared = {f.name for part in (DataConfig, OptimizationConfig) for f in fields(part)}
-            settings = {n: v for n, v in of_teacher.items() if n in shared | {"conditioning_dropout_prob"}}
-            given = {f.name: values[f.name] for f in fields(DataConfig) if values[f.name] != default_of(f)}
-            if data_source({**settings, **given}) != data_source(settings):
-                settings.pop("train_val_split", None)  # which images are held out is a matter of the teacher's data
+        shared = {f.name for part in (DataConfig, OptimizationConfig) for f in fields(part)}
+        settings = settings_of_run(values["teacher"], cls, shared | {"conditioning_dropout_prob"}, values)
         values = {**values, **{n: v for n, v in settings.items() if values.get(n) is None}}
         return {**super().derived_defaults(values), **settings, "pretrained_model_name_or_path": values["teacher"]}
 
@@ -319,3 +315,71 @@ class DistillationConfig(CFGConfig):
             raise UserError(
                 f"num_inference_steps: the student samples in {values['student_steps']} steps. Leave it out."
             )
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClassifierConfig(TrainConfig):
+    """Settings of classifiers of noisy images, `ClassifierGuidance`."""
+
+    description: ClassVar[str] = (
+        "Train a classifier of noisy images, for classifier guidance of a diffusion model (arXiv 2105.05233)."
+    )
+    group = "classifier"
+    digits = DIGITS_CLASSIFIER
+    replaced = {}  # the network of the classifier is new
+
+    pretrained_model_name_or_path: str = recorded(
+        help="Diffusion model to guide, on the Hub or in a folder. The classifier has its noise process and classes, "
+        "by default its data, and is saved together with it."
+    )
+    train_val_split: float = fixed(
+        HELD_OUT,
+        "Fraction of the images that is held out from training, for the logged accuracy. By default that of the "
+        "diffusion model, if it holds out any; 0 with --streaming.",
+        at_least=0,
+        below=1,
+    )
+    adam_weight_decay: float = recorded(0.01, "Weight decay of AdamW.", at_least=0)
+    output_dir: str = free(
+        "classifier-model", "Folder for checkpoints, samples, logs and the pipeline with both models."
+    )
+    validation_guidance_scales: list[float] = free(
+        [0.0, 0.5, 1.0, 2.0, 4.0],
+        "Guidance scales w of the columns of the validation grid. The classifier guides the unconditional model at the "
+        "scale 1 + w, which is guidance at w if it is exact.",
+    )
+
+    @classmethod
+    def derived_defaults(cls, values: Mapping[str, Any]) -> dict[str, Any]:
+        """Return the data of the diffusion model if its folder contains a train_config.yaml."""
+        names = {f.name for f in fields(DataConfig)}
+        settings = settings_of_run(values["pretrained_model_name_or_path"], DataConfig, names, values)
+        values = {**values, **{n: v for n, v in settings.items() if values.get(n) is None}}
+        if not settings.get("train_val_split"):
+            settings["train_val_split"] = 0.0 if values["streaming"] or settings.get("streaming") else HELD_OUT
+        return {**super().derived_defaults(values), **settings}
+
+
+def settings_of_run(
+    folder: str, config_class: type[DataConfig], names: set[str], values: Mapping[str, Any]
+) -> dict[str, Any]:
+    """
+    Return settings of the run in a folder, if it contains a train_config.yaml.
+
+    Args:
+        folder (`str`): the output folder of a run of any method, or the name of a repository, which has no such file.
+        config_class (`type[DataConfig]`): the settings to read. Those that only other classes have are ignored.
+        names (`set[str]`): the names of the settings to return.
+        values (`Mapping[str, Any]`): the settings of this run. If they name other data, `train_val_split` is left out:
+            which images are held out is a matter of the data.
+    """
+    path = Path(folder).expanduser() / CONFIG_FILE
+    if not path.is_file():
+        return {}
+    methods = (VDMConfig, DDGANConfig, DistillationConfig, ClassifierConfig)
+    of_run = read_yaml(path, config_class, ignored={f.name for config in methods for f in fields(config)})
+    settings = {name: value for name, value in of_run.items() if name in names}
+    given = {f.name: values[f.name] for f in fields(DataConfig) if values[f.name] != default_of(f)}
+    if data_source({**settings, **given}) != data_source(settings):
+        settings.pop("train_val_split", None)
+    return settings

@@ -1212,8 +1212,8 @@ class CFGPipeline(DiffusionPipeline):
         """Check that the network supports the values of w, `(steps, images)`."""
         if self._is_unconditional and (other := scales[scales != -1]).numel():
             raise ValueError(
-                f"guidance_scale is {other[0]:g}, but the network of this model is unconditional, which is -1. Leave it "
-                "out, and pass classifier_guidance_scale."
+                f"guidance_scale is {other[0]:g}, but the network of this model is unconditional. Leave it out, and "
+                "pass classifier_guidance_scale."
             )
         largest = self.unet.max_guidance_scale
         if largest is not None and (outside := scales[~((scales >= 0) & (scales <= largest))]).numel():

@@ -141,14 +141,16 @@ def make_batch(
     return Batch(x, images.class_labels.to(draws.device, non_blocking=True), draws, draws.step)
 
 
-def probe_batches(config: TrainConfig, method: Method, dataset: Dataset, device: torch.device) -> Iterator[Batch]:
-    """Yield up to 256 images for `Method.probe`, the same in every call: labelled ones if there are any."""
+def probe_batches(
+    config: TrainConfig, method: Method, dataset: Dataset, device: torch.device, num_images: int = 256
+) -> Iterator[Batch]:
+    """Yield up to `num_images` images for `Method.probe`, the same in every call: labelled ones if there are any."""
     assert isinstance(dataset, Sized)
     candidates = (dataset.class_labels != UNLABELLED).nonzero().flatten()
     if not len(candidates):
         candidates = torch.arange(len(dataset))
     order = torch.randperm(len(candidates), generator=seeded_generator("cpu", config.seed, "probe"))
-    chosen = candidates[order[:256]]
+    chosen = candidates[order[:num_images]]
     for first in range(0, len(chosen), config.train_batch_size):
         rows = range(first, min(first + config.train_batch_size, len(chosen)))
         images = dataset.__getitems__(chosen[list(rows)].tolist())

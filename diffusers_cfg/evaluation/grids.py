@@ -1,11 +1,13 @@
 """Arrange images in a grid, such as the samples of a training run: a row for each class, a column for each w."""
 
+from typing import Any
+
 import torch
 from accelerate import Accelerator
 from PIL import Image, ImageDraw, ImageFont
 
 from diffusers_cfg import CFGPipeline
-from diffusers_cfg.evaluation.settings import format_number
+from diffusers_cfg.evaluation.settings import GUIDANCE, format_number
 from diffusers_cfg.randomness import seeded_generator
 
 MAX_ROWS = 10
@@ -19,6 +21,7 @@ def sample_grid(
     guidance_scales: list[float],
     num_inference_steps: int,
     seed: int,
+    guidance: str = "classifier_free",
 ) -> Image.Image:
     """
     Generate a grid of samples with a row for each of the first ten classes and a column for each w. Images of a row
@@ -31,6 +34,7 @@ def sample_grid(
         guidance_scales (`list[float]`): the paper's w, one for each column. Values may repeat.
         num_inference_steps (`int`): T.
         seed (`int`): the seed of the noise; each row also depends on its class.
+        guidance (`str`): the rule of guidance, one of `GUIDANCE`.
     """
     classes = classes[:MAX_ROWS]
     # The noise of repeated scales also depends on the number of the repetition.
@@ -42,9 +46,11 @@ def sample_grid(
     ]
     with accelerator.split_between_processes(jobs, apply_padding=True) as process_jobs:
         assert isinstance(process_jobs, list)
+        scales = [GUIDANCE[guidance](w) for _, w, _ in process_jobs]
+        by_image: dict[str, Any] = {name: [row[name] for row in scales] for name in scales[0]}
         images = pipeline(
             class_labels=[class_id for class_id, _, _ in process_jobs],
-            guidance_scale=[w for _, w, _ in process_jobs],
+            **by_image,
             num_inference_steps=num_inference_steps,
             generator=[seeded_generator("cpu", seed, "grid", *key) for _, _, key in process_jobs],
             output_type="pt",

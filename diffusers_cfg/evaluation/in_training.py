@@ -19,7 +19,7 @@ from diffusers_cfg.evaluation.likelihood_data import random_part
 from diffusers_cfg.evaluation.likelihood_summary import bounds
 from diffusers_cfg.evaluation.measure import measure
 from diffusers_cfg.evaluation.sampling import draw_images
-from diffusers_cfg.evaluation.settings import format_number
+from diffusers_cfg.evaluation.settings import GUIDANCE, format_number
 from diffusers_cfg.evaluation.statistics import BATCH_SIZE, RealStatistics, labelled_images
 from diffusers_cfg.files import check_writable
 from diffusers_cfg.settings import TrainConfig
@@ -35,6 +35,7 @@ class SampledMethod(Protocol):
     pipeline: CFGPipeline
     guidance_scales: list[float]
     num_inference_steps: int
+    guidance: str
 
 
 def training_evaluation(
@@ -69,7 +70,7 @@ def training_evaluation(
     def evaluate(pipeline: CFGPipeline) -> dict[str, float]:
         metrics = {}
         for w in method.guidance_scales:
-            call = {"guidance_scale": w, "num_inference_steps": method.num_inference_steps}
+            call = {**GUIDANCE[method.guidance](w), "num_inference_steps": method.num_inference_steps}
             summary = real.summarizer.new_summary(config.num_eval_samples)
             for indices in process_batches:
                 labels = class_labels[indices]

@@ -1,6 +1,6 @@
 """Declare the settings of sampling and of evaluation."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -14,6 +14,16 @@ PAPER_SCALES = [0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 1.0, 2.0, 3.0, 4.0]
 MAX_STEPS, MAX_SAMPLES, MAX_DIFFUSION_STEPS = 100_000, 100_000_000, 1_000_000
 # Of which a likelihood is evaluated by default. Its standard error is then well below 0.1 %.
 MAX_IMAGES = 10_000
+
+
+# The rules of guidance: the scales of classifier-free and of classifier guidance that each of them uses for a given w.
+# With an exact classifier all of them draw the same images (Ho & Salimans 2022, section 3.1).
+GUIDANCE: Mapping[str, Callable[[float], dict[str, float]]] = {
+    "classifier_free": lambda w: {"guidance_scale": w},
+    "classifier": lambda w: {"guidance_scale": -1.0, "classifier_guidance_scale": 1 + w},
+    "conditional_classifier": lambda w: {"guidance_scale": 0.0, "classifier_guidance_scale": w},
+    "both": lambda w: {"guidance_scale": w / 2, "classifier_guidance_scale": w / 2},
+}
 
 
 def format_number(value: float) -> str:

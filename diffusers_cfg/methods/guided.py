@@ -4,7 +4,7 @@ import json
 import logging
 import re
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from accelerate import Accelerator
@@ -26,6 +26,7 @@ class GuidedMethod(Method):
         scheduler (`LogSNRScheduler`): the noise process used in training.
         present_classes (`list[int]`): the ids of the classes that have images; only these are sampled and recommended.
         guidance_scales (`list[float]`), num_inference_steps (`int`): settings of the samples drawn during training.
+        guidance (`str`): the rule of their guidance, one of `GUIDANCE`.
     """
 
     pipeline: CFGPipeline
@@ -33,6 +34,7 @@ class GuidedMethod(Method):
     present_classes: list[int]
     guidance_scales: list[float]
     num_inference_steps: int
+    guidance: ClassVar[str] = "classifier_free"
 
     def sampling_pipeline(self) -> CFGPipeline:
         """Return the pipeline that is sampled, saved and published."""
@@ -47,6 +49,7 @@ class GuidedMethod(Method):
             self.guidance_scales,
             self.num_inference_steps,
             self.config.seed,
+            self.guidance,
         )
 
     def label_gain(self, batches: Iterable[Batch], error: Callable[..., torch.Tensor]) -> dict[str, float]:

@@ -3,6 +3,7 @@
 import logging
 import math
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -87,27 +88,39 @@ def load_pretrained(
     Raises:
         UserError: if the pipeline cannot be loaded, does not fit the resolution, or has an unknown noise process.
     """
+    pretrained = load_diffusion_model(config, flag)
+    unet, vae = pretrained.unet, pretrained.vae
+    replace_classes(unet, pretrained.id2label, images.id2label)
+    unet.register_to_config(sample_size=check_sample_size(unet.config.block_out_channels, sample_size(config, vae)))
+    if vae is not None:
+        vae.eval().requires_grad_(False)
+    pipeline = new_pipeline(config, unet, noise_process(pretrained), vae, images.id2label)
+    warn_about_channels(config, pipeline, images)
+    return pipeline
+
+
+def load_diffusion_model(config: TrainConfig, flag: str = "--pretrained_model_name_or_path") -> CFGPipeline:
+    """Load `pretrained_model_name_or_path`. Raise UserError if that fails or it is a generator. `flag` named it."""
     source = config.pretrained_model_name_or_path
     assert source is not None
     try:
         pretrained = CFGPipeline.from_pretrained(source)
     except (OSError, ValueError) as error:
         raise UserError(f"{flag} {source} cannot be loaded: {error}") from error
-    unet, vae = pretrained.unet, pretrained.vae
-    if unet.latent_dim is not None:
+    if pretrained.unet.latent_dim is not None:
         raise UserError(
             f"{flag} {source} is a denoising diffusion GAN, whose generator draws images in "
             f"{pretrained.num_inference_steps} steps instead of predicting at every noise level. Start from a model of "
             "train_cfg.py or train_vdm.py."
         )
-    replace_classes(unet, pretrained.id2label, images.id2label)
-    unet.register_to_config(sample_size=check_sample_size(unet, sample_size(config, vae)))
-    if vae is not None:
-        vae.eval().requires_grad_(False)
-    pipeline = new_pipeline(config, unet, noise_process(pretrained), vae, images.id2label)
+    return pretrained
+
+
+def warn_about_channels(config: TrainConfig, pipeline: CFGPipeline, images: LabelledImages) -> None:
+    """Warn if the images are converted to the number of channels of a pretrained pipeline."""
     if (channels := pipeline.image_shape[0]) != images.channels:
+        source = config.pretrained_model_name_or_path
         logger.warning("Converting the images to %d channels, the number of channels of %s.", channels, source)
-    return pipeline
 
 
 def refuse_distilled(config: CFGConfig, unet: UNet2DCFGModel) -> None:
@@ -197,7 +210,7 @@ def build_unet(
         unet = cast(UNet2DCFGModel, UNet2DCFGModel.from_config(settings))
     except Exception as error:  # incompatible layers raise exceptions of many types
         raise UserError(f"Failed to build a network with the settings {settings}: {error}") from error
-    check_sample_size(unet, size)
+    check_sample_size(unet.config.block_out_channels, size)
     return unet
 
 
@@ -267,12 +280,12 @@ def pixels_per_latent(vae: AutoencoderKL | None) -> int:
     return 1 if vae is None else 2 ** (len(vae.config.block_out_channels) - 1)
 
 
-def check_sample_size(unet: UNet2DCFGModel, size: int) -> int:
-    """Return the sample size. Raise UserError if the levels of the UNet cannot halve it."""
-    halvings = len(unet.config.block_out_channels) - 1
+def check_sample_size(block_out_channels: Sequence[int], size: int) -> int:
+    """Return the sample size. Raise UserError if the levels of a network cannot halve it."""
+    halvings = len(block_out_channels) - 1
     if size % 2**halvings or size == 0:
         raise UserError(
-            f"Samples of {size}×{size} cannot be halved {halvings} times, as the {halvings + 1} levels of the UNet "
-            f"require. Choose a --resolution that makes the sample size a multiple of {2**halvings}."
+            f"Samples of {size}×{size} cannot be halved {halvings} times, as the {halvings + 1} levels of the network "
+            f"require. Choose a --resolution that makes the sample size a multiple of {2**halvings}, or fewer levels."
         )
     return size

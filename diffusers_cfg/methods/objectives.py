@@ -80,11 +80,16 @@ def by_group(values: torch.Tensor, index: torch.Tensor, names: Sequence[str]) ->
     return dict(zip(names, torch.where(index == groups, values, torch.nan).unbind(), strict=True))
 
 
-def level_names(scheduler: LogSNRScheduler) -> list[str]:
-    """Return the log names of the losses by log-SNR, from the clean end to the noisy end."""
+def level_names(scheduler: LogSNRScheduler, value: str = "loss") -> list[str]:
+    """Return the log names of the losses, or of another value, by log-SNR from the clean end to the noisy end."""
     edges = scheduler.log_snr(torch.linspace(0, 1, NOISE_LEVELS + 1, dtype=torch.float64))
     edges = (edges.round(decimals=1) + 0.0).tolist()  # no negative zero
-    return [f"loss/log_snr_{low}_to_{high}" for high, low in pairwise(edges)]
+    return [f"{value}/log_snr_{low}_to_{high}" for high, low in pairwise(edges)]
+
+
+def noise_level(u: torch.Tensor) -> torch.Tensor:
+    """Return the index of the noise level of each time in [0, 1], int64, in the shape of u."""
+    return (u * NOISE_LEVELS).long().clamp(max=NOISE_LEVELS - 1)
 
 
 def loss_logs(
@@ -99,9 +104,8 @@ def loss_logs(
         is_null (`torch.Tensor` of shape `(batch,)`): bool, whether the network was given the null class.
         levels (`Sequence[str]`): from `level_names`.
     """
-    level = (u * NOISE_LEVELS).long().clamp(max=NOISE_LEVELS - 1)
     return {
         **by_group(loss, is_null.long(), ["loss/conditional", "loss/null"]),
-        **by_group(loss, level, levels),
+        **by_group(loss, noise_level(u), levels),
         "dropout_rate": is_null.float(),
     }

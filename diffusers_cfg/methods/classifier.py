@@ -1,0 +1,168 @@
+"""Train a classifier of noisy images for classifier guidance (Dhariwal & Nichol 2021, arXiv 2105.05233, section 4)."""
+
+import json
+import logging
+from collections.abc import Iterable
+from typing import Any, Self
+
+import torch
+import torch.nn.functional as F
+from torch.utils.data import Dataset
+
+from diffusers_cfg import CFGPipeline, NoisyClassifier2DModel
+from diffusers_cfg.config import UserError
+from diffusers_cfg.data.datasets import training_dataset
+from diffusers_cfg.data.images import UNLABELLED, LabelledImages, require_classes
+from diffusers_cfg.data.labels import listed
+from diffusers_cfg.data.sources import load_held_out_images
+from diffusers_cfg.engine.batches import probe_batches
+from diffusers_cfg.engine.method import Batch, Networks, Objective, Terms
+from diffusers_cfg.evaluation.records import noise_process
+from diffusers_cfg.method_settings import ClassifierConfig
+from diffusers_cfg.methods.guided import GuidedMethod
+from diffusers_cfg.methods.networks import (
+    NOISE_PROCESS,
+    attention,
+    check_sample_size,
+    load_diffusion_model,
+    normalization,
+    warn_about_channels,
+)
+from diffusers_cfg.methods.objectives import NOISE_LEVELS, by_group, level_names, noise_level
+
+logger = logging.getLogger(__name__)
+
+# Number of held-out images whose accuracy is logged, each at all noise levels
+MAX_HELD_OUT = 1000
+
+
+class ClassifierGuidance(GuidedMethod):
+    """A classifier p(c | z) of the noisy images of a diffusion model, which it guides."""
+
+    config: ClassifierConfig
+    guidance = "classifier"
+
+    def __init__(
+        self,
+        config: ClassifierConfig,
+        pipeline: CFGPipeline,
+        present_classes: list[int] | None = None,
+        held_out: Dataset | None = None,
+    ) -> None:
+        self.config, self.pipeline, self.held_out = config, pipeline, held_out
+        self.present_classes = present_classes or list(range(pipeline.num_classes))
+        self.scheduler = noise_process(pipeline)
+        pipeline.unet.requires_grad_(False)
+        pipeline.classifier = build_classifier(config, pipeline)
+        self.modules, self.averaged = {"classifier": pipeline.classifier}, ("classifier",)
+        self.objectives = [Objective("classifier", ("classifier",), self.loss)]
+        self.guidance_scales = config.validation_guidance_scales
+        self.num_inference_steps = pipeline.num_inference_steps
+        self.losses, self.accuracies = (level_names(self.scheduler, value) for value in ("loss", "accuracy"))
+        self.accuracy: dict[str, float] = {}
+
+    @classmethod
+    def build(cls, config: ClassifierConfig, images: LabelledImages) -> Self:
+        """Return the method with a diffusion model to guide. Raise UserError if it does not fit the data."""
+        require_classes(images)
+        pipeline = load_diffusion_model(config)
+        check_diffusion_model(config, pipeline, images)
+        warn_about_channels(config, pipeline, images)
+        held_out = None
+        if config.train_val_split:
+            channels = pipeline.image_shape[0]
+            held_out = training_dataset(load_held_out_images(config), config, channels, show_progress=False)
+        return cls(config, pipeline, images.present_classes, held_out)
+
+    def loss(self, networks: Networks, batch: Batch) -> Terms:
+        """Return -log p(c | z) of each sample of a batch (x, c); 0 of an unlabelled one."""
+        u, noise = batch.draws.uniform("time"), batch.draws.normal("noise", *batch.x.shape[1:])
+        loss, correct = self.errors(networks["classifier"], batch, u, noise)
+        level = noise_level(u)
+        logs = {**by_group(loss.detach(), level, self.losses), **by_group(correct, level, self.accuracies)}
+        is_labelled = batch.class_labels != UNLABELLED
+        return Terms(loss, {name: value.where(is_labelled, torch.nan) for name, value in logs.items()})
+
+    def errors(
+        self, classifier: torch.nn.Module, batch: Batch, u: torch.Tensor, noise: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return -log p(c | z) at times u, and 1 where c is the most likely class: `(batch,)` each, float32."""
+        t = self.scheduler.timestep(u)  # λ ~ p(λ) if u ~ U[0, 1), as for the diffusion model
+        alpha, _ = self.scheduler.alpha_sigma(u)
+        z = self.scheduler.add_noise(batch.x, noise, t)
+        logits = classifier(alpha.view(-1, 1, 1, 1) * z, t).float()
+        loss = F.cross_entropy(logits, batch.class_labels, ignore_index=UNLABELLED, reduction="none")
+        return loss, (logits.argmax(1) == batch.class_labels).float()
+
+    def probe(self, batches: Iterable[Batch]) -> dict[str, float]:
+        """Return the loss and the accuracy on held-out images, at all noise levels and at each, if any are held out."""
+        if self.held_out is None:
+            return {}
+        classifier, losses, correct = self.pipeline.classifier, [], []
+        held_out = probe_batches(self.config, self, self.held_out, classifier.device, MAX_HELD_OUT)
+        for batch in held_out:
+            found = []
+            for level in range(NOISE_LEVELS):
+                u = (level + batch.draws.uniform(f"time {level}")) / NOISE_LEVELS
+                noise = batch.draws.normal(f"noise {level}", *batch.x.shape[1:])
+                found.append(self.errors(classifier, batch, u, noise))
+            losses.append(torch.stack([loss for loss, _ in found]))
+            correct.append(torch.stack([is_correct for _, is_correct in found]))
+        accuracy = torch.cat(correct, 1).mean(1).tolist()
+        self.accuracy = dict(zip(self.accuracies, accuracy, strict=True))
+        logs = {"loss": torch.cat(losses, 1).mean().item(), "accuracy": sum(accuracy) / NOISE_LEVELS, **self.accuracy}
+        return {f"held_out/{name}": value for name, value in logs.items()}
+
+    def example(self) -> str:
+        """Return a line of code that generates an image of the first present class and saves it."""
+        name = self.pipeline.id2label.get(self.present_classes[0], self.present_classes[0])
+        label = json.dumps(name, ensure_ascii=False)
+        call = f"class_labels={label}, guidance_scale=-1, classifier_guidance_scale=2.0"
+        return f'pipe({call}).images[0].save("sample.png")'
+
+    def facts(self) -> dict[str, Any]:
+        """Return the facts of the diffusion model, and the accuracy on held-out images once it is measured."""
+        accuracy = {name.removeprefix("accuracy/"): round(value, 4) for name, value in self.accuracy.items()}
+        return {**super().facts(), **({"classifier_accuracy": accuracy} if accuracy else {})}
+
+
+def check_diffusion_model(config: ClassifierConfig, pipeline: CFGPipeline, images: LabelledImages) -> None:
+    """Raise UserError if a diffusion model cannot be guided by a classifier, or does not fit the data."""
+    source = f"--pretrained_model_name_or_path {config.pretrained_model_name_or_path}"
+    if pipeline.unet.max_guidance_scale is not None:
+        raise UserError(f"{source} was distilled to guide without a classifier. Use the model it was distilled from.")
+    _, height, width = pipeline.image_shape
+    if (height, width) != (config.resolution, config.resolution):
+        raise UserError(
+            f"{source} has images of {height}×{width}, but --resolution is {config.resolution}. Set --resolution "
+            f"{height}."
+        )
+    names = pipeline.id2label or images.id2label
+    if len(images.id2label) != pipeline.num_classes or names != images.id2label:
+        first = listed([name for _, name in sorted(images.id2label.items())], 5)
+        raise UserError(
+            f"The data has {len(images.id2label)} classes ({first}), but {source} has {pipeline.num_classes} "
+            f"({listed([name for _, name in sorted(names.items())], 5)}). Pass the data that the model was trained on."
+        )
+
+
+def build_classifier(config: ClassifierConfig, pipeline: CFGPipeline) -> NoisyClassifier2DModel:
+    """Return a new classifier for a diffusion model, with weights determined by the seed."""
+    torch.manual_seed(config.seed)
+    channels, size, _ = pipeline.sample_shape
+    check_sample_size(config.block_out_channels, size)
+    layers = attention(config.attention_resolutions, size, config.block_out_channels)
+    layers.pop("up_block_types")
+    process = noise_process(pipeline).config
+    return NoisyClassifier2DModel(
+        sample_size=size,
+        in_channels=channels,
+        num_classes=pipeline.num_classes,
+        block_out_channels=tuple(config.block_out_channels),
+        layers_per_block=config.layers_per_block,
+        dropout=config.dropout,
+        **layers,
+        **normalization(config.block_out_channels),
+        id2label={str(class_id): name for class_id, name in pipeline.id2label.items()} or None,
+        noise_process={name: process[name] for name in NOISE_PROCESS if name != "prediction_type"},
+    )
