@@ -15,8 +15,9 @@ from diffusers_cfg.engine.method import Method
 from diffusers_cfg.engine.preemption import Preemption
 from diffusers_cfg.engine.trainer import Trainer
 from diffusers_cfg.evaluation.in_training import training_evaluation
-from diffusers_cfg.method_settings import CFGConfig, DDGANConfig, DistillationConfig, VDMConfig
+from diffusers_cfg.method_settings import CFGConfig, ClassifierConfig, DDGANConfig, DistillationConfig, VDMConfig
 from diffusers_cfg.methods.cfg import ClassifierFreeGuidance
+from diffusers_cfg.methods.classifier import ClassifierGuidance
 from diffusers_cfg.methods.ddgan import DenoisingDiffusionGAN
 from diffusers_cfg.methods.distillation import GuidanceDistillation
 from diffusers_cfg.methods.vdm import VariationalDiffusion
@@ -99,6 +100,18 @@ def distill(teacher: Path, output_dir: Path, *argv: str) -> DistillationConfig:
     flags = ["--teacher", str(teacher), *settings.split(), "--output_dir", str(output_dir), *argv]
     config = parse_config(DistillationConfig, flags)
     Trainer(config, GuidanceDistillation, None, training_evaluation).run()
+    return config
+
+
+def train_classifier(
+    output_dir: Path, model: Path, *argv: str, preemption: Preemption | None = None
+) -> ClassifierConfig:
+    """Train a classifier of one level for a diffusion model, with `train`."""
+    flags = ["--pretrained_model_name_or_path", str(model), *SMALLEST, "--validation_guidance_scales", "0", "1"]
+    config = train(
+        output_dir, *flags, *argv, method=ClassifierGuidance, config_class=ClassifierConfig, preemption=preemption
+    )
+    assert isinstance(config, ClassifierConfig)
     return config
 
 

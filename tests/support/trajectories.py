@@ -10,7 +10,7 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
-from tests.support.runs import distill, scalars, train, train_ddgan, train_vdm
+from tests.support.runs import distill, scalars, train, train_classifier, train_ddgan, train_vdm
 from tests.support.toys import Unlabelled
 
 FOLDER = Path(__file__).parent / "trajectories"
@@ -24,6 +24,7 @@ METHODS: dict[str, Callable] = {
     "vdm": lambda output_dir, *argv: train_vdm(output_dir, *WITHOUT_WAVES, *argv),
     "distillation": partial(distill, TEACHER),
     "ddgan": train_ddgan,
+    "classifier": lambda output_dir, *argv: train_classifier(output_dir, TEACHER, *argv),
     "unlabelled": partial(train, method=Unlabelled),
 }
 
@@ -35,12 +36,12 @@ def train_trajectory(name: str, output_dir: Path, *argv: str) -> None:
 
 
 def trajectory_of(output_dir: Path) -> dict[str, dict[int, float]]:
-    """Return the losses and gradient norms of a run by name and step."""
+    """Return the losses and gradient norms of a run by name and step, without those of held-out images."""
     logged = scalars(output_dir)
     return {
         tag: dict(points)
         for tag, points in sorted(logged.items())
-        if tag.split("/")[-1] == "loss" or "grad_norm" in tag
+        if (tag.split("/")[-1] == "loss" or "grad_norm" in tag) and not tag.startswith("held_out/")
     }
 
 
