@@ -352,12 +352,21 @@ class ClassifierConfig(TrainConfig):
     @classmethod
     def derived_defaults(cls, values: Mapping[str, Any]) -> dict[str, Any]:
         """Return the data of the diffusion model if its folder contains a train_config.yaml."""
-        names = {f.name for f in fields(DataConfig)}
+        names = {f.name for f in fields(DataConfig)} - {"stack"}  # only generators are trained on stacks
         settings = settings_of_run(values["pretrained_model_name_or_path"], DataConfig, names, values)
         values = {**values, **{n: v for n, v in settings.items() if values.get(n) is None}}
-        if not settings.get("train_val_split"):
-            settings["train_val_split"] = 0.0 if values["streaming"] or settings.get("streaming") else HELD_OUT
+        is_streamed = values["streaming"] or settings.get("streaming")
+        settings["train_val_split"] = 0.0 if is_streamed else settings.get("train_val_split") or HELD_OUT
         return {**super().derived_defaults(values), **settings}
+
+    def check(self) -> None:
+        """Check combinations of settings. Raise UserError."""
+        if self.stack > 1:
+            raise UserError(f"--stack {self.stack} makes images without classes to tell apart. Leave it out.")
+        for name in ("model_config_name_or_path", "pretrained_vae_model_name_or_path"):
+            if getattr(self, name) is not None:
+                raise UserError(f"--{name}: a classifier has its own layers and its model's autoencoder. Leave it out.")
+        super().check()
 
 
 def settings_of_run(
@@ -380,6 +389,10 @@ def settings_of_run(
     of_run = read_yaml(path, config_class, ignored={f.name for config in methods for f in fields(config)})
     settings = {name: value for name, value in of_run.items() if name in names}
     given = {f.name: values[f.name] for f in fields(DataConfig) if values[f.name] != default_of(f)}
+    if "train_data_dir" in given:
+        settings |= {"dataset_name": None, "dataset_config_name": None}
+    elif "dataset_name" in given:
+        settings["train_data_dir"] = None
     if data_source({**settings, **given}) != data_source(settings):
         settings.pop("train_val_split", None)
     return settings

@@ -18,9 +18,11 @@ from diffusers_cfg.data.sources import load_held_out_images
 from diffusers_cfg.engine.batches import probe_batches
 from diffusers_cfg.engine.method import Batch, Networks, Objective, Terms
 from diffusers_cfg.evaluation.records import noise_process
+from diffusers_cfg.evaluation.settings import GUIDANCE
 from diffusers_cfg.method_settings import ClassifierConfig
 from diffusers_cfg.methods.guided import GuidedMethod
 from diffusers_cfg.methods.networks import (
+    CLASSES_WITHOUT_NAMES,
     NOISE_PROCESS,
     attention,
     check_sample_size,
@@ -37,22 +39,26 @@ MAX_HELD_OUT = 1000
 
 
 class ClassifierGuidance(GuidedMethod):
-    """A classifier p(c | z) of the noisy images of a diffusion model, which it guides."""
+    """
+    A classifier p(c | z) of the noisy images of a diffusion model, which it guides.
+
+    Attributes:
+        held_out (`Dataset`, *optional*): labelled images whose accuracy is logged.
+    """
 
     config: ClassifierConfig
-    guidance = "classifier"
+    held_out: Dataset | None = None
 
     def __init__(
-        self,
-        config: ClassifierConfig,
-        pipeline: CFGPipeline,
-        present_classes: list[int] | None = None,
-        held_out: Dataset | None = None,
+        self, config: ClassifierConfig, pipeline: CFGPipeline, present_classes: list[int] | None = None
     ) -> None:
-        self.config, self.pipeline, self.held_out = config, pipeline, held_out
+        self.config, self.pipeline = config, pipeline
         self.present_classes = present_classes or list(range(pipeline.num_classes))
+        # Without label dropout there is no unconditional model to guide.
+        self.guidance = "conditional_classifier" if pipeline.config.conditioning_dropout_prob == 0 else "classifier"
         self.scheduler = noise_process(pipeline)
         pipeline.unet.requires_grad_(False)
+        leave_out_other_guidance(pipeline)
         pipeline.classifier = build_classifier(config, pipeline)
         self.modules, self.averaged = {"classifier": pipeline.classifier}, ("classifier",)
         self.objectives = [Objective("classifier", ("classifier",), self.loss)]
@@ -68,11 +74,16 @@ class ClassifierGuidance(GuidedMethod):
         pipeline = load_diffusion_model(config)
         check_diffusion_model(config, pipeline, images)
         warn_about_channels(config, pipeline, images)
-        held_out = None
+        method = cls(config, pipeline, images.present_classes)
         if config.train_val_split:
-            channels = pipeline.image_shape[0]
-            held_out = training_dataset(load_held_out_images(config), config, channels, show_progress=False)
-        return cls(config, pipeline, images.present_classes, held_out)
+            held_out = load_held_out_images(config)
+            if not held_out.present_classes:
+                raise UserError(
+                    f"--train_val_split {config.train_val_split:g} holds out {len(held_out)} images, none of which has "
+                    "a label, so no accuracy can be measured. Raise it, or pass 0."
+                )
+            method.held_out = training_dataset(held_out, config, method.image_channels, show_progress=False)
+        return method
 
     def loss(self, networks: Networks, batch: Batch) -> Terms:
         """Return -log p(c | z) of each sample of a batch (x, c); 0 of an unlabelled one."""
@@ -116,14 +127,15 @@ class ClassifierGuidance(GuidedMethod):
     def example(self) -> str:
         """Return a line of code that generates an image of the first present class and saves it."""
         name = self.pipeline.id2label.get(self.present_classes[0], self.present_classes[0])
-        label = json.dumps(name, ensure_ascii=False)
-        call = f"class_labels={label}, guidance_scale=-1, classifier_guidance_scale=2.0"
-        return f'pipe({call}).images[0].save("sample.png")'
+        scales = GUIDANCE[self.guidance](1.0)
+        call = ", ".join(f"{name}={value:g}" for name, value in scales.items())
+        return f'pipe(class_labels={json.dumps(name, ensure_ascii=False)}, {call}).images[0].save("sample.png")'
 
     def facts(self) -> dict[str, Any]:
         """Return the facts of the diffusion model, and the accuracy on held-out images once it is measured."""
         accuracy = {name.removeprefix("accuracy/"): round(value, 4) for name, value in self.accuracy.items()}
-        return {**super().facts(), **({"classifier_accuracy": accuracy} if accuracy else {})}
+        measured = {"classifier_accuracy": accuracy} if accuracy else {}
+        return {"trained_network": "classifier", **super().facts(), **measured}
 
 
 def check_diffusion_model(config: ClassifierConfig, pipeline: CFGPipeline, images: LabelledImages) -> None:
@@ -133,11 +145,11 @@ def check_diffusion_model(config: ClassifierConfig, pipeline: CFGPipeline, image
         raise UserError(f"{source} was distilled to guide without a classifier. Use the model it was distilled from.")
     _, height, width = pipeline.image_shape
     if (height, width) != (config.resolution, config.resolution):
-        raise UserError(
-            f"{source} has images of {height}×{width}, but --resolution is {config.resolution}. Set --resolution "
-            f"{height}."
-        )
+        solution = f"Set --resolution {height}." if height == width else "Only square images can be trained on."
+        raise UserError(f"{source} has images of {height}×{width}, but --resolution is {config.resolution}. {solution}")
     names = pipeline.id2label or images.id2label
+    if not pipeline.id2label:
+        logger.warning(CLASSES_WITHOUT_NAMES)
     if len(images.id2label) != pipeline.num_classes or names != images.id2label:
         first = listed([name for _, name in sorted(images.id2label.items())], 5)
         raise UserError(
@@ -146,23 +158,36 @@ def check_diffusion_model(config: ClassifierConfig, pipeline: CFGPipeline, image
         )
 
 
+def leave_out_other_guidance(pipeline: CFGPipeline) -> None:
+    """Remove the guider and the guide network of a pipeline, with which no classifier is trained or measured."""
+    if found := [name for name in ("guider", "guide_unet") if getattr(pipeline, name) is not None]:
+        logger.warning("Leaving out the %s of the diffusion model, which the classifier replaces.", " and ".join(found))
+        pipeline.guider = pipeline.guide_unet = None
+
+
 def build_classifier(config: ClassifierConfig, pipeline: CFGPipeline) -> NoisyClassifier2DModel:
-    """Return a new classifier for a diffusion model, with weights determined by the seed."""
+    """Return a new classifier for a diffusion model, with weights determined by the seed. May raise UserError."""
     torch.manual_seed(config.seed)
     channels, size, _ = pipeline.sample_shape
     check_sample_size(config.block_out_channels, size)
     layers = attention(config.attention_resolutions, size, config.block_out_channels)
     layers.pop("up_block_types")
     process = noise_process(pipeline).config
-    return NoisyClassifier2DModel(
-        sample_size=size,
-        in_channels=channels,
-        num_classes=pipeline.num_classes,
-        block_out_channels=tuple(config.block_out_channels),
-        layers_per_block=config.layers_per_block,
-        dropout=config.dropout,
+    settings = {
+        "block_out_channels": tuple(config.block_out_channels),
+        "layers_per_block": config.layers_per_block,
+        "dropout": config.dropout,
         **layers,
         **normalization(config.block_out_channels),
-        id2label={str(class_id): name for class_id, name in pipeline.id2label.items()} or None,
-        noise_process={name: process[name] for name in NOISE_PROCESS if name != "prediction_type"},
-    )
+    }
+    try:
+        return NoisyClassifier2DModel(
+            sample_size=size,
+            in_channels=channels,
+            num_classes=pipeline.num_classes,
+            **settings,
+            id2label={str(class_id): name for class_id, name in pipeline.id2label.items()} or None,
+            noise_process={name: process[name] for name in NOISE_PROCESS if name != "prediction_type"},
+        )
+    except Exception as error:  # layers that are too large raise exceptions of many types
+        raise UserError(f"Failed to build a classifier with the settings {settings}: {error}") from error

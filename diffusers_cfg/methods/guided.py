@@ -4,7 +4,7 @@ import json
 import logging
 import re
 from collections.abc import Callable, Iterable
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -34,7 +34,7 @@ class GuidedMethod(Method):
     present_classes: list[int]
     guidance_scales: list[float]
     num_inference_steps: int
-    guidance: ClassVar[str] = "classifier_free"
+    guidance: str = "classifier_free"
 
     def sampling_pipeline(self) -> CFGPipeline:
         """Return the pipeline that is sampled, saved and published."""
@@ -93,7 +93,7 @@ class GuidedMethod(Method):
 
     def facts(self) -> dict[str, Any]:
         """Return the prediction type, the probability that a label is dropped, and the classes without images."""
-        absent = sorted({*range(self.pipeline.unet.num_classes)} - {*self.present_classes})
+        absent = sorted({*range(self.pipeline.num_classes)} - {*self.present_classes})
         return {
             "prediction_type": self.pipeline.scheduler.config.prediction_type,
             "conditioning_dropout_prob": self.pipeline.config.conditioning_dropout_prob,

@@ -29,6 +29,10 @@ SOLVER, NUM_INFERENCE_STEPS = DPMSolverMultistepScheduler, 12
 # The settings of a LogSNRScheduler that a network is trained for, and records.
 NOISE_PROCESS = ("prediction_type", "log_snr_min", "log_snr_max", "log_snr_schedule", "num_train_timesteps")
 
+CLASSES_WITHOUT_NAMES = (
+    "The model's classes have no names. Assuming that they are the classes of the data, in the same order."
+)
+
 
 def build_pipeline(config: CFGConfig, images: LabelledImages) -> CFGPipeline:
     """Return a new or pretrained pipeline to train. Raise UserError if it does not fit the data."""
@@ -90,6 +94,9 @@ def load_pretrained(
     """
     pretrained = load_diffusion_model(config, flag)
     unet, vae = pretrained.unet, pretrained.vae
+    if pretrained.classifier is not None:
+        source = config.pretrained_model_name_or_path
+        logger.warning("Leaving out the classifier of %s: the run saves the network that it trains alone.", source)
     replace_classes(unet, pretrained.id2label, images.id2label)
     unet.register_to_config(sample_size=check_sample_size(unet.config.block_out_channels, sample_size(config, vae)))
     if vae is not None:
@@ -140,9 +147,7 @@ def replace_classes(unet: UNet2DCFGModel, old: dict[int, str], new: dict[int, st
     if old == new:
         return
     if not old and len(new) == unet.num_classes:
-        logger.warning(
-            "The model's classes have no names. Assuming that they are the classes of the data, in the same order."
-        )
+        logger.warning(CLASSES_WITHOUT_NAMES)
         return
     rows = unet.get_parameter("class_embedding.weight").data
     null_row = rows[unet.null_class_label]
@@ -233,13 +238,13 @@ def attention(resolutions: list[int], sample_size: int, block_out_channels: list
     """
     sizes = [sample_size // 2**level for level in range(len(block_out_channels))]
     if unmatched := sorted(set(resolutions) - {0, *sizes}):
-        levels = f"the levels of the UNet have {', '.join(map(str, sizes))} pixels"
+        levels = f"the levels of the network have {', '.join(map(str, sizes))} pixels"
         if resolutions != ATTENTION_RESOLUTIONS:
             raise UserError(
                 f"attention_resolutions {resolutions}: {levels}, not {unmatched}. Use those, or 0 for none."
             )
         if len(unmatched) == len(resolutions):
-            logger.warning("The UNet has no attention: %s, not %s (--attention_resolutions).", levels, unmatched)
+            logger.warning("The network has no attention: %s, not %s (--attention_resolutions).", levels, unmatched)
     attended = [size in resolutions for size in sizes]
     channels = [channels for channels, here in zip(block_out_channels, attended, strict=True) if here]
     return {

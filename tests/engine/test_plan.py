@@ -70,7 +70,7 @@ def test_too_little_disk_space_raises_before_the_first_step(tmp_path, monkeypatc
         (["--enable_xformers_memory_efficient_attention"], "needs a GPU and xformers"),
         (["--report_to", "tensorbord"], "'tensorbord' is not a tracker"),
         (["--report_to", "tensorboard,wandb"], "--report_to wandb is not installed"),
-        (["--attention_resolutions", "7"], "the levels of the UNet have 8, 4 pixels"),
+        (["--attention_resolutions", "7"], "the levels of the network have 8, 4 pixels"),
         (["--output_dir", "/proc/out"], "'/proc/out' cannot be written"),
         (["--pretrained_vae_model_name_or_path", "/nowhere"], "/nowhere"),
     ],

@@ -132,10 +132,12 @@ def test_attention_is_at_the_given_resolutions(resolutions, attended):
 
 @pytest.mark.parametrize("resolutions", [[1000], [7], [8, 7], [16], [8, 16], [2]])
 def test_attention_at_a_resolution_without_a_level_raises(resolutions):
-    with pytest.raises(UserError, match=r"the levels of the UNet have 8, 4 pixels, not .*. Use those, or 0 for none"):
+    with pytest.raises(
+        UserError, match=r"the levels of the network have 8, 4 pixels, not .*. Use those, or 0 for none"
+    ):
         attention(resolutions, 8, [8, 16])
 
 
 def test_default_without_any_attention_is_reported(caplog):
     attention([16, 8], 4, [8, 16])
-    assert "The UNet has no attention: the levels of the UNet have 4, 2 pixels" in caplog.text
+    assert "The network has no attention: the levels of the network have 4, 2 pixels" in caplog.text
