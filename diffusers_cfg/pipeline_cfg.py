@@ -999,12 +999,25 @@ class CFGPipeline(DiffusionPipeline):
             "or linear"
         )
         cls._require("The noise process", process, is_valid, required)
+        return cls._log_snr_at(process, torch.arange(steps)).sigmoid()
+
+    @classmethod
+    def _log_snr_at(cls, process: dict[str, Any], timesteps: torch.Tensor) -> torch.Tensor:
+        """
+        Return λ = log(α²/σ²) of a noise process at timesteps, float64 on the CPU.
+
+        These are the noise levels of the networks. A solver may interpolate between timesteps, where its own σ differs.
+        """
+        if "trained_betas" in process:
+            log_snr = cls._reference(process).logit()
+            return log_snr[timesteps.long().cpu().clamp(0, len(log_snr) - 1)]  # `_check_noise_levels` names others
         # As in `LogSNRScheduler`: λ = -2 log tan(au + b), or linear in u
-        u = torch.arange(1, steps + 1, dtype=torch.float64) / steps
-        if schedule == "linear":
-            return (high + (low - high) * u).sigmoid()
+        u = (timesteps.double().cpu() + 1) / process["num_train_timesteps"]
+        high, low = process["log_snr_max"], process["log_snr_min"]
+        if process["log_snr_schedule"] == "linear":
+            return high + (low - high) * u
         b, end = math.atan(math.exp(-high / 2)), math.atan(math.exp(-low / 2))
-        return torch.cos(b + (end - b) * u).square()
+        return -2 * torch.tan(b + (end - b) * u).log()
 
     @staticmethod
     def _set_timesteps(scheduler: SchedulerMixin, num_inference_steps: int, device: torch.device) -> None:
@@ -1271,15 +1284,11 @@ class CFGPipeline(DiffusionPipeline):
         """Return λ = log(α²/σ²) at each timestep of the last call, float64 `(steps,)` on the CPU."""
         return self._log_snr_of(self._sampler or self.scheduler)
 
-    @staticmethod
-    def _log_snr_of(scheduler: SchedulerMixin) -> torch.Tensor:
+    def _log_snr_of(self, scheduler: SchedulerMixin) -> torch.Tensor:
         """Return λ at each of a scheduler's timesteps, as in `log_snr`."""
-        timesteps = scheduler.timesteps.double().cpu()
-        if hasattr(scheduler, "log_snr"):
-            return scheduler.log_snr(scheduler.u(timesteps))
-        log_snr = scheduler.alphas_cumprod.double().cpu().logit()
-        before = timesteps.floor().long().clamp(0, len(log_snr) - 2)
-        return torch.lerp(log_snr[before], log_snr[before + 1], timesteps - before)
+        process = self._trained_process
+        assert process is not None  # `_check_scheduler` refuses an unknown one
+        return self._log_snr_at(process, scheduler.timesteps)
 
     def _warn_if_never_dropped(self, guide_labels: torch.Tensor, needs_uncond: bool) -> None:
         """Warn if ε(z) is needed, but the model was trained without dropping labels."""

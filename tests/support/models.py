@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from diffusers import DiffusionPipeline, SchedulerMixin
 
-from diffusers_cfg import CFGPipeline, LogSNRScheduler, UNet2DCFGModel
+from diffusers_cfg import CFGPipeline, LogSNRScheduler, NoisyClassifier2DModel, UNet2DCFGModel
 from diffusers_cfg.config import parse_config
 from diffusers_cfg.data.sources import Digits
 from diffusers_cfg.method_settings import DDGANConfig
@@ -32,6 +32,27 @@ def make_unet(**settings) -> UNet2DCFGModel:
         **settings,
     }
     return UNet2DCFGModel(**settings).eval()
+
+
+def make_classifier(**settings) -> NoisyClassifier2DModel:
+    """Return a classifier of the images and the classes of `make_unet`, for the noise process of `make_pipeline`."""
+    torch.manual_seed(0)
+    names = ("num_train_timesteps", "log_snr_min", "log_snr_max", "log_snr_schedule")
+    process = LogSNRScheduler().config
+    settings = {
+        "sample_size": 8,
+        "in_channels": 1,
+        "num_classes": len(NAMES),
+        "down_block_types": ("DownBlock2D", "AttnDownBlock2D"),
+        "block_out_channels": (8, 16),
+        "layers_per_block": 1,
+        "attention_head_dim": 8,
+        "norm_num_groups": 4,
+        "id2label": {str(class_id): name for class_id, name in NAMES.items()},
+        "noise_process": {name: process[name] for name in names},
+        **settings,
+    }
+    return NoisyClassifier2DModel(**settings).eval()
 
 
 def make_pipeline(
