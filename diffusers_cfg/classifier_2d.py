@@ -77,13 +77,8 @@ class NoisyClassifier2DModel(ModelMixin, ConfigMixin):
         noise_process: dict[str, Any] | None = None,
     ) -> None:
         super().__init__()
-        if type(num_classes) is not int or not 2 <= num_classes <= self.max_num_classes:
-            raise ValueError(f"num_classes must be an integer in 2 … {self.max_num_classes}, but is {num_classes!r}.")
-        if len(down_block_types) != len(block_out_channels):
-            raise ValueError(
-                f"down_block_types has {len(down_block_types)} levels, but block_out_channels has "
-                f"{len(block_out_channels)}. Give one of each for every level."
-            )
+        self._check_head(num_classes, id2label, noise_process)
+        self._check_layers()
         channels, temb_channels = block_out_channels[0], 4 * block_out_channels[0]
         self.time_proj = Timesteps(channels, flip_sin_to_cos=True, downscale_freq_shift=0)
         self.time_embedding = TimestepEmbedding(channels, temb_channels)
@@ -119,6 +114,67 @@ class NoisyClassifier2DModel(ModelMixin, ConfigMixin):
         self.norm_out = torch.nn.GroupNorm(norm_num_groups, channels, eps=1e-5)
         self.act = torch.nn.SiLU()
         self.head = torch.nn.Linear(channels, num_classes)
+
+    def _check_head(self, num_classes: Any, id2label: Any, noise_process: Any) -> None:
+        """Check the classes and the noise process."""
+        if type(num_classes) is not int or not 2 <= num_classes <= self.max_num_classes:
+            raise ValueError(f"num_classes must be an integer in 2 … {self.max_num_classes}, but is {num_classes!r}.")
+        ids = {str(class_id) for class_id in range(num_classes)}
+        if id2label is not None and not (
+            isinstance(id2label, dict)
+            and all(str(class_id) in ids and isinstance(name, str) for class_id, name in id2label.items())
+        ):
+            raise ValueError(
+                f"id2label must be a dictionary from class ids in 0 … {num_classes - 1} to names, but is "
+                f"{str(id2label)[:100]}."
+            )
+        if noise_process is not None and not isinstance(noise_process, dict):
+            raise ValueError(f"noise_process must be a dictionary or None, but is {str(noise_process)[:100]}.")
+
+    def _check_layers(self) -> None:
+        """Check the settings of the layers, before anything is allocated: those of diffusers do not name them."""
+        config = self.config
+        types, channels = config.down_block_types, config.block_out_channels
+        size, head_dim, groups = config.sample_size, config.attention_head_dim, config.norm_num_groups
+        integer = "a positive integer"
+        for name, required, values in (
+            (
+                "sample_size",
+                f"{integer} or two",
+                size if isinstance(size, (list, tuple)) and len(size) == 2 else [size],
+            ),
+            ("in_channels", integer, [config.in_channels]),
+            (
+                "block_out_channels",
+                f"{integer} for each level",
+                channels if isinstance(channels, (list, tuple)) else [0],
+            ),
+            ("layers_per_block", integer, [config.layers_per_block]),
+            ("attention_head_dim", integer, [head_dim]),
+            ("norm_num_groups", integer, [groups]),
+        ):
+            if not all(type(value) is int and value > 0 for value in values):
+                raise ValueError(f"{name} must be {required}, but is {str(config[name])[:100]}.")
+        if not isinstance(types, (list, tuple)) or not {*types} <= {"DownBlock2D", "AttnDownBlock2D"}:
+            raise ValueError(
+                f"down_block_types must be a list of DownBlock2D or AttnDownBlock2D, but is {str(types)[:100]}."
+            )
+        if not 0 < len(types) == len(channels):
+            raise ValueError(
+                f"down_block_types has {len(types)} levels, but block_out_channels has {len(channels)}. Give one of "
+                "each for every level."
+            )
+        attended = [count for kind, count in zip(types, channels, strict=True) if kind == "AttnDownBlock2D"]
+        attended += [channels[-1]] if config.add_attention else []
+        for name, divisor, values in (
+            ("norm_num_groups", groups, channels),
+            ("attention_head_dim", head_dim, attended),
+        ):
+            if wrong := [value for value in values if value % divisor]:
+                raise ValueError(f"{name} is {divisor}, which does not divide the {wrong[0]} channels of a level.")
+        dropout = config.dropout
+        if not isinstance(dropout, (int, float)) or isinstance(dropout, bool) or not 0 <= dropout <= 1:
+            raise ValueError(f"dropout must be in [0, 1], but is {dropout!r}.")
 
     @classmethod
     def load_config(cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs: Any) -> Any:
