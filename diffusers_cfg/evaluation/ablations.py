@@ -89,7 +89,7 @@ def applicable(configs: list[EvaluationConfig], pipeline: CFGPipeline) -> list[E
     own = {"scheduler": sampler[0], "num_inference_steps": sampler[1]}
     if is_generator:
         own |= {"guidance_scales": UNGUIDED, "guidance_interval": None, "guidance_rescale": 0.0}
-        own |= {"guider": None, "guide_model": None}
+        own |= {"guidance": "classifier_free", "guider": None, "guide_model": None}
     logger.info(
         "%s is evaluated only with the sampler that it was trained for, %d steps of %s%s.",
         configs[0].model,

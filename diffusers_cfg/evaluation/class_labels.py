@@ -65,7 +65,7 @@ def parse_class_labels(names: list[str] | None, pipeline: CFGPipeline) -> list[i
     Raises:
         UserError: if a class is unknown.
     """
-    num_classes = pipeline.unet.num_classes
+    num_classes = pipeline.num_classes
     absent = classes_without_images(pipeline)
     if names is None:
         return [class_id for class_id in range(num_classes) if class_id not in absent] or [UNLABELLED]

@@ -82,12 +82,19 @@ def best_scales(results: list[dict[str, Any]], names: dict[str, str]) -> dict[st
 def sweep_table(record: dict[str, Any]) -> str:
     """Return the Markdown table of a sweep, with a caption that describes the measurement."""
     names = {metric: name for metric, name in record["metric_names"].items() if metric in record["results"][0]}
+    costs = cost_names(record["results"])
     rows = []
     for row in record["results"]:
         cells = [cell(row, metric, record["best"]) for metric in names]
-        rows.append([format_number(row["guidance_scale"]), *cells, f"{row['network_evaluations']:g}"])
-    rows.append(["real", *(cell(record["floor"], metric) for metric in names), ""])
-    return f"{table(['w', *names.values(), 'evaluations'], rows)}\n\n{caption(record)}\n"
+        rows.append([format_number(row["guidance_scale"]), *cells, *(f"{row[cost]:g}" for cost in costs)])
+    rows.append(["real", *(cell(record["floor"], metric) for metric in names), *("" for _ in costs)])
+    return f"{table(['w', *names.values(), *costs.values()], rows)}\n\n{caption(record)}\n"
+
+
+def cost_names(rows: list[dict[str, Any]]) -> dict[str, str]:
+    """Return the display names of the costs: network evaluations, and gradients of the classifier if there are any."""
+    has_gradients = any(row.get("gradients") for row in rows)
+    return {"network_evaluations": "evaluations", **({"gradients": "gradients"} if has_gradients else {})}
 
 
 def cell(row: dict[str, Any], metric: str, best: dict[str, float] | None = None) -> str:
@@ -124,12 +131,14 @@ def caption(record: dict[str, Any], sampling: str | None = None) -> str:
     accuracy_text = f"; accuracy on held-out images: {accuracy:.1%}" if accuracy is not None else ""
     guidance = "".join(f"; {name} {value}" for name, value in record["guidance"].items() if value)
     sampling = sampling or f"{record['num_inference_steps']} steps of {record['scheduler']}"
+    has_gradients = "gradients" in cost_names(record.get("results") or record["rows"])
+    gradients = ", and gradients those of the classifier" if has_gradients else ""
     return (
         f"{record['num_samples']} samples for each w ({record['class_labels']} labels, seed {record['seed']}), "
-        f"{sampling}{guidance}. Evaluations are network evaluations per image. Features: {extractor['name']} "
-        f"({extractor['num_features']} features; resize: {extractor['resize']}{accuracy_text}). Reference: "
-        f"{record['num_real']} real images; precision, recall, density, coverage and kernel distance compare "
-        f"{record['num_neighbours']} samples with {record['num_neighbours']} real images. Last row: "
+        f"{sampling}{guidance}. Evaluations are network evaluations per image{gradients}. Features: "
+        f"{extractor['name']} ({extractor['num_features']} features; resize: {extractor['resize']}{accuracy_text}). "
+        f"Reference: {record['num_real']} real images; precision, recall, density, coverage and kernel distance "
+        f"compare {record['num_neighbours']} samples with {record['num_neighbours']} real images. Last row: "
         f"{record['num_held_out']} held-out real images in place of samples, against the other real images. ± is a "
         "95 % interval for the Fréchet distance and the accuracy (jackknife over ten blocks), and a standard deviation "
         "for the score (over ten splits) and the kernel distance (over subsets)."
@@ -139,7 +148,7 @@ def caption(record: dict[str, Any], sampling: str | None = None) -> str:
 def plot_curves(record: dict[str, Any], path: Path) -> None:
     """Plot Fréchet distance and inception score (or class accuracy) against w, and against each other."""
     results, names, floor = record["results"], record["metric_names"], record["floor"]
-    quality = next((metric for metric in ("inception_score", "class_accuracy") if metric in results[0]), "precision")
+    quality = score_of(results)
     w = [row["guidance_scale"] for row in results]
     figure = new_figure(1, 3, size=(13, 4))
     axes = figure.axes
@@ -160,6 +169,11 @@ def plot_curves(record: dict[str, Any], path: Path) -> None:
     extractor = record["feature_extractor"]["name"]
     figure.suptitle(f"{record['num_samples']} samples for each w, features of {extractor}", fontsize=10)
     save_figure(figure, path)
+
+
+def score_of(rows: list[dict[str, Any]]) -> str:
+    """Return the metric of how well images show their class: the first that rows have of three."""
+    return next(metric for metric in ("inception_score", "class_accuracy", "precision") if metric in rows[0])
 
 
 def write_report(output_dir: Path, record: dict[str, Any], feature_extractor: str) -> dict[str, Any]:

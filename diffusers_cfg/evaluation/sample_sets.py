@@ -33,13 +33,25 @@ MAX_NAME_BYTES = 255
 FORBIDDEN = re.compile(r'[<>:"/\\|?*\x00-\x1f\x7f\ud800-\udfff]')
 
 
+class Cost(NamedTuple):
+    """The cost of an image."""
+
+    network_evaluations: float
+    gradients: float = 0.0  # of the classifier
+
+
 class Shard(NamedTuple):
     """The contents of one shard."""
 
     images: np.ndarray  # (images, height, width, 3), uint8
     class_labels: np.ndarray  # (images,), int64
     network_evaluations: float  # per image
+    gradients: float = 0.0  # of the classifier, per image
     seconds: float = float("nan")  # per image, in the process that drew them; unknown of an older version
+
+
+# The costs of a shard. A shard of an older version lacks some of them.
+COSTS = ("network_evaluations", "gradients", "seconds")
 
 
 class SampleSet:
@@ -67,8 +79,10 @@ class SampleSet:
         if not self.path(shard).is_file():
             return False
         try:
-            images, labels, evaluations, _ = self.load(shard)
-            intact = images.dtype == np.uint8 and images.shape[1:] == (*size, 3) and np.isfinite(evaluations)
+            content = self.load(shard)
+            images, labels = content.images, content.class_labels
+            intact = images.dtype == np.uint8 and images.shape[1:] == (*size, 3)
+            intact = intact and np.isfinite(content.network_evaluations)
         except Exception as error:  # a damaged file raises exceptions of many types
             logger.warning("%s is damaged (%s) and drawn again.", self.path(shard), error)
             return False
@@ -76,8 +90,8 @@ class SampleSet:
 
     def save(self, shard: range, content: Shard) -> None:
         """Write a shard atomically."""
-        images, class_labels, evaluations, seconds = content
-        arrays = {"arr_0": images, "arr_1": class_labels, "network_evaluations": evaluations, "seconds": seconds}
+        images, class_labels, *costs = content
+        arrays = {"arr_0": images, "arr_1": class_labels, **dict(zip(COSTS, costs, strict=True))}
         with atomic_write(self.path(shard)) as unfinished, unfinished.open("wb") as file:
             np.savez_compressed(file, **arrays)
 
@@ -85,8 +99,7 @@ class SampleSet:
         """Read a shard. A missing or damaged one raises an exception of any type."""
         with np.load(self.path(shard)) as file:
             images, class_labels = (file[name][: len(shard)] for name in ("arr_0", "arr_1"))
-            costs = [float(file[name]) for name in ("network_evaluations", "seconds") if name in file]
-            return Shard(images, class_labels, *costs)
+            return Shard(images, class_labels, **{name: float(file[name]) for name in COSTS if name in file})
 
     def first_images(self, count: int) -> torch.Tensor:
         """Return the first images, `(count, 3, height, width)`, with values in [0, 1]."""
@@ -188,7 +201,7 @@ def write_png(samples: SampleSet, folder: Path, pipeline: CFGPipeline) -> None:
     folder, metadata.jsonl holds the names of the classes, which `--train_data_dir` then reads instead.
     """
     mode = "L" if pipeline.image_shape[0] == 1 else "RGB"
-    names = {**{i: str(i) for i in range(pipeline.unet.num_classes)}, **pipeline.id2label, -1: "unconditional"}
+    names = {**{i: str(i) for i in range(pipeline.num_classes)}, **pipeline.id2label, -1: "unconditional"}
     folders, rows = folder_names(names), []
     for shard in samples.shards:
         content = samples.load(shard)

@@ -17,9 +17,11 @@ from tqdm.auto import tqdm
 from diffusers_cfg import CFGPipeline, LogSNRScheduler, UNet2DCFGModel
 from diffusers_cfg.config import UserError
 from diffusers_cfg.evaluation.class_labels import parse_class_labels
+from diffusers_cfg.evaluation.guidance_rules import check_guidance, passes_per_step
 from diffusers_cfg.evaluation.records import recorded_data
-from diffusers_cfg.evaluation.sample_sets import SETTINGS_FILE, WRITERS, SampleSet, Shard, claimed
+from diffusers_cfg.evaluation.sample_sets import SETTINGS_FILE, WRITERS, Cost, SampleSet, Shard, claimed
 from diffusers_cfg.evaluation.settings import (
+    GUIDANCE,
     PAPER_SCALES,
     EvaluationConfig,
     SampleConfig,
@@ -171,7 +173,11 @@ def guidance_arguments(config: SamplingConfig, w: float) -> dict[str, Any]:
     """Return the call arguments for guidance at scale w. Raise `UserError` if the guider cannot be created."""
     if config.guider is None:
         interval = tuple(config.guidance_interval) if config.guidance_interval else None
-        return {"guidance_scale": w, "guidance_interval": interval, "guidance_rescale": config.guidance_rescale}
+        return {
+            **GUIDANCE[config.guidance](w),
+            "guidance_interval": interval,
+            "guidance_rescale": config.guidance_rescale,
+        }
     guider = getattr(diffusers.guiders, config.guider, None)
     if not (isinstance(guider, type) and issubclass(guider, BaseGuidance)):
         raise UserError(f"--guider {config.guider} is not a guider of diffusers. Pass a class of diffusers.guiders.")
@@ -194,8 +200,13 @@ def sampling_settings(config: SamplingConfig, pipeline: CFGPipeline) -> dict[str
     """Return, for JSON, all settings that affect the images of a set except class labels and w."""
     names = ["num_inference_steps", "guidance_interval", "guidance_rescale", "guider", "seed"]
     networks = [network for network in (pipeline.unet, pipeline.guide_unet, pipeline.vae) if network is not None]
+    guidance = classifier = None  # also what older folders of samples are compared as, which do not record them
+    if config.guidance != "classifier_free":
+        guidance, classifier = config.guidance, digest(pipeline.classifier.state_dict())
     return {
         **{name: getattr(config, name) for name in names},
+        "guidance": guidance,
+        "classifier": classifier,
         "scheduler": type(pipeline.scheduler).__name__,
         "networks": [digest(network.state_dict()) for network in networks],
     }
@@ -232,7 +243,7 @@ def check_call(pipeline: CFGPipeline, **call: Any) -> None:
 
 
 def networks_of(pipeline: CFGPipeline) -> list[torch.nn.Module]:
-    """Return the networks that a pipeline evaluates at each step."""
+    """Return the networks of a pipeline that predict at each step."""
     return [network for network in (pipeline.unet, pipeline.guide_unet) if network is not None]
 
 
@@ -250,7 +261,7 @@ def counted_evaluations(*networks: torch.nn.Module) -> Iterator[list[int]]:
 
 def draw_images(
     pipeline: CFGPipeline, class_labels: torch.Tensor, indices: list[int], seed: int, **call: Any
-) -> tuple[torch.Tensor, float]:
+) -> tuple[torch.Tensor, Cost]:
     """
     Generate images, each of which depends only on the seed, its index and its class.
 
@@ -262,19 +273,23 @@ def draw_images(
         call: other arguments of the pipeline's call.
 
     Returns:
-        The images, uint8 `(images, 3, height, width)`, and the number of network evaluations per image.
+        The images, uint8 `(images, 3, height, width)`, and their cost.
 
     Raises:
         UserError: if the pipeline rejects the arguments, or some images are not finite.
     """
     last: dict[str, torch.Tensor] = {}
+    classifiers = [] if pipeline.classifier is None else [pipeline.classifier]
 
     def keep(_pipeline: DiffusionPipeline, _step: int, _timestep: torch.Tensor, tensors: dict) -> dict:
         last.update(tensors)
         return {}
 
     try:
-        with counted_evaluations(*networks_of(pipeline)) as evaluations:
+        with (
+            counted_evaluations(*networks_of(pipeline)) as evaluations,
+            counted_evaluations(*classifiers) as gradients,
+        ):
             images = pipeline(
                 class_labels=class_labels,
                 generator=[seeded_generator("cpu", seed, "sample", index) for index in indices],
@@ -283,13 +298,15 @@ def draw_images(
                 **call,
             ).images
     except FloatingPointError as error:
+        if "latents" not in last or last["latents"].isfinite().all():  # it is a gradient
+            raise UserError(f"In the batch of the images {indices[0]} … {indices[-1]}: {error}") from error
         finite = torch.isfinite(last["latents"]).flatten(1).all(1).tolist()
         bad = [index for index, is_finite in zip(indices, finite, strict=True) if not is_finite]
         raise UserError(f"{len(bad)} of {len(indices)} images are not finite (indices {bad[:10]}): {error}") from error
     except ValueError as error:
         raise UserError(str(error)) from error
     images = (images * 255).round().to(torch.uint8).cpu().expand(-1, 3, -1, -1)
-    return images, sum(evaluations) / len(indices)
+    return images, Cost(sum(evaluations) / len(indices), sum(gradients) / len(indices))
 
 
 def draw_sets(
@@ -320,8 +337,8 @@ def draw_sets(
     ]
     accelerator.wait_for_everyone()
     assigned = missing[accelerator.process_index :: accelerator.num_processes]
-    # A guided image takes two passes of the network per step. Progress counts passes, for an accurate time estimate.
-    passes = {w: 1 if w in (0, -1) else 2 for w in sets}
+    # Progress counts passes of a network or a classifier, for an accurate time estimate.
+    passes = {w: passes_per_step(config, w) for w in sets}
     total = sum(passes[w] * len(shard) for w, shard in assigned)
     disable = None if accelerator.is_main_process and assigned else True  # None hides the bar unless in a terminal
     progress = tqdm(total=total, unit="pass", desc="Sampling", disable=disable)
@@ -336,7 +353,8 @@ def draw_sets(
             progress.update(passes[w] * len(indices))
         images = torch.cat([images for images, _ in drawn]).movedim(1, -1).numpy()
         seconds = (now() - start) / len(shard)
-        sets[w].save(shard, Shard(images, class_labels[list(shard)].numpy(), drawn[0][1], seconds))
+        content = Shard(images, class_labels[list(shard)].numpy(), **drawn[0][1]._asdict(), seconds=seconds)
+        sets[w].save(shard, content)
     progress.close()
     accelerator.wait_for_everyone()
 
@@ -354,6 +372,7 @@ def draw_to_folder(config: SampleConfig, accelerator: Accelerator) -> None:
     """
     pipeline = load_pipeline(config, accelerator.device)
     config = with_model_defaults(config, pipeline)
+    check_guidance(config, pipeline)
     labels = parse_class_labels(config.class_labels, pipeline)
     class_labels = torch.tensor(labels)[torch.arange(config.num_samples) % len(labels)]
     (w,) = guidance_scales(config, pipeline)

@@ -93,9 +93,18 @@ class SamplingConfig(SavedModelConfig):
     scheduler: str | None = flag(
         None, "A scheduler class of diffusers, or LogSNRScheduler; defaults to the model's own."
     )
+    guidance: Literal["classifier_free", "classifier", "conditional_classifier", "both"] = flag(
+        "classifier_free",
+        "Rule of guidance: classifier_free; classifier, of the unconditional model at scale 1 + w; "
+        "conditional_classifier, of the conditional model by a classifier at scale w; or both, each at scale w/2. With "
+        "an exact classifier all of them draw the same images. All but the first need a model with a classifier.",
+    )
     guidance_interval: list[float] | None = flag(None, "Guide only where σ_lo < σ/α ≤ σ_hi.", length=2)
     guidance_rescale: float = flag(
-        0.0, "Guidance rescale φ in [0, 1], which reduces saturation.", at_least=0, at_most=1
+        0.0,
+        "Guidance rescale φ in [0, 1] of classifier-free guidance, which reduces saturation.",
+        at_least=0,
+        at_most=1,
     )
     guide_model: str | None = flag(None, "A weaker model of the same classes, for autoguidance.")
     guider: str | None = flag(
@@ -105,8 +114,9 @@ class SamplingConfig(SavedModelConfig):
 
     @property
     def guidance_flags(self) -> list[str]:
-        """The flags that are given and have no effect at w = 0."""
+        """The flags of guidance that are given, which a generator at w = 0 and a guider do not take."""
         given = {
+            "--guidance": self.guidance != "classifier_free",
             "--guidance_interval": self.guidance_interval is not None,
             "--guidance_rescale": self.guidance_rescale > 0,
             "--guide_model": self.guide_model is not None,
@@ -120,6 +130,13 @@ class SamplingConfig(SavedModelConfig):
                 f"{', '.join(given)} cannot be combined with --guider {self.guider}, which has its own guidance rule. "
                 "Omit one of the two."
             )
+        has_free_part = self.guidance in ("classifier_free", "both")
+        for name in ("--guidance_rescale", "--guide_model"):
+            if name in self.guidance_flags and not has_free_part:
+                raise UserError(
+                    f"{name} changes classifier-free guidance, of which --guidance {self.guidance} has none. Omit one "
+                    "of the two, or pass --guidance both."
+                )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -18,6 +18,7 @@ from diffusers_cfg.data.naming import local_name
 from diffusers_cfg.data.sources import load_labelled_images
 from diffusers_cfg.evaluation.class_labels import choose_class_labels, classes_of
 from diffusers_cfg.evaluation.grids import make_grid
+from diffusers_cfg.evaluation.guidance_rules import check_guidance, is_unconditional
 from diffusers_cfg.evaluation.measure import measure, measure_floor
 from diffusers_cfg.evaluation.records import data_config, names_data, recorded_data
 from diffusers_cfg.evaluation.reports import LIKELIHOOD_FILE, METRICS_FILE, write_report
@@ -32,7 +33,7 @@ from diffusers_cfg.evaluation.sampling import (
     sampling_settings,
     with_model_defaults,
 )
-from diffusers_cfg.evaluation.settings import EvaluationConfig, LikelihoodConfig, format_number
+from diffusers_cfg.evaluation.settings import GUIDANCE, EvaluationConfig, LikelihoodConfig, format_number
 from diffusers_cfg.evaluation.statistics import RealStatistics
 from diffusers_cfg.files import check_writable, refuse_data_folder, save_image
 
@@ -86,6 +87,7 @@ def run_sweep(config: EvaluationConfig, accelerator: Accelerator) -> dict[str, A
 
 def check_sampling(config: EvaluationConfig, pipeline: CFGPipeline) -> None:
     """Raise `UserError` for settings that do not fit the model or that its pipeline rejects, with their scheduler."""
+    check_guidance(config, pipeline)
     check_scales(config, pipeline)
     original = pipeline.scheduler
     if config.scheduler is not None:
@@ -134,8 +136,9 @@ def measure_sets(accelerator: Accelerator, real: RealStatistics, sets: dict[floa
         summary.reduce(accelerator)
         if accelerator.is_main_process:
             row = measure(summary, real.reference, real.extractor.id2label)
-            evaluations = samples.load(samples.shards[0]).network_evaluations
-            results.append({"guidance_scale": w, "network_evaluations": evaluations, **row})
+            first = samples.load(samples.shards[0])
+            cost = {"network_evaluations": first.network_evaluations, "gradients": first.gradients}
+            results.append({"guidance_scale": w, **cost, **row})
     return results
 
 
@@ -145,6 +148,7 @@ def sampling_record(config: EvaluationConfig, pipeline: CFGPipeline) -> dict[str
         **{name: getattr(config, name) for name in ("class_labels", "num_inference_steps", "seed")},
         "scheduler": type(pipeline.scheduler).__name__,
         "guidance": {
+            "rule": None if config.guidance == "classifier_free" else config.guidance,
             "interval": config.guidance_interval,
             "rescale": config.guidance_rescale,
             "guider": config.guider,
@@ -160,11 +164,13 @@ def check_scales(config: EvaluationConfig, pipeline: CFGPipeline) -> None:
         raise UserError(
             f"--guidance_scales {invalid} are out of range: {config.model} was distilled for w from 0 to {largest:g}."
         )
-    guided = [w for w in scales if w != 0]
-    if guided and pipeline.config.conditioning_dropout_prob == 0 and pipeline.guide_unet is None:
+    guided = [w for w in scales if GUIDANCE[config.guidance](w)["guidance_scale"] != 0]
+    is_trained = is_unconditional(pipeline) or pipeline.config.conditioning_dropout_prob != 0
+    if guided and not is_trained and pipeline.guide_unet is None:
         raise UserError(
             f"--guidance_scales {guided} need a null class, but {config.model} was trained with "
-            "conditioning_dropout_prob = 0. Evaluate it at w = 0, or train with 0.1 to 0.2."
+            "conditioning_dropout_prob = 0. Evaluate it at w = 0, or by --guidance conditional_classifier, or train "
+            "with 0.1 to 0.2."
         )
 
 
@@ -198,10 +204,10 @@ def load_data(
     is_other_data = names_data(given)
 
     names = pipeline.id2label or images.id2label
-    if len(images.id2label) != pipeline.unet.num_classes or names != images.id2label:
+    if len(images.id2label) != pipeline.num_classes or names != images.id2label:
         raise UserError(
             f"The data has {len(images.id2label)} classes ({first_names(images.id2label)}), but {model} has "
-            f"{pipeline.unet.num_classes} ({first_names(names)}). Pass the data that the model was trained on."
+            f"{pipeline.num_classes} ({first_names(names)}). Pass the data that the model was trained on."
         )
     if is_other_data and images.channels != channels:
         kinds = {1: "grayscale", 3: "RGB"}

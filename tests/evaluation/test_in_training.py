@@ -30,6 +30,7 @@ class ToyMethod:
     pipeline: CFGPipeline
     guidance_scales: list[float]
     num_inference_steps: int
+    guidance: str = "classifier_free"
 
 
 def test_metrics_during_training_match_those_of_a_sweep(digits, statistics_dir, tmp_path, monkeypatch):

@@ -272,7 +272,9 @@ def test_network_evaluations_are_counted(model, tmp_path):
         config = config_of(model, tmp_path / "out", tmp_path, *argv)
         pipeline = sampling.load_pipeline(config, "cpu")
         return [
-            sampling.draw_images(pipeline, torch.arange(3), [0, 1, 2], 0, **sampling.call_arguments(config, w))[1]
+            sampling.draw_images(pipeline, torch.arange(3), [0, 1, 2], 0, **sampling.call_arguments(config, w))[
+                1
+            ].network_evaluations
             for w in sampling.guidance_scales(config, pipeline)
         ]
 

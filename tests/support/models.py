@@ -12,6 +12,7 @@ from diffusers_cfg.data.sources import Digits
 from diffusers_cfg.method_settings import DDGANConfig
 from diffusers_cfg.methods.ddgan import Discriminator
 from diffusers_cfg.methods.ddgan import build_pipeline as build_ddgan
+from diffusers_cfg.methods.networks import NOISE_PROCESS
 
 NAMES = {0: "zero", 1: "one", 2: "two"}
 
@@ -63,6 +64,23 @@ def make_pipeline(
     pipeline = CFGPipeline(unet or make_unet(), scheduler or LogSNRScheduler(), **settings)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
+
+
+def make_classifier(num_classes: int = len(NAMES), **settings) -> NoisyClassifier2DModel:
+    """Return a classifier of noisy 8×8 grayscale images with random weights, for the pipeline of `make_pipeline`."""
+    torch.manual_seed(1)
+    settings = {
+        "sample_size": 8,
+        "in_channels": 1,
+        "block_out_channels": (8,),
+        "down_block_types": ("DownBlock2D",),
+        "layers_per_block": 1,
+        "norm_num_groups": 4,
+        "add_attention": False,
+        "noise_process": {name: LogSNRScheduler().config[name] for name in NOISE_PROCESS if name != "prediction_type"},
+        **settings,
+    }
+    return NoisyClassifier2DModel(num_classes=num_classes, **settings).eval()
 
 
 def vdm(prediction_type: str = "v_prediction", ends: tuple[float, float] = (-13.3, 5.0), **settings) -> CFGPipeline:
