@@ -278,7 +278,7 @@ class CFGPipeline(DiffusionPipeline):
                 network once.
             guidance_rescale (`float`, *optional*, defaults to 0.0): φ in [0, 1] of Lin et al. 2023, arXiv 2305.08891,
                 section 3.4. Reduces saturation by moving the standard deviation of the guided prediction towards that
-                of the conditional prediction.
+                of the conditional prediction. What classifier guidance adds is not rescaled.
             guider (`BaseGuidance`, *optional*): A diffusers guider to use instead of the pipeline's own, with its own
                 scale, `start` and `stop`. Most guiders take s = 1 + w unless `use_original_formulation=True` is set.
             output_type (`str`, *optional*, defaults to `"pil"`): `"pil"`; `"np"` (images, height, width, channels) or
@@ -720,7 +720,6 @@ class CFGPipeline(DiffusionPipeline):
             for name, ours, theirs in (
                 ("num_classes", num_classes, classifier.num_classes),
                 ("config.in_channels", channels, classifier.config.in_channels),
-                ("noise_process", self._classified_process, classifier.noise_process),
             ):
                 self._require(f"classifier.{name}", theirs, theirs == ours, f"the UNet's {ours}")
         if guide is not None:
@@ -737,6 +736,24 @@ class CFGPipeline(DiffusionPipeline):
             largest, required = guide.max_guidance_scale, "None: a distilled network cannot guide"
             self._require("guide_unet.max_guidance_scale", largest, largest is None, required)
         self._check_scheduler()
+        self._check_classified_process()
+
+    def _check_classified_process(self) -> None:
+        """Check that the classifier has the noise process of the network, except what the network predicts."""
+        if self.classifier is None:
+            return
+        theirs, ours = self.classifier.noise_process, self._trained_process or {}
+        self._require("classifier.noise_process", theirs, isinstance(theirs, Mapping), "recorded in its config")
+        differs = [
+            f"{key} {self._shown(theirs.get(key))} instead of {self._shown(value)}"
+            for key, value in ours.items()
+            if key != "prediction_type" and theirs.get(key) != value
+        ]
+        if differs:
+            raise ValueError(
+                f"classifier was trained with another noise process than the UNet ({'; '.join(differs)}). Train one "
+                "for this model with training/train_classifier.py."
+            )
 
     def _check_classifier_names(self) -> None:
         """Check that the classes of the classifier have the names of the pipeline's, if both have names."""
@@ -889,6 +906,11 @@ class CFGPipeline(DiffusionPipeline):
 
     def _check_networks(self, **needs_two_passes: Any) -> None:
         """Check that a distilled network needs only one pass, and that both networks have one dtype."""
+        if self._is_unconditional and needs_two_passes.get("guidance_rescale") is not None:
+            raise ValueError(
+                "guidance_rescale has no effect on this model: its network is unconditional, and there is no "
+                "conditional prediction to compare with. Leave it out."
+            )
         given = {**needs_two_passes, "guide_unet": self.guide_unet}
         given = [name for name, value in given.items() if value is not None]
         if self.unet.max_guidance_scale is not None and given:
@@ -948,11 +970,6 @@ class CFGPipeline(DiffusionPipeline):
     def _trained_process(self) -> dict[str, Any] | None:
         """The noise process that the UNet records, or else that of the scheduler the pipeline was created with."""
         return self._with_schedule(self.unet.noise_process) or self._first_process
-
-    @property
-    def _classified_process(self) -> dict[str, Any] | None:
-        """The noise process of a classifier, which does not depend on what the UNet predicts."""
-        return self._trained_process and {k: v for k, v in self._trained_process.items() if k != "prediction_type"}
 
     @staticmethod
     def _with_schedule(process: dict[str, Any] | None) -> dict[str, Any] | None:
@@ -1240,6 +1257,11 @@ class CFGPipeline(DiffusionPipeline):
         if not scales.any():
             return
         given = f"classifier_guidance_scale is {scales[scales != 0][0]:g}, but"
+        if self.unet.latent_dim is not None:
+            raise ValueError(
+                f"{given} this model is a generator, whose output is an image and no prediction that a gradient could "
+                "change. Leave it out."
+            )
         if self.classifier is None:
             raise ValueError(
                 f"{given} this model has no classifier. Train one with training/train_classifier.py, or use "
@@ -1249,15 +1271,10 @@ class CFGPipeline(DiffusionPipeline):
             raise ValueError(
                 f"{given} this model was distilled to guide without one. Use the model that it was distilled from."
             )
-        if self.unet.latent_dim is not None:
-            raise ValueError(
-                f"{given} this model is a generator, whose output is an image and no prediction that a gradient could "
-                "change. Leave it out."
-            )
         if self.classifier.dtype != torch.float32:
             raise ValueError(
-                f"{given} the classifier is in {self.classifier.dtype}, which is too coarse for its gradient. Call "
-                "pipe.classifier.to(torch.float32); the other networks may stay in half precision."
+                f"{given} the classifier is in {self.classifier.dtype}, and its gradient is taken in torch.float32. "
+                "Call pipe.classifier.to(torch.float32). The other networks may have another dtype."
             )
 
     def _scale_per_image(

@@ -32,7 +32,7 @@ def test_logits_of_each_sample_depend_on_its_own_timestep(classifier):
 @pytest.mark.parametrize(
     "settings",
     [
-        {"sample_size": (8, 16), "in_channels": 3, "num_classes": 7, "id2label": None},
+        {"sample_size": (8, 16), "in_channels": 3, "num_classes": 7, "id2label": {"6": "six"}},
         {"down_block_types": ("DownBlock2D",) * 3, "block_out_channels": (4, 8, 8), "add_attention": False},
         {"dropout": 0.3, "layers_per_block": 2},
     ],

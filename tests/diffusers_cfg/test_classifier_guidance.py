@@ -42,9 +42,10 @@ def draw_rules(toy: ToyProblem, same_states: bool, steps: int = 8) -> tuple[torc
         latents = tensors["latents"]
         return {"latents": latents[: len(w)].repeat(rules, 1, 1, 1)} if same_states else None
 
+    given: dict[str, Any] = {name: [scale.get(name, 0.0) for scale in scales] for name in names}
     images = toy.pipeline(
         [0, 1, 2] * (rules * len(SCALES)),
-        **{name: [scale.get(name, 0.0) for scale in scales] for name in names},
+        **given,
         num_inference_steps=steps,
         latents=toy.noise.repeat(rules, 1, 1, 1),
         generator=generators(*list(range(len(w))) * rules),
@@ -117,7 +118,11 @@ def make_guided(**settings) -> CFGPipeline:
     """Return a tiny pipeline with a classifier, whose logits are large enough to change the images."""
     classifier = make_classifier(**settings.pop("classifier", {}))
     torch.nn.init.normal_(classifier.head.weight)
-    settings = {"scheduler": LogSNRScheduler(clip_sample=False), "unet": make_unet(), **settings}
+    settings = {
+        "scheduler": LogSNRScheduler(prediction_type="v_prediction", clip_sample=False),
+        "unet": make_unet(),
+        **settings,
+    }
     return make_pipeline(**settings, classifier=classifier)
 
 
@@ -151,7 +156,8 @@ def test_guidance_is_the_gradient_of_the_classifier(prediction_type):
     """-s σ ∇_z log p(c | z) for ε, and the change of v and x for the same change of ε, in float64."""
     guided = make_guided(scheduler=LogSNRScheduler(prediction_type=prediction_type, clip_sample=False))
     actual = added(guided, [0, 2], [2.0, -0.5])
-    log_snr, t = guided.log_snr()[2], guided._sampler.timesteps[2]
+    log_snr = guided.log_snr()[2]
+    t = guided.scheduler.timestep(guided.scheduler.u_at(log_snr))
     alpha, sigma = log_snr.sigmoid().sqrt(), (-log_snr).sigmoid().sqrt()
     z = Z.double().requires_grad_()
     classifier = make_classifier().double()
@@ -223,10 +229,10 @@ def test_latents_are_classified():
     unet, vae = make_unet(in_channels=2, out_channels=2, sample_size=4), make_vae()
     guided = make_guided(unet=unet, vae=vae, classifier={"in_channels": 2, "sample_size": 4})
     calls = Calls(guided.classifier)
-    images = draw(guided, classifier_guidance_scale=2.0, output_type="pt")
+    images = draw(guided, classifier_guidance_scale=100.0, output_type="pt")
     assert images.shape == (2, *guided.image_shape)
     assert {tuple(sample.shape) for sample in calls.samples} == {(2, 2, 4, 4)}
-    assert (images - draw(guided, output_type="pt")).abs().max() > 5e-5
+    assert (images - draw(guided, output_type="pt")).abs().max() > 1e-3
 
 
 def test_image_does_not_depend_on_its_batch(guided):

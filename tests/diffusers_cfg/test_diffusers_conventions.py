@@ -10,7 +10,7 @@ from diffusers.training_utils import EMAModel
 
 from diffusers_cfg import CFGPipeline, LogSNRScheduler, UNet2DCFGModel
 from tests.support.latents import make_vae
-from tests.support.models import generators, make_pipeline, make_unet
+from tests.support.models import generators, make_classifier, make_pipeline, make_unet
 
 
 def make_latent_pipeline(**settings) -> CFGPipeline:
@@ -24,6 +24,9 @@ PIPELINES = {
     "with a guider and DDIM": lambda: make_pipeline(
         scheduler=LogSNRScheduler(num_train_timesteps=100).solver(diffusers.DDIMScheduler),
         guider=ClassifierFreeGuidance(guidance_scale=3.0),
+    ),
+    "with a classifier": lambda: make_pipeline(
+        scheduler=LogSNRScheduler(prediction_type="v_prediction"), classifier=make_classifier()
     ),
     "distilled": lambda: make_pipeline(make_unet(max_guidance_scale=4.0), LogSNRScheduler(num_train_timesteps=100)),
 }

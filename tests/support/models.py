@@ -35,27 +35,6 @@ def make_unet(**settings) -> UNet2DCFGModel:
     return UNet2DCFGModel(**settings).eval()
 
 
-def make_classifier(**settings) -> NoisyClassifier2DModel:
-    """Return a classifier of the images and the classes of `make_unet`, for the noise process of `make_pipeline`."""
-    torch.manual_seed(0)
-    names = ("num_train_timesteps", "log_snr_min", "log_snr_max", "log_snr_schedule")
-    process = LogSNRScheduler().config
-    settings = {
-        "sample_size": 8,
-        "in_channels": 1,
-        "num_classes": len(NAMES),
-        "down_block_types": ("DownBlock2D", "AttnDownBlock2D"),
-        "block_out_channels": (8, 16),
-        "layers_per_block": 1,
-        "attention_head_dim": 8,
-        "norm_num_groups": 4,
-        "id2label": {str(class_id): name for class_id, name in NAMES.items()},
-        "noise_process": {name: process[name] for name in names},
-        **settings,
-    }
-    return NoisyClassifier2DModel(**settings).eval()
-
-
 def make_pipeline(
     unet: UNet2DCFGModel | None = None, scheduler: SchedulerMixin | None = None, **settings
 ) -> CFGPipeline:
@@ -72,11 +51,11 @@ def make_classifier(num_classes: int = len(NAMES), **settings) -> NoisyClassifie
     settings = {
         "sample_size": 8,
         "in_channels": 1,
-        "block_out_channels": (8,),
-        "down_block_types": ("DownBlock2D",),
+        "down_block_types": ("DownBlock2D", "AttnDownBlock2D"),
+        "block_out_channels": (8, 16),
         "layers_per_block": 1,
+        "attention_head_dim": 8,
         "norm_num_groups": 4,
-        "add_attention": False,
         "noise_process": {name: LogSNRScheduler().config[name] for name in NOISE_PROCESS if name != "prediction_type"},
         **settings,
     }
