@@ -2,15 +2,17 @@
 
 import copy
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from accelerate import Accelerator
 from diffusers.guiders import AdaptiveProjectedGuidance
 
 from diffusers_cfg import CFGPipeline, LogSNRScheduler
 from diffusers_cfg.config import UserError, parse_config
-from diffusers_cfg.data.datasets import CachedImages, training_dataset
+from diffusers_cfg.data.datasets import CachedImages, fingerprint, training_dataset
 from diffusers_cfg.data.decoding import to_float
 from diffusers_cfg.data.images import split_images
 from diffusers_cfg.data.sources import Digits, load_held_out_images
@@ -137,6 +139,28 @@ def test_accuracy_is_that_of_the_held_out_images_by_noise_level(monkeypatch):
     assert logged["held_out/accuracy"] == pytest.approx((3 + 5 * zeros) / 8)
     assert logged["held_out/loss"] == pytest.approx(9 * 5 / 8 * (1 - zeros), abs=0.01)
     assert method.facts()["classifier_accuracy"]["log_snr_3.2_to_20.0"] == 1
+
+
+def test_the_measured_images_are_those_that_training_leaves_out(tmp_path):
+    make_diffusion_model().save_pretrained(tmp_path)
+    training, rest = split_images(DIGITS, 0.1)
+    method = ClassifierGuidance.build(make_config(model=str(tmp_path)), training)
+    assert isinstance(method.held_out, CachedImages)
+    expected = training_dataset(rest, method.config, 1, show_progress=False)
+    assert fingerprint(method.held_out) == fingerprint(expected)
+
+
+def test_the_preview_guides_with_the_classifier(monkeypatch):
+    method, calls = make_method("--validation_guidance_scales", "0", "2"), []
+    method.present_classes = [3]
+
+    def record(_, **call):
+        calls.append((call["class_labels"], call["guidance_scale"], call["classifier_guidance_scale"]))
+        return SimpleNamespace(images=torch.zeros(2, 1, 8, 8))
+
+    monkeypatch.setattr(CFGPipeline, "__call__", record)
+    method.preview(Accelerator(cpu=True))
+    assert calls == [([3, 3], [-1.0, -1.0], [1.0, 3.0])]
 
 
 def test_the_probe_repeats_its_draws():
