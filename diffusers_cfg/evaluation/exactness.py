@@ -241,7 +241,11 @@ def rules(output_dir: Path, accelerator: Accelerator, config: EvaluationConfig) 
         summary = real.summarizer.new_summary(num_samples)
         real.summarizer.add(summary, torch.arange(num_samples), fake, class_labels)
         row = measure(summary, real.reference, real.extractor.id2label)
-        cells = [*(f"{row[metric]:.3f}" for metric in metrics), f"{saturated(fake):.3f}", f"{drawn[0][1]:.0f}"]
+        cells = [
+            *(f"{row[metric]:.3f}" for metric in metrics),
+            f"{saturated(fake):.3f}",
+            f"{drawn[0][1].network_evaluations:.0f}",
+        ]
         rows.append([name, *cells])
         tiles.append(fake[: len(classes)] / 255)
     columns = [id2label[class_id] for class_id in class_labels[: len(classes)].tolist()]

@@ -25,8 +25,8 @@ PIPELINES = {
         scheduler=LogSNRScheduler(num_train_timesteps=100).solver(diffusers.DDIMScheduler),
         guider=ClassifierFreeGuidance(guidance_scale=3.0),
     ),
-    "with a classifier": lambda: make_pipeline(
-        scheduler=LogSNRScheduler(prediction_type="v_prediction"), classifier=make_classifier()
+    "unconditional with a classifier": lambda: make_pipeline(
+        make_unet(num_class_embeds=None), LogSNRScheduler(prediction_type="v_prediction"), classifier=make_classifier()
     ),
     "distilled": lambda: make_pipeline(make_unet(max_guidance_scale=4.0), LogSNRScheduler(num_train_timesteps=100)),
 }

@@ -4,7 +4,7 @@ import pytest
 from accelerate import Accelerator
 
 from diffusers_cfg.config import UserError
-from diffusers_cfg.evaluation import exactness, features
+from diffusers_cfg.evaluation import exact_classifier, exactness, features
 from diffusers_cfg.evaluation.settings import EvaluationConfig
 from tests.support.commands import load_command
 
@@ -35,11 +35,12 @@ def test_experiments_write_figures_and_tables(trained_model, tmp_path, monkeypat
 def test_command_writes_all_sections(trained_model, tmp_path, monkeypatch, capsys):
     for name in ("mixture_figure", "convergence", "stochastic", "network_error"):
         monkeypatch.setattr(exactness, name, lambda *_, name=name: f"## {name}")
+    monkeypatch.setattr(exact_classifier, "trained_classifier", lambda *_: "## trained_classifier")
     monkeypatch.setattr(exactness, "rules", lambda *args: f"## rules of {args[-1].num_samples} samples")
     main = load_command("studies/exactness").main
     main(["--output_dir", str(tmp_path / "a")])
     main(["--output_dir", str(tmp_path / "b"), "--model", str(trained_model), "--num_samples", "29"])
-    without = "## mixture_figure\n\n## convergence\n\n## stochastic\n\n## network_error\n"
+    without = "## mixture_figure\n\n## convergence\n\n## stochastic\n\n## network_error\n\n## trained_classifier\n"
     assert (tmp_path / "a" / "tables.md").read_text() == without
     assert (tmp_path / "b" / "tables.md").read_text() == f"{without}\n## rules of 29 samples\n"
     assert "## stochastic" in capsys.readouterr().out

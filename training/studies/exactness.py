@@ -10,8 +10,9 @@
 python training/studies/exactness.py --output_dir figures
 python training/studies/exactness.py --output_dir figures --model cfg-model --guide_model weak-model
 
-The exact model is a mixture of three Gaussians, one per class, whose ε(z, c) and ε(z) are closed forms. With --model,
-guidance rules are compared on a trained model. Tables are printed and written to tables.md, next to the figures.
+The exact model is a mixture of three Gaussians, one per class, whose ε(z, c) and ε(z) are closed forms. Classifiers
+that are trained on its samples are compared with its exact classifier. With --model, guidance rules are compared on a
+trained model. Tables are printed and written to tables.md, next to the figures.
 """
 
 from argparse import ArgumentDefaultsHelpFormatter, ArgumentParser, Namespace
@@ -55,6 +56,7 @@ def main(argv: list[str] | None = None) -> None:
 
     from diffusers_cfg.engine.accelerator import make_accelerator
     from diffusers_cfg.evaluation import exactness
+    from diffusers_cfg.evaluation.exact_classifier import trained_classifier
     from diffusers_cfg.evaluation.reports import write_text
     from diffusers_cfg.files import check_writable
 
@@ -69,6 +71,7 @@ def main(argv: list[str] | None = None) -> None:
         exactness.convergence,
         exactness.stochastic,
         exactness.network_error,
+        trained_classifier,
     ]
     if config is not None:
         experiments.append(lambda folder: exactness.rules(folder, make_accelerator(), config))
