@@ -19,28 +19,19 @@ from diffusers_cfg.evaluation.guidance_rules import passes_per_step
 from diffusers_cfg.evaluation.sampling import call_arguments, draw_images, draw_to_folder, load_pipeline
 from diffusers_cfg.evaluation.settings import GUIDANCE, EvaluationConfig, SampleConfig
 from diffusers_cfg.evaluation.sweep import run_sweep
-from tests.support.models import ddgan, make_classifier, make_pipeline, make_unet
+from tests.support.models import ddgan, make_classifier, make_pipeline, make_unet, save_classified_digits
 
 CLASSIFIED = [rule for rule in GUIDANCE if rule != "classifier_free"]
 
 
-def save_digits(folder: Path, num_class_embeds: int | None = 11, **settings) -> Path:
-    """Save a model of the digits with random weights, by default with a classifier."""
-    unet = make_unet(num_class_embeds=num_class_embeds)
-    settings = {"id2label": Digits().id2label, "classifier": make_classifier(10), **settings}
-    make_pipeline(unet, **settings).save_pretrained(folder)
-    (folder / "run.json").write_text('{"data": {"dataset_name": null}}')
-    return folder
-
-
 @pytest.fixture(scope="module")
 def digits_model(tmp_path_factory) -> Path:
-    return save_digits(tmp_path_factory.mktemp("saved") / "model")
+    return save_classified_digits(tmp_path_factory.mktemp("saved") / "model")
 
 
 @pytest.fixture(scope="module")
 def unconditional_model(tmp_path_factory) -> Path:
-    return save_digits(tmp_path_factory.mktemp("saved") / "unconditional", num_class_embeds=None)
+    return save_classified_digits(tmp_path_factory.mktemp("saved") / "unconditional", num_class_embeds=None)
 
 
 def sample_config(model: Path, output_dir: Path, *argv: str) -> SampleConfig:
@@ -190,7 +181,7 @@ def test_samples_of_different_rules_and_classifiers_are_not_mixed(digits_model, 
     other = make_classifier(10)
     other.head.weight.data.mul_(2)
     with pytest.raises(UserError, match="different settings .classifier '"):
-        evaluate(save_digits(tmp_path / "other", classifier=other), "--guidance", "both")
+        evaluate(save_classified_digits(tmp_path / "other", classifier=other), "--guidance", "both")
 
 
 def test_unconditional_network_is_sampled_and_evaluated(unconditional_model, evaluate, tmp_path):
@@ -203,12 +194,12 @@ def test_unconditional_network_is_sampled_and_evaluated(unconditional_model, eva
 
 def test_rules_that_need_a_null_class(evaluate, tmp_path):
     """At w = 0 the classifier guides the unconditional model, which an untrained null class is not."""
-    model = save_digits(tmp_path / "model", conditioning_dropout_prob=0.0)
+    model = save_classified_digits(tmp_path / "model", conditioning_dropout_prob=0.0)
     for rule, scales in (("classifier", r"\[0.0, 1.0\]"), ("both", r"\[1.0\]")):
         with pytest.raises(UserError, match=f"--guidance_scales {scales} need a null class.*conditional_classifier"):
             evaluate(model, "--guidance", rule)
     assert len(evaluate(model, "--guidance", "conditional_classifier")["results"]) == 2
-    unconditional = save_digits(tmp_path / "u", num_class_embeds=None, conditioning_dropout_prob=0.0)
+    unconditional = save_classified_digits(tmp_path / "u", num_class_embeds=None, conditioning_dropout_prob=0.0)
     (tmp_path / "out").rename(tmp_path / "conditional")
     assert len(evaluate(unconditional, "--guidance", "classifier")["results"]) == 2
 
@@ -218,7 +209,10 @@ def test_rules_that_need_a_null_class(evaluate, tmp_path):
 def test_models_that_no_classifier_guides_are_refused(tmp_path, evaluate, kind, rule):
     """Also at the w whose scale of the classifier is zero."""
     if kind == "plain":
-        model, message = save_digits(tmp_path / "model", classifier=None), "needs a classifier, but .*model has none"
+        model, message = (
+            save_classified_digits(tmp_path / "model", classifier=None),
+            "needs a classifier, but .*model has none",
+        )
     elif kind == "generator":
         ddgan().save_pretrained(tmp_path / "model")
         model, message = tmp_path / "model", "denoising diffusion GAN, whose output .*--guidance classifier_free"

@@ -62,6 +62,14 @@ def make_classifier(num_classes: int = len(NAMES), **settings) -> NoisyClassifie
     return NoisyClassifier2DModel(num_classes=num_classes, **settings).eval()
 
 
+def save_classified_digits(folder: Path, num_class_embeds: int | None = 11, **settings) -> Path:
+    """Save a model of the digits with random weights and a classifier, and a record that names its training data."""
+    settings = {"classifier": make_classifier(10), "id2label": Digits().id2label, **settings}
+    make_pipeline(make_unet(num_class_embeds=num_class_embeds), **settings).save_pretrained(folder)
+    (folder / "run.json").write_text('{"data": {"dataset_name": null}}')
+    return folder
+
+
 def vdm(prediction_type: str = "v_prediction", ends: tuple[float, float] = (-13.3, 5.0), **settings) -> CFGPipeline:
     """Return a variational diffusion model of the digits between two ends of γ, with random weights."""
     scheduler = LogSNRScheduler(
