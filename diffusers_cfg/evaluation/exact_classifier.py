@@ -65,7 +65,7 @@ def train_mixture_classifier(
     return classifier.eval()
 
 
-def guidance_errors(classifier: torch.nn.Module, num_samples: int = 4096) -> tuple[list[float], list[float]]:
+def guidance_errors(classifier: torch.nn.Module, num_samples: int = 2048) -> tuple[list[float], list[float]]:
     """
     Measure at each of `LOG_SNRS` how far a classifier moves x̃, and how far that is from the exact E[x|z, c] - E[x|z].
 
