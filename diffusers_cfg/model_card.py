@@ -9,10 +9,12 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from .model_card_sections import (
     GRID_CAPTION,
+    accuracy_section,
     citation_section,
     classes_section,
     guidance_section,
     introduction,
+    is_unconditional,
     likelihood_section,
     limits_section,
     model_kind,
@@ -61,16 +63,16 @@ def model_card(folder: Path, repo_id: str, existing: str | None = None, pictured
         `str`: The card: YAML metadata and Markdown. Unknown facts are omitted.
     """
     index, run, evaluation, likelihood = (read_json(folder / name) for name in (INDEX, RUN, EVALUATION, LIKELIHOOD))
-    unet, scheduler = (
-        read_json(folder / "unet" / "config.json"),
-        read_json(folder / "scheduler" / "scheduler_config.json"),
+    unet, classifier, scheduler = (
+        read_json(folder / name)
+        for name in ("unet/config.json", "classifier/config.json", "scheduler/scheduler_config.json")
     )
     kind, has_samples = model_kind(scheduler, unet), find_samples(folder) is not None
 
     # The Hub's button "Use this model" prints `pipe(TEXT)` with the text of the first entry.
     names = index.get("id2label") or {}
     gallery = {
-        SAMPLES: (samples_caption(kind), has_samples),
+        SAMPLES: (samples_caption(run, kind), has_samples),
         GRID: (GRID_CAPTION, (folder / GRID).is_file()),
     }
     widget = [
@@ -79,21 +81,24 @@ def model_card(folder: Path, repo_id: str, existing: str | None = None, pictured
         if str(class_id) in names
     ]
     widget += [{"text": caption, "output": {"url": name}} for name, (caption, exists) in gallery.items() if exists]
-    tags = ["denoising-diffusion-gan" if kind == "generator" else "classifier-free-guidance"]
+    tags = ["denoising-diffusion-gan"] if kind == "generator" else []
+    tags += [] if kind == "generator" or is_unconditional(unet) else ["classifier-free-guidance"]
+    tags += ["classifier-guidance"] if classifier else []
     tags += ["class-conditional"] if example_classes(index, run) != [NULL_CLASS] else []
     data = card_metadata(repo_id, run, evaluation, likelihood, widget, tags)
     sections = [
-        introduction(repo_id, index, unet, run, has_samples, kind),
-        usage_section(repo_id, index, run, kind),
+        introduction(repo_id, index, unet, classifier, run, has_samples, kind),
+        usage_section(repo_id, index, unet, run, kind),
         guidance_section(index, unet, scheduler, run),
         classes_section(index),
-        training_section(index, unet, scheduler, run, kind),
+        training_section(index, unet, classifier, scheduler, run, kind),
+        accuracy_section(run),
         schedule_section(folder),
         reproduction_section(run),
         results_section(folder),
         likelihood_section(folder),
         limits_section(kind),
-        citation_section(kind),
+        citation_section(index, kind),
     ]
     body = "\n\n".join([BEGIN, *(section for section in sections if section), END])
     if existing is None:

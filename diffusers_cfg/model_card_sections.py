@@ -54,6 +54,12 @@ GAN_PAPER = """@inproceedings{xiao2022tackling,
   booktitle = {International Conference on Learning Representations},
   year      = {2022}
 }"""
+CLASSIFIER_PAPER = """@inproceedings{dhariwal2021diffusion,
+  title     = {Diffusion Models Beat {GANs} on Image Synthesis},
+  author    = {Dhariwal, Prafulla and Nichol, Alexander},
+  booktitle = {Advances in Neural Information Processing Systems},
+  year      = {2021}
+}"""
 PAPERS: dict[Kind, list[str]] = {
     "diffusion": [GUIDANCE_PAPER],
     "variational": [GUIDANCE_PAPER, VARIATIONAL_PAPER],
@@ -69,13 +75,30 @@ def model_kind(scheduler: dict[str, Any], unet: dict[str, Any]) -> Kind:
     return "variational" if schedule == "linear" and unet.get("max_guidance_scale") is None else "diffusion"
 
 
-def samples_caption(kind: Kind) -> str:
+def is_unconditional(unet: dict[str, Any]) -> bool:
+    """Return whether a network takes no class labels, so that only a classifier can guide it."""
+    return unet["num_class_embeds"] is None
+
+
+def has_component(index: dict[str, Any], name: str) -> bool:
+    """Return whether a pipeline was saved with an optional component."""
+    return bool(index.get(name, [None])[0])
+
+
+def trained_classifier(run: dict[str, Any]) -> bool:
+    """Return whether a run trained the classifier of its pipeline, and not the diffusion model."""
+    return run.get("method", {}).get("trained_network") == "classifier"
+
+
+def samples_caption(run: dict[str, Any], kind: Kind) -> str:
     """Return the caption of the samples of a training run."""
     columns = "columns of different noise" if kind == "generator" else "one column per guidance scale w"
-    return f"One row per class, {columns}"
+    return f"One row per class, {columns}{' of the classifier' if trained_classifier(run) else ''}"
 
 
-def introduction(repo_id: str, index: dict, unet: dict, run: dict, has_samples: bool, kind: Kind) -> str:
+def introduction(
+    repo_id: str, index: dict, unet: dict, classifier: dict, run: dict, has_samples: bool, kind: Kind
+) -> str:
     """Return the title, a sentence about the model, and its samples."""
     size, channels = unet["sample_size"], unet["in_channels"]
     height, width = (size, size) if isinstance(size, int) else size
@@ -85,18 +108,22 @@ def introduction(repo_id: str, index: dict, unet: dict, run: dict, has_samples: 
         else {1: "grayscale images", 3: "colour images"}.get(channels, "images")
     )
     data = f" of {run['dataset']}" if run.get("dataset") else ""
-    classes, article = f", {unet['num_class_embeds'] - 1} classes", "A class-conditional"
+    num_classes = classifier["num_classes"] if is_unconditional(unet) else unet["num_class_embeds"] - 1
+    classes, article = f", {num_classes} classes", "A class-conditional"
     if example_classes(index, run) == [NULL_CLASS]:
-        classes, article = "", "An unconditional"
-    trained = "trained"
-    if kind != "generator":
-        trained += " for [classifier-free guidance](https://arxiv.org/abs/2207.12598)"
+        classes = ""
+    if not classes or is_unconditional(unet):
+        article = "An unconditional"
+    guided = kind != "generator" and not is_unconditional(unet)
+    trained = " for [classifier-free guidance](https://arxiv.org/abs/2207.12598)" if guided else ""
+    trained = f"trained{trained} with {package_link()}"
+    if classifier:
+        trained += ". It has a classifier of noisy images, for [classifier guidance](https://arxiv.org/abs/2105.05233)"
     text = (
-        f"# {repo_id.split('/')[-1]}\n\n{article} {NAMES[kind]} of {height}×{width} {images}{data}{classes}, {trained} "
-        f"with {package_link()}."
+        f"# {repo_id.split('/')[-1]}\n\n{article} {NAMES[kind]} of {height}×{width} {images}{data}{classes}, {trained}."
     )
     if has_samples:
-        text += f"\n\n![{samples_caption(kind)}]({SAMPLES})"
+        text += f"\n\n![{samples_caption(run, kind)}]({SAMPLES})"
     return text
 
 
@@ -110,11 +137,24 @@ def package_link() -> str:
     return next((f"[diffusers-cfg]({url})" for url in addresses if url.startswith("https://")), "diffusers-cfg")
 
 
-def usage_section(repo_id: str, index: dict[str, Any], run: dict[str, Any], kind: Kind) -> str:
+def example_scales(index: dict[str, Any], unet: dict[str, Any], kind: Kind) -> str:
+    """Return the scales of the examples, which amount to w = 1."""
+    if has_component(index, "guider") or kind == "generator":
+        return ""
+    if not has_component(index, "classifier") or unet.get("max_guidance_scale") is not None:
+        return ", guidance_scale=1.0"
+    if is_unconditional(unet):
+        return ", classifier_guidance_scale=2.0"
+    if index.get("conditioning_dropout_prob") == 0:
+        return ", guidance_scale=0.0, classifier_guidance_scale=1.0"
+    return ", guidance_scale=-1.0, classifier_guidance_scale=2.0"
+
+
+def usage_section(repo_id: str, index: dict[str, Any], unet: dict[str, Any], run: dict[str, Any], kind: Kind) -> str:
     """Return code that loads the model with and without remote code."""
     class_id = example_classes(index, run)[0]
     label = json.dumps((index.get("id2label") or {}).get(str(class_id), class_id), ensure_ascii=False)
-    scale = "" if has_guider(index) or kind == "generator" else ", guidance_scale=1.0"
+    scale = example_scales(index, unet, kind)
     return f"""## Use
 
 The Hub's button "Use this model" leaves out `trust_remote_code=True`, without which diffusers cannot load this model.
@@ -138,20 +178,22 @@ image = pipe(class_labels=[{label}]{scale}).images[0]
 ```"""
 
 
-def has_guider(index: dict) -> bool:
-    """Return whether the pipeline was saved with a diffusers guider."""
-    return bool(index.get("guider", [None])[0])
-
-
 def guidance_section(index: dict[str, Any], unet: dict[str, Any], scheduler: dict[str, Any], run: dict) -> str:
-    """Explain `guidance_scale` for this model."""
+    """Explain `guidance_scale` and `classifier_guidance_scale` for this model."""
     if unet.get("max_guidance_scale") is not None:
         return (
             f"`guidance_scale` is the paper's w, in 0 … {unet['max_guidance_scale']:g}. The model was distilled "
             "([Meng et al. 2023](https://arxiv.org/abs/2210.03142)): it predicts ε̃ = (1 + w) ε(z, c) − w ε(z) with one "
             "network evaluation per step instead of two. Most other diffusers pipelines take s = 1 + w."
         )
-    if has_guider(index):
+    if is_unconditional(unet):
+        return (
+            "`classifier_guidance_scale` is the scale s of "
+            "[classifier guidance](https://arxiv.org/abs/2105.05233): ε̃ = ε(z) − s σ ∇ log p(c | z). The diffusion "
+            "model takes no labels, and `class_labels` are for the classifier alone. The default 1 samples p(x | c) "
+            "if the classifier is exact, and s = 1 + w is then classifier-free guidance at w."
+        )
+    if has_component(index, "guider"):
         return (
             f"The pipeline uses diffusers' `{index['guider'][1]}`, which has its own rule and scale. Set "
             "`pipe.guider = None` to guide with `guidance_scale`, the paper's w."
@@ -162,10 +204,20 @@ def guidance_section(index: dict[str, Any], unet: dict[str, Any], scheduler: dic
         "`guidance_scale` is the paper's w: ε̃ = (1 + w) ε(z, c) − w ε(z). 0 is the plain conditional model and −1 the "
         "plain unconditional one. Most other diffusers pipelines take s = 1 + w."
     )
-    if index.get("conditioning_dropout_prob") == 0:
-        text += " **This model was trained without label dropout and cannot be guided. Use 0.**"
-    if index.get("guide_unet", [None])[0]:
+    without_dropout = index.get("conditioning_dropout_prob") == 0
+    if without_dropout:
+        text += " **This model was trained without label dropout and cannot be guided by itself. Use 0.**"
+    if has_component(index, "guide_unet"):
         text += " A second, weaker network in `guide_unet` replaces ε(z): autoguidance (arXiv 2406.02507)."
+    if has_component(index, "classifier"):
+        unconditional = "" if without_dropout else "`guidance_scale=-1, classifier_guidance_scale=1 + w` and "
+        text += (
+            "\n\n`classifier_guidance_scale` is the scale s of [classifier guidance]"
+            "(https://arxiv.org/abs/2105.05233), which subtracts s σ ∇ log p(c | z) from the ε̃ above. It is 0 by "
+            "default. Other values take one gradient of the classifier per step. If the classifier were exact, "
+            f"{unconditional}`guidance_scale=0, classifier_guidance_scale=w` would sample as classifier-free guidance "
+            "at w."
+        )
     return text
 
 
@@ -200,9 +252,14 @@ def classes_section(index: dict[str, Any], max_rows: int = 1000) -> str:
 
 
 def training_section(
-    index: dict[str, Any], unet: dict[str, Any], scheduler: dict[str, Any], run: dict[str, Any], kind: Kind
+    index: dict[str, Any],
+    unet: dict[str, Any],
+    classifier: dict[str, Any],
+    scheduler: dict[str, Any],
+    run: dict[str, Any],
+    kind: Kind,
 ) -> str:
-    """Return a table of facts about the training run."""
+    """Return a table of facts about the training run: that of the diffusion model, or of the classifier."""
     seconds, precision, method = run.get("seconds"), run.get("mixed_precision"), run.get("method", {})
     duration = None
     if seconds is not None:
@@ -213,12 +270,16 @@ def training_section(
     if "learning_rate_discriminator" in method:
         rate = f"{rate}, discriminator {method['learning_rate_discriminator']}"
     by_default = "" if kind == "generator" else " by default"
+    of_classifier, network, note = trained_classifier(run), unet, ""
+    if of_classifier:
+        network = classifier
+        note = "This is the training of the classifier. The diffusion model was trained before and is unchanged.\n\n"
     facts = {
         "dataset": run.get("dataset"),
         "images": run.get("num_images"),
-        "pretrained model": run.get("base_model"),
-        "label dropout p_uncond": index.get("conditioning_dropout_prob"),
-        "prediction type": scheduler.get("prediction_type"),
+        "diffusion model" if of_classifier else "pretrained model": run.get("base_model"),
+        "label dropout p_uncond": None if of_classifier else index.get("conditioning_dropout_prob"),
+        "prediction type": None if of_classifier else scheduler.get("prediction_type"),
         "denoising steps T": scheduler.get("num_train_timesteps") if kind == "generator" else None,
         "latent dimension": unet.get("latent_dim"),
         "loss": method.get("loss", "").replace("_", "-") or None,
@@ -228,7 +289,7 @@ def training_section(
         "log-SNR λ": f"{low:.4g} … {high:.4g}" if low is not None else None,
         "sampler": f"{index['scheduler'][1]}, {steps} step{'s' * (steps > 1)}{by_default}" if steps else None,
         "parameters": f"{run['num_parameters'] / 1e6:.1f} M" if "num_parameters" in run else None,
-        "channels": ", ".join(map(str, unet["block_out_channels"])),
+        "channels": ", ".join(map(str, network["block_out_channels"])),
         "steps": run.get("steps"),
         "batch size": run.get("batch_size"),
         "peak learning rate": rate,
@@ -239,7 +300,18 @@ def training_section(
         "seed": run.get("seed"),
     }
     rows = [f"| {name} | {value} |" for name, value in facts.items() if value is not None]
-    return "## Training\n\n| | |\n|---|---|\n" + "\n".join(rows)
+    return f"## Training\n\n{note}| | |\n|---|---|\n" + "\n".join(rows)
+
+
+def accuracy_section(run: dict[str, Any]) -> str:
+    """Return a table of the accuracy of the classifier by the noise of the images; empty if it was not measured."""
+    accuracy = run.get("method", {}).get("classifier_accuracy")
+    if not accuracy:
+        return ""
+    levels = [name.removeprefix("log_snr_").replace("_to_", " … ").replace("-", "−") for name in accuracy]
+    rows = [f"| {level} | {value:.2f} |" for level, value in zip(levels, accuracy.values(), strict=True)]
+    text = "Accuracy of the classifier on held-out images, by the log-SNR λ of their noise:"
+    return f"{text}\n\n| λ | accuracy |\n|---|---|\n" + "\n".join(rows)
 
 
 def penalty(method: dict[str, Any]) -> str | None:
@@ -296,9 +368,10 @@ def limits_section(kind: Kind) -> str:
     return LIMITS.format(variety=GAN_VARIETY if kind == "generator" else GUIDED_VARIETY)
 
 
-def citation_section(kind: Kind) -> str:
+def citation_section(index: dict[str, Any], kind: Kind) -> str:
     """Return the papers to cite."""
-    return "\n\n".join(["## Citation", *(f"```bibtex\n{paper}\n```" for paper in PAPERS[kind])])
+    papers = PAPERS[kind] + ([CLASSIFIER_PAPER] if has_component(index, "classifier") else [])
+    return "\n\n".join(["## Citation", *(f"```bibtex\n{paper}\n```" for paper in papers)])
 
 
 LIMITS = """## Intended use and limits
