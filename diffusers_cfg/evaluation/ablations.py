@@ -69,12 +69,17 @@ def check_settings(configs: list[EvaluationConfig]) -> list[EvaluationConfig]:
     for _, group in groupby(configs, key=lambda config: config.model):
         model_configs = list(group)
         model_configs = applicable(model_configs, load_model(model_configs[0]))
-        pipeline = load_pipeline(replace(model_configs[0], scheduler=None), "cpu")
-        for config in model_configs:
-            check_sampling(config, pipeline)
-            check_folders(config, recorded_data(config.model, pipeline) or {})
+        check_sweeps(model_configs)
         checked += model_configs
     return checked
+
+
+def check_sweeps(configs: list[EvaluationConfig]) -> None:
+    """Raise `UserError` for settings of the sweeps of one model that its pipeline rejects."""
+    pipeline = load_pipeline(replace(configs[0], scheduler=None), "cpu")
+    for config in configs:
+        check_sampling(config, pipeline)
+        check_folders(config, recorded_data(config.model, pipeline) or {})
 
 
 def applicable(configs: list[EvaluationConfig], pipeline: CFGPipeline) -> list[EvaluationConfig]:

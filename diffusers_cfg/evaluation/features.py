@@ -137,11 +137,16 @@ def load_classifier(classifier: SmallClassifier, path: Path) -> bool:
     return True
 
 
+def classifier_split(class_labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the indices of the images that the classifier of a dataset is not trained on, and of those that it is."""
+    labelled = (class_labels >= 0).nonzero().flatten()
+    labelled = labelled[torch.randperm(len(labelled), generator=seeded_generator("cpu", "classifier", "split"))]
+    return labelled[: min(len(labelled) // 5, 10_000)], labelled[len(labelled) // 5 :]
+
+
 def train_classifier(classifier: SmallClassifier, dataset: Dataset, steps: int = 750, batch_size: int = 128) -> float:
     """Train on 80 % of the labelled images, on the CPU. Return the accuracy on the rest, at most 10,000 images."""
-    labelled = (dataset.class_labels >= 0).nonzero().flatten()
-    labelled = labelled[torch.randperm(len(labelled), generator=seeded_generator("cpu", "classifier", "split"))]
-    held_out, train = labelled[: min(len(labelled) // 5, 10_000)], labelled[len(labelled) // 5 :]
+    held_out, train = classifier_split(dataset.class_labels)
     optimizer = torch.optim.AdamW(classifier.parameters(), weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=5e-3, total_steps=steps)
     order = seeded_generator("cpu", "classifier", "order")
