@@ -46,10 +46,11 @@ from tests.support.runs import (
     reset_accelerate,
     scalars,
     train,
+    train_classifier,
     train_ddgan,
     train_vdm,
 )
-from tests.support.trajectories import METHODS, expected, train_trajectory, trajectory_of
+from tests.support.trajectories import METHODS, TEACHER, expected, train_trajectory, trajectory_of
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")]
 
@@ -257,6 +258,22 @@ def test_bf16_of_a_denoising_diffusion_gan(tmp_path, conv_dtypes, loss):
     assert images.isfinite().all()
 
 
+def test_bf16_of_a_classifier_and_of_the_network_that_it_guides(tmp_path, conv_dtypes):
+    """The classifier is trained under autocast, and its gradient is taken in float32 beside a UNet in bf16."""
+    for name, flags in (("fp32", []), ("mixed", ["--mixed_precision", "bf16"])):
+        train_classifier(tmp_path / name, TEACHER, "--report_to", "tensorboard", *flags)
+    assert conv_dtypes == {torch.float32, torch.bfloat16}
+    losses = [dict(scalars(tmp_path / run)["loss"]) for run in ("mixed", "fp32")]
+    assert losses[0] == pytest.approx(losses[1], rel=0.02)
+    pipeline = CFGPipeline.from_pretrained(tmp_path / "mixed").to(DEVICE)
+    pipeline.unet.to(torch.bfloat16)
+    conv_dtypes.clear()
+    images = pipeline([0, 1], -1, output_type="pt", classifier_guidance_scale=2.0).images
+    assert conv_dtypes == {torch.float32, torch.bfloat16}
+    assert images.device.type == DEVICE
+    assert images.isfinite().all()
+
+
 @pytest.mark.parametrize("loss", ["non_saturating", "relativistic"])
 def test_r1_under_autocast_is_that_of_float32(loss):
     config = parse_config(DDGANConfig, [*SMALLEST_GAN, "--loss", loss])
@@ -318,7 +335,14 @@ def test_nonfinite_step_is_skipped(tmp_path, monkeypatch, precision):
 
 
 @pytest.mark.parametrize(
-    ("run", "argv"), [(train, ["--random_flip"]), (train_vdm, []), (train_vdm, FIXED), (train_ddgan, [])]
+    ("run", "argv"),
+    [
+        (train, ["--random_flip"]),
+        (train_vdm, []),
+        (train_vdm, FIXED),
+        (train_ddgan, []),
+        (METHODS["classifier"], []),
+    ],
 )
 def test_training_does_not_synchronize_with_the_device(tmp_path, monkeypatch, run, argv):
     """Neither steps nor copies of batches synchronize. Values are read only when they are logged."""
