@@ -329,8 +329,8 @@ class ClassifierConfig(TrainConfig):
     replaced = {}  # the network of the classifier is new
 
     pretrained_model_name_or_path: str = recorded(
-        help="Diffusion model to guide, on the Hub or in a folder. The classifier has its noise process and classes, "
-        "by default its data, and is saved together with it."
+        help="Diffusion model to guide, on the Hub or in a folder. The classifier has its noise process, its classes "
+        "and by default its data. Both are saved together."
     )
     train_val_split: float = fixed(
         HELD_OUT,

@@ -8,7 +8,7 @@ import pytest
 
 from tests.support import imports
 from tests.support.commands import help_of
-from tests.support.runs import ROOT, TRAINING, distill
+from tests.support.runs import ROOT, TRAINING, distill, train_classifier
 
 DOCUMENTS = sorted(
     [*ROOT.glob("*.md"), *ROOT.glob(".github/*.md"), *ROOT.glob("diffusers_cfg/*.md"), *ROOT.glob("training/*.md")]
@@ -110,6 +110,7 @@ def test_the_python_blocks_run(trained_model, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for folder in ("cfg-model", "weak-model", "cfg-digits"):
         shutil.copytree(trained_model, folder)
+    train_classifier(tmp_path / "classifier-model", tmp_path / "cfg-model")
     distill(tmp_path / "cfg-model", tmp_path / "one-pass")
     distill(tmp_path / "one-pass", tmp_path / "eight-steps", "--student_steps", "8")
     for document in (ROOT / "README.md", ROOT / "diffusers_cfg" / "README.md", TRAINING / "README.md"):
