@@ -59,6 +59,7 @@ class NoisyClassifier2DModel(ModelMixin, ConfigMixin):
 
     # Layers are allocated before the weights are read, so a damaged config must not ask for too much memory.
     max_num_classes = 1_000_000
+    max_layers_per_block = 100
 
     @register_to_config
     def __init__(
@@ -155,6 +156,10 @@ class NoisyClassifier2DModel(ModelMixin, ConfigMixin):
         ):
             if not all(type(value) is int and value > 0 for value in values):
                 raise ValueError(f"{name} must be {required}, but is {str(config[name])[:100]}.")
+        if config.layers_per_block > self.max_layers_per_block:
+            raise ValueError(
+                f"layers_per_block must be at most {self.max_layers_per_block}, but is {config.layers_per_block}."
+            )
         if not isinstance(types, (list, tuple)) or not {*types} <= {"DownBlock2D", "AttnDownBlock2D"}:
             raise ValueError(
                 f"down_block_types must be a list of DownBlock2D or AttnDownBlock2D, but is {str(types)[:100]}."

@@ -370,11 +370,12 @@ class CFGPipeline(DiffusionPipeline):
         self._check_classifier_guidance(classifier_scales)
         needs_cond, needs_uncond = self._needed_passes(scales)
         self._warn_if_never_dropped(guide_labels, any(needs_uncond))
+        self._warn_of_dropout()
         scales = scales.view(*scales.shape, 1, 1, 1).to(device)  # (steps, images, 1, 1, 1)
         sample = self._prepare_latents(latents, num_images, generator, device) * scheduler.init_noise_sigma
         step_kwargs = self._step_kwargs(scheduler, generator)
         dtype = self.unet.dtype  # read once: diffusers searches all modules for it
-        timesteps = scheduler.timesteps
+        timesteps, classifier = scheduler.timesteps, self.classifier
         self._sampler, self._num_timesteps, self._guidance_scale = scheduler, len(timesteps), guidance_scale
         self._interrupt = False
 
@@ -382,6 +383,12 @@ class CFGPipeline(DiffusionPipeline):
         for i, t in enumerate(self.progress_bar(timesteps)):  # pyright: ignore[reportCallIssue, reportArgumentType]
             if self._interrupt:
                 break
+            if self.classifier is not classifier:
+                raise ValueError(
+                    f"The classifier was replaced during the call, before step {i + 1} of {len(timesteps)}. Assign "
+                    "pipe.classifier between calls. To guide some of the steps only, pass guidance_interval, or a "
+                    "function of the log-SNR as classifier_guidance_scale."
+                )
             z_float32 = scheduler.scale_model_input(sample, t)
             z = z_float32.to(dtype)
             latent = self._draw_latent(num_images, generator, device)
@@ -409,9 +416,11 @@ class CFGPipeline(DiffusionPipeline):
         images = sample if output_type == "latent" else self.decode(sample)
         if not torch.isfinite(images).all():
             w = scales.max().item() if guider is None else getattr(guider, "guidance_scale", math.nan)
+            s = classifier_scales.abs().max().item()
+            guidance = f", classifier_guidance_scale up to {s:g}" if s else ""
             raise FloatingPointError(
-                f"The images contain non-finite values: the UNet's predictions overflowed (dtype {self.unet.dtype}, "
-                f"guidance_scale up to {w:g}). Use torch.bfloat16 or torch.float32, or a smaller guidance_scale."
+                f"The images contain non-finite values: the predictions overflowed (dtype of the UNet {dtype}, "
+                f"guidance_scale up to {w:g}{guidance}). Use torch.bfloat16 or torch.float32, or smaller scales."
             )
         images = self.image_processor.postprocess(images, output_type=output_type)
         self.maybe_free_model_hooks()
@@ -905,7 +914,7 @@ class CFGPipeline(DiffusionPipeline):
             raise ValueError(f"{type(guider).__name__} cannot guide this model: in this version of diffusers {reason}.")
 
     def _check_networks(self, **needs_two_passes: Any) -> None:
-        """Check that a distilled network needs only one pass, and that both networks have one dtype."""
+        """Check that a distilled network needs only one pass, that both have one dtype, and all have their weights."""
         if self._is_unconditional and needs_two_passes.get("guidance_rescale") is not None:
             raise ValueError(
                 "guidance_rescale has no effect on this model: its network is unconditional, and there is no "
@@ -920,6 +929,13 @@ class CFGPipeline(DiffusionPipeline):
             )
         dtype, guide_dtype = self.unet.dtype, (self.guide_unet or self.unet).dtype
         self._require("guide_unet.dtype", guide_dtype, guide_dtype == dtype, f"the UNet's {dtype}")
+        for name in self.model_cpu_offload_seq.split("->"):
+            network: torch.nn.Module | None = getattr(self, name)
+            if network is None or not any(parameter.is_meta for parameter in network.parameters()):
+                continue
+            # accelerate keeps offloaded weights on the meta device, and has hooks that load them.
+            if not any(hasattr(module, "_hf_hook") for module in network.modules()):
+                raise ValueError(f"The {name} is on the meta device, where networks have no weights. Load it again.")
 
     def _check_scheduler(self) -> None:
         """Check the scheduler. Most schedulers accept the config of any other one and then silently return noise."""
@@ -1271,17 +1287,27 @@ class CFGPipeline(DiffusionPipeline):
             raise ValueError(
                 f"{given} this model was distilled to guide without one. Use the model that it was distilled from."
             )
-        if self.classifier.dtype != torch.float32:
+        parameters = list(self.classifier.parameters())
+        dtypes = {self.classifier.dtype, *(parameter.dtype for parameter in parameters)} - {torch.float32}
+        if dtypes:
             raise ValueError(
-                f"{given} the classifier is in {self.classifier.dtype}, and its gradient is taken in torch.float32. "
-                "Call pipe.classifier.to(torch.float32). The other networks may have another dtype."
+                f"{given} the classifier is in {', '.join(sorted(map(str, dtypes)))}, and its gradient is taken in "
+                "torch.float32. Call pipe.classifier.to(torch.float32). The other networks may have another dtype."
+            )
+        if any(parameter.is_inference() for parameter in parameters):
+            raise ValueError(
+                f"{given} the classifier was made under torch.inference_mode, so torch cannot take its gradient. Load "
+                "it outside of torch.inference_mode. Calls of the pipeline may be inside."
             )
 
     def _scale_per_image(
         self, name: str, guidance_scale: Any, num_images: int, num_images_per_label: int
     ) -> torch.Tensor:
         """Expand w, a number or one number per label or per image, to float32 `(images,)` on the CPU."""
-        w = self._numbers(name, guidance_scale, "a number, or a list with one per label or per image").float()
+        given = self._numbers(name, guidance_scale, "a number, or a list with one per label or per image")
+        w = given.float()
+        if wrong := given[~w.isfinite()].tolist():
+            raise ValueError(f"{name} must be finite in float32, but contains {self._shown(wrong)}.")
         num_labels = num_images // num_images_per_label
         if w.ndim == 0:
             w = w.expand(num_images)
@@ -1292,9 +1318,6 @@ class CFGPipeline(DiffusionPipeline):
                 f"{name} has shape {tuple(w.shape)}, but must be one number, one per label ({num_labels}) or "
                 f"one per image ({num_images})."
             )
-        wrong = [value for value in w.tolist() if not math.isfinite(value)]
-        if wrong:
-            raise ValueError(f"{name} must be finite, but contains {wrong}.")
         return w
 
     def log_snr(self) -> torch.Tensor:
@@ -1316,6 +1339,19 @@ class CFGPipeline(DiffusionPipeline):
                 "This model was trained with conditioning_dropout_prob = 0: its null class is untrained, so guidance "
                 "and unconditional samples are meaningless. Use guidance_scale=0, or train with 0.1 to 0.2."
             )
+
+    def _warn_of_dropout(self) -> None:
+        """Warn of networks in training mode whose dropout makes their predictions random."""
+        for name in ("unet", "guide_unet", "classifier"):
+            network = getattr(self, name)
+            modules = network.modules() if network is not None and network.training else ()
+            if any(isinstance(module, torch.nn.Dropout) and module.training and module.p for module in modules):
+                logging.get_logger(__name__).warning(
+                    "The %s is in training mode, where its dropout changes its predictions at random. Call "
+                    "pipe.%s.eval() before the pipeline.",
+                    name,
+                    name,
+                )
 
     def _prepare_latents(
         self,

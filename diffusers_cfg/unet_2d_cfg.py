@@ -67,6 +67,7 @@ class UNet2DCFGModel(UNet2DModel):
 
     # Layers are allocated before the weights are read, so a damaged config must not ask for too much memory.
     max_num_class_embeds, max_num_frequencies, max_latent_dim = 1_000_001, 64, 65_536
+    max_layers_per_block = 100
     # A float32 angle ωz has hardly a correct digit left beyond, and far beyond no finite sine.
     max_frequency = 1e6
 
@@ -106,7 +107,7 @@ class UNet2DCFGModel(UNet2DModel):
         fourier_frequencies: list[float] | None = None,
         latent_dim: int | None = None,
     ) -> None:
-        self._check_settings(num_class_embeds, max_guidance_scale, fourier_frequencies)
+        self._check_settings(layers_per_block, num_class_embeds, max_guidance_scale, fourier_frequencies)
         self._check_generator(latent_dim, max_guidance_scale, time_embedding_type)
         super().__init__(
             sample_size=sample_size,
@@ -162,8 +163,14 @@ class UNet2DCFGModel(UNet2DModel):
                 torch.nn.init.kaiming_normal_(layer.get_parameter("weight"))
             self.latent_mapping = torch.nn.Sequential(*layers)
 
-    def _check_settings(self, num_class_embeds: Any, max_guidance_scale: Any, fourier_frequencies: Any) -> None:
+    def _check_settings(
+        self, layers_per_block: Any, num_class_embeds: Any, max_guidance_scale: Any, fourier_frequencies: Any
+    ) -> None:
         """Check the settings that `UNet2DModel` does not check, before anything is allocated."""
+        if isinstance(layers_per_block, int) and layers_per_block > self.max_layers_per_block:
+            raise ValueError(
+                f"layers_per_block must be at most {self.max_layers_per_block}, but is {layers_per_block}."
+            )
         if num_class_embeds is not None and (
             type(num_class_embeds) is not int or not 0 < num_class_embeds <= self.max_num_class_embeds
         ):
@@ -299,7 +306,8 @@ class UNet2DCFGModel(UNet2DModel):
             raise ValueError(
                 f"{type(self).__name__} needs a class embedding with a row for the null class, but its config has "
                 f"num_class_embeds={num_class_embeds} and class_embed_type={self.config.class_embed_type!r}. Set "
-                "num_class_embeds to the number of classes plus one and class_embed_type to None."
+                "num_class_embeds to the number of classes plus one and class_embed_type to None. An unconditional "
+                "network needs a pipeline with a classifier."
             )
         return num_class_embeds - 1
 

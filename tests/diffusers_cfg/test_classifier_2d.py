@@ -104,6 +104,7 @@ def test_dtypes(classifier):
         *[({"block_out_channels": value}, "block_out_channels must") for value in (8, "ab", (0, 16), (8, None))],
         *[({"layers_per_block": value}, "layers_per_block must be a positive") for value in (0, -1, 1.5)],
         *[({"attention_head_dim": value}, "attention_head_dim must be a positive") for value in (0, None)],
+        ({"layers_per_block": 10**9}, "layers_per_block must be at most 100, but is 1000000000"),
         ({"attention_head_dim": 5}, "attention_head_dim is 5, which does not divide the 16 channels"),
         ({"attention_head_dim": 32}, "attention_head_dim is 32, which does not divide the 16 channels"),
         ({"norm_num_groups": 0}, "norm_num_groups must be a positive"),

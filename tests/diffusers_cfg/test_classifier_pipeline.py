@@ -104,7 +104,8 @@ def test_other_objects_are_refused(component, guided):
     ("scale", "message"),
     [
         (math.nan, "classifier_guidance_scale must be finite"),
-        ([1.0, math.inf], r"classifier_guidance_scale must be finite, but contains \[inf\]"),
+        ([1.0, math.inf], r"classifier_guidance_scale must be finite in float32, but contains \[inf\]"),
+        (1e39, r"classifier_guidance_scale must be finite in float32, but contains \[1e\+39\]"),
         (lambda log_snr: math.nan, "What classifier_guidance_scale returns must be finite"),
         (lambda log_snr: [1.0] * 3, r"What classifier_guidance_scale returns has shape \(3,\)"),
         ("1", "classifier_guidance_scale must be a number"),
@@ -162,6 +163,69 @@ def test_classifier_guides_in_float32_only(guided, dtype):
     images = draw(guided, classifier_guidance_scale=1.0)
     assert images.dtype == torch.float32
     assert not torch.equal(images, draw(guided))
+
+
+def test_every_parameter_of_the_classifier_is_in_float32(guided):
+    guided.classifier.head.to(torch.bfloat16)
+    assert_refused(guided, "the classifier is in torch.bfloat16", classifier_guidance_scale=1.0)
+
+
+def test_classifier_that_was_made_in_inference_mode_is_refused(guided):
+    with torch.inference_mode():
+        guided.classifier = make_classifier()
+        assert_refused(guided, "was made under torch.inference_mode", classifier_guidance_scale=1.0)
+    assert_refused(guided, "was made under torch.inference_mode", classifier_guidance_scale=1.0)
+    assert draw(guided).shape == (2, 1, 8, 8)
+
+
+@pytest.mark.parametrize("name", ["unet", "classifier"])
+def test_network_without_weights_is_refused(guided, name):
+    getattr(guided, name).to("meta")
+    for s in (0.0, 1.0):
+        assert_refused(guided, f"The {name} is on the meta device", classifier_guidance_scale=s)
+
+
+@pytest.mark.parametrize("num_class_embeds", [4, None])
+@pytest.mark.parametrize("other", [None, make_classifier(), make_classifier(num_classes=2)])
+def test_classifier_is_not_replaced_during_a_call(num_class_embeds, other):
+    guided = make_guided(make_unet(num_class_embeds=num_class_embeds))
+    classifier = guided.classifier
+
+    def replace(pipeline, step, timestep, tensors):
+        pipeline.classifier = other if step == 1 else classifier
+
+    with pytest.raises(ValueError, match="The classifier was replaced during the call, before step 3 of 4"):
+        draw(guided, classifier_guidance_scale=1.0, callback_on_step_end=replace)
+    guided.classifier = classifier
+    images = draw(guided, classifier_guidance_scale=1.0)
+    replaced_at_the_end = draw(
+        guided, classifier_guidance_scale=1.0, num_inference_steps=1, callback_on_step_end=replace
+    )
+    assert replaced_at_the_end.shape == images.shape
+
+
+@pytest.mark.parametrize("name", ["unet", "guide_unet", "classifier"])
+def test_dropout_in_training_mode_is_warned_of(name, caplog):
+    networks = {"unet": make_unet(dropout=0.5), "guide_unet": make_unet(dropout=0.5)}
+    guided = make_guided(**networks, classifier=make_classifier(dropout=0.5))
+    message = f"The {name} is in training mode"
+    draw(guided, classifier_guidance_scale=1.0)
+    assert "training mode" not in caplog.text
+    getattr(guided, name).train()
+    draw(guided, classifier_guidance_scale=1.0)
+    assert caplog.text.count("training mode") == caplog.text.count(message) == 1
+    caplog.clear()
+    setattr(guided, name, (make_classifier() if name == "classifier" else make_unet()).train())
+    draw(guided, classifier_guidance_scale=1.0)
+    assert "training mode" not in caplog.text  # without dropout, the mode does not matter
+
+
+def test_images_that_overflow_name_both_scales():
+    """The change of ε is finite here, but not that of x, which is 1/α = 22026 times larger at λ = -20."""
+    guided = make_guided(scheduler=LogSNRScheduler(clip_sample=False))
+    torch.nn.init.normal_(guided.classifier.head.weight, std=100.0)
+    with pytest.raises(FloatingPointError, match=r"guidance_scale up to 2, classifier_guidance_scale up to 3e\+38"):
+        draw(guided, guidance_scale=2.0, classifier_guidance_scale=-3e38, num_inference_steps=1)
 
 
 @pytest.mark.slow

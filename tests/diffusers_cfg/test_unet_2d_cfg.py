@@ -356,6 +356,7 @@ def test_pickles_are_refused(folder):
         *[(config, "config.json must contain the settings of a UNet2DCFGModel") for config in ([], None, 5)],
         ({"num_class_embeds": "4"}, "num_class_embeds must be .*'4'"),
         ({"num_class_embeds": 10**9}, "num_class_embeds must be .*1000000000"),
+        ({"layers_per_block": 10**9}, "layers_per_block must be at most 100, but is 1000000000"),
         ({"max_guidance_scale": 4.0}, r"4 missing \(guidance_embedding"),
         ({"down_block_types": ["Other", "Other"]}, "Other does not exist"),
     ],
