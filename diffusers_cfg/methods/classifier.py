@@ -147,14 +147,21 @@ def check_diffusion_model(config: ClassifierConfig, pipeline: CFGPipeline, image
     if (height, width) != (config.resolution, config.resolution):
         solution = f"Set --resolution {height}." if height == width else "Only square images can be trained on."
         raise UserError(f"{source} has images of {height}×{width}, but --resolution is {config.resolution}. {solution}")
-    names = pipeline.id2label or images.id2label
-    if not pipeline.id2label:
+    ours, theirs = images.id2label, pipeline.id2label
+    if not theirs:
         logger.warning(CLASSES_WITHOUT_NAMES)
-    if len(images.id2label) != pipeline.num_classes or names != images.id2label:
-        first = listed([name for _, name in sorted(images.id2label.items())], 5)
+    solution = "Pass the data that the model was trained on."
+    if len(ours) != pipeline.num_classes:
+        first, others = (listed([name for _, name in sorted(names.items())], 5) for names in (ours, theirs))
         raise UserError(
-            f"The data has {len(images.id2label)} classes ({first}), but {source} has {pipeline.num_classes} "
-            f"({listed([name for _, name in sorted(names.items())], 5)}). Pass the data that the model was trained on."
+            f"The data has {len(ours)} classes ({first}), but {source} has {pipeline.num_classes} "
+            f"({others or 'without names'}). {solution}"
+        )
+    if theirs and theirs != ours:
+        class_id = min(class_id for class_id in ours if theirs.get(class_id) != ours[class_id])
+        raise UserError(
+            f"The classes of the data have other names or another order than those of {source}: class {class_id} is "
+            f"{ours[class_id]!r} instead of {theirs.get(class_id)!r}. {solution}"
         )
 
 

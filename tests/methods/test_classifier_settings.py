@@ -6,6 +6,7 @@ import pytest
 from PIL import Image
 
 from diffusers_cfg.config import UserError, parse_config
+from diffusers_cfg.data.sources import Digits
 from diffusers_cfg.method_settings import (
     CFGConfig,
     ClassifierConfig,
@@ -126,6 +127,8 @@ def models(folder: Path) -> dict[str, str]:
         "generator": ddgan(),
         "letters": make_pipeline(make_unet(num_class_embeds=11), id2label={i: "abcdefghij"[i] for i in range(10)}),
         "three": make_pipeline(),
+        "last": make_pipeline(make_unet(num_class_embeds=11), id2label={**Digits().id2label, 9: "ten"}),
+        "unnamed": make_pipeline(id2label=None),
         "large": make_pipeline(make_unet(sample_size=16, num_class_embeds=11), id2label=None),
         "wide": make_pipeline(make_unet(sample_size=(8, 16), num_class_embeds=11), id2label=None),
         "fits": make_pipeline(make_unet(num_class_embeds=11), id2label=None),
@@ -146,7 +149,9 @@ def folders(tmp_path_factory) -> dict[str, str]:
     [
         ("student", [], "student was distilled to guide without a classifier. Use the model it was distilled from"),
         ("generator", [], "generator is a denoising diffusion GAN, whose generator draws images in 2 steps"),
-        ("letters", [], r"The data has 10 classes \(zero, .*letters has 10 \(a, b, .*Pass the data that the model"),
+        ("letters", [], "letters: class 0 is 'zero' instead of 'a'. Pass the data that the model was trained on"),
+        ("last", [], "The classes of the data have other names .*last: class 9 is 'nine' instead of 'ten'"),
+        ("unnamed", [], r"The data has 10 classes \(zero, .*unnamed has 3 \(without names\)"),
         ("three", [], r"The data has 10 classes \(zero, .*three has 3 \(zero, one, two\)"),
         ("large", [], "large has images of 16×16, but --resolution is 8. Set --resolution 16"),
         ("wide", [], "wide has images of 8×16, but --resolution is 8. Only square images can be trained on"),
