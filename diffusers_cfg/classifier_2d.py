@@ -133,7 +133,7 @@ class NoisyClassifier2DModel(ModelMixin, ConfigMixin):
             raise ValueError(f"noise_process must be a dictionary or None, but is {str(noise_process)[:100]}.")
 
     def _check_layers(self) -> None:
-        """Check the settings of the layers, before anything is allocated: those of diffusers do not name them."""
+        """Check the settings of the layers before anything is allocated: errors of diffusers do not name them."""
         config = self.config
         types, channels = config.down_block_types, config.block_out_channels
         size, head_dim, groups = config.sample_size, config.attention_head_dim, config.norm_num_groups

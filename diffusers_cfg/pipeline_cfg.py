@@ -366,11 +366,11 @@ class CFGPipeline(DiffusionPipeline):
         classifier_scales = self._guidance_scales(
             "classifier_guidance_scale", classifier_guidance_scale, guidance_interval, *per_image
         )
-        is_classified = ((classifier_scales != 0) & classes.any(1)).tolist()  # by step and image
+        is_classified = (classifier_scales != 0) & classes.any(1)  # (steps, images)
         self._check_classifier_guidance(classifier_scales)
         needs_cond, needs_uncond = self._needed_passes(scales)
         self._warn_if_never_dropped(guide_labels, any(needs_uncond))
-        self._warn_of_dropout()
+        self._warn_about_dropout()
         scales = scales.view(*scales.shape, 1, 1, 1).to(device)  # (steps, images, 1, 1, 1)
         sample = self._prepare_latents(latents, num_images, generator, device) * scheduler.init_noise_sigma
         step_kwargs = self._step_kwargs(scheduler, generator)
@@ -399,12 +399,12 @@ class CFGPipeline(DiffusionPipeline):
             else:
                 inputs = class_labels, guide_labels, latent
                 pred = self.guider_prediction(guider, z, t, i, len(timesteps), *inputs)
-            if any(is_classified[i]):
-                rows = torch.tensor([image for image in range(num_images) if is_classified[i][image]])
-                inputs = classes[rows].to(device), classifier_scales[i, rows].to(device), log_snr[i].item()
-                guidance = self.classifier_guidance(z_float32[rows.to(device)], t, *inputs)
-                self._check_gradient(guidance, rows, i, inputs[-1])
-                pred = pred.index_add(0, rows.to(device), guidance)
+            if is_classified[i].any():
+                guided, level = is_classified[i].nonzero().flatten(), log_snr[i].item()
+                rows, s = guided.to(device), classifier_scales[i, guided].to(device)
+                guidance = self.classifier_guidance(z_float32[rows], t, classes[guided].to(device), s, level)
+                self._check_gradient(guidance, guided, i, level)
+                pred = pred.index_add(0, rows, guidance)
             sample = scheduler.step(pred, t, sample, **step_kwargs).prev_sample
 
             if callback_on_step_end is not None:
@@ -513,7 +513,7 @@ class CFGPipeline(DiffusionPipeline):
         Args:
             z (`torch.Tensor` of shape `(batch, channels, height, width)`): Noisy samples, scaled by the scheduler.
             t (`torch.Tensor` of shape `()`): Timestep.
-            classes (`torch.Tensor` of shape `(batch, num_classes)`): Weights of the log p(c | z), which are summed.
+            classes (`torch.Tensor` of shape `(batch, num_classes)`): Weight of each log p(c | z) in their sum.
             scale (`torch.Tensor` of shape `(batch,)`): s.
             log_snr (`float`): λ at the timestep.
 
@@ -529,13 +529,13 @@ class CFGPipeline(DiffusionPipeline):
             (gradient,) = torch.autograd.grad(log_prob, y)
         return scale.view(-1, 1, 1, 1) * factor[self.scheduler.config["prediction_type"]] * gradient
 
-    def _check_gradient(self, guidance: torch.Tensor, rows: torch.Tensor, step: int, log_snr: float) -> None:
-        """Raise FloatingPointError if the gradient of the classifier is not finite for one of the images `rows`."""
+    def _check_gradient(self, guidance: torch.Tensor, guided: torch.Tensor, step: int, log_snr: float) -> None:
+        """Raise FloatingPointError if the gradient of the classifier is not finite for one of the `guided` images."""
         finite = guidance.isfinite().flatten(1).all(1).cpu()
         if not finite.all():
             raise FloatingPointError(
                 f"The gradient of the classifier is not finite at step {step + 1} of {self.num_timesteps} (λ = "
-                f"{log_snr:.2f}), for the images {self._shown(rows[~finite].tolist())}. Use a smaller "
+                f"{log_snr:.2f}), for the images {self._shown(guided[~finite].tolist())}. Use a smaller "
                 "classifier_guidance_scale, or a classifier whose training did not diverge."
             )
 
@@ -914,7 +914,7 @@ class CFGPipeline(DiffusionPipeline):
             raise ValueError(f"{type(guider).__name__} cannot guide this model: in this version of diffusers {reason}.")
 
     def _check_networks(self, **needs_two_passes: Any) -> None:
-        """Check that a distilled network needs only one pass, that both have one dtype, and all have their weights."""
+        """Check that a distilled network needs only one pass, that dtypes are equal, and that all weights are loaded."""
         if self._is_unconditional and needs_two_passes.get("guidance_rescale") is not None:
             raise ValueError(
                 "guidance_rescale has no effect on this model: its network is unconditional, and there is no "
@@ -1340,8 +1340,8 @@ class CFGPipeline(DiffusionPipeline):
                 "and unconditional samples are meaningless. Use guidance_scale=0, or train with 0.1 to 0.2."
             )
 
-    def _warn_of_dropout(self) -> None:
-        """Warn of networks in training mode whose dropout makes their predictions random."""
+    def _warn_about_dropout(self) -> None:
+        """Warn about networks in training mode, where dropout makes their predictions random."""
         for name in ("unet", "guide_unet", "classifier"):
             network = getattr(self, name)
             modules = network.modules() if network is not None and network.training else ()
@@ -1422,7 +1422,7 @@ class CFGPipeline(DiffusionPipeline):
         index["_class_name"] = ["pipeline_cfg", type(self).__name__]
         index.pop("_name_or_path", None)
         if self.classifier is None:
-            index.pop("classifier")  # Versions that know of no classifier would warn of it.
+            index.pop("classifier")  # Older versions, without this component, would warn about it.
         for name, component in self.components.items():
             if hasattr(component, "remote_code"):
                 module, class_name = index[name]

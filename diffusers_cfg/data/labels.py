@@ -23,6 +23,11 @@ def listed(names: Sequence[str], limit: int = MAX_LISTED) -> str:
     return ", ".join(names[:limit]) + (", …" if len(names) > limit else "")
 
 
+def first_names(id2label: Mapping[int, str]) -> str:
+    """Return the names of the first five classes, for a message."""
+    return listed([name for _, name in sorted(id2label.items())], 5)
+
+
 def names_of(feature: Any, column: str | None, class_names: str | None) -> list[str] | None:
     """
     Return the names of the classes 0, 1, …, or `None` if only the labels themselves can tell them.

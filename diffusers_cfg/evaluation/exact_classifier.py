@@ -9,11 +9,12 @@ from diffusers_cfg import CFGPipeline, LogSNRScheduler, NoisyClassifier2DModel
 from diffusers_cfg.evaluation.mixture import GaussianMixtureClassifier, GaussianMixtureModel, three_gaussians
 from diffusers_cfg.evaluation.reports import table
 
+# Values of λ at which classifiers are compared
 LOG_SNRS = (-20.0, -10.0, -5.0, -2.0, 0.0, 2.0, 3.0, 4.0, 6.0)
 
 
 class ClassifierOfZ(NoisyClassifier2DModel):
-    """The same network if it saw z instead of αz. It is given αz, as every classifier."""
+    """The same network with z instead of αz as its input. Like every classifier it is given αz, and divides by α."""
 
     scheduler = LogSNRScheduler()
 
@@ -95,7 +96,7 @@ def guidance_errors(classifier: torch.nn.Module, num_samples: int = 2048) -> tup
 
 
 def trained_classifier(output_dir: Path, steps: tuple[int, ...] = (0, 100, 1000, 4000)) -> str:
-    """Compare classifiers that were trained for numbers of steps, and one that sees z, with the exact one over λ."""
+    """Compare classifiers after several numbers of training steps, and one that sees z, with the exact one over λ."""
     model = three_gaussians(LogSNRScheduler())
     classifiers = {f"sees αz, {count:,} steps": train_mixture_classifier(model, count) for count in steps}
     classifiers[f"sees z, {steps[-1]:,} steps"] = train_mixture_classifier(model, steps[-1], ClassifierOfZ)

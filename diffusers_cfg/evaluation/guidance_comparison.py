@@ -154,7 +154,7 @@ class Judges:
         return summed(total, accelerator)
 
     def count_real(self, dataset: Dataset, accelerator: Accelerator) -> torch.Tensor:
-        """Return the counts over all processes of the real images that the small feature extractor does not know."""
+        """Return the counts over all processes of the real images that the small extractor is not trained on."""
         (indices, _), total = classifier_split(dataset.class_labels), torch.zeros(3, dtype=torch.float64)
         for rows in indices.split(BATCH_SIZE)[accelerator.process_index :: accelerator.num_processes]:
             batch = dataset.__getitems__(rows.tolist())

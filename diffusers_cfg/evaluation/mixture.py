@@ -273,7 +273,7 @@ class GaussianMixtureClassifier(torch.nn.Module):
     `CFGPipeline(model, scheduler, classifier=classifier)`.
 
     Args:
-        model (`GaussianMixtureModel`): the mixture. In float64 its gradients are exact to that of float32.
+        model (`GaussianMixtureModel`): the mixture. In float64, its gradients are exact up to the rounding of float32.
     """
 
     dtype = torch.float32  # of its input

@@ -114,7 +114,7 @@ class SamplingConfig(SavedModelConfig):
 
     @property
     def guidance_flags(self) -> list[str]:
-        """The flags of guidance that are given, which a generator at w = 0 and a guider do not take."""
+        """The given flags that change guidance."""
         given = {
             "--guidance": self.guidance != "classifier_free",
             "--guidance_interval": self.guidance_interval is not None,
@@ -134,7 +134,7 @@ class SamplingConfig(SavedModelConfig):
         for name in ("--guidance_rescale", "--guide_model"):
             if name in self.guidance_flags and not has_free_part:
                 raise UserError(
-                    f"{name} changes classifier-free guidance, of which --guidance {self.guidance} has none. Omit one "
+                    f"{name} changes classifier-free guidance, which --guidance {self.guidance} does not use. Omit one "
                     "of the two, or pass --guidance both."
                 )
 

@@ -13,7 +13,7 @@ from diffusers_cfg import CFGPipeline
 from diffusers_cfg.config import UserError
 from diffusers_cfg.data.datasets import training_dataset
 from diffusers_cfg.data.images import LabelledImages
-from diffusers_cfg.data.labels import listed
+from diffusers_cfg.data.labels import first_names
 from diffusers_cfg.data.naming import local_name
 from diffusers_cfg.data.sources import load_labelled_images
 from diffusers_cfg.evaluation.class_labels import choose_class_labels, classes_of
@@ -221,11 +221,6 @@ def load_data(
             "Enlarged images would be blurred: pass data of at least that size."
         )
     return training_dataset(images, config, channels, show_progress), images.id2label, local_name(config)
-
-
-def first_names(id2label: dict[int, str]) -> str:
-    """Return the names of the first five classes, for a message."""
-    return listed([name for _, name in sorted(id2label.items())], 5)
 
 
 def smaller_size(images: LabelledImages, resolution: int) -> tuple[int, int] | None:

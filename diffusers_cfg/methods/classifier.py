@@ -13,7 +13,7 @@ from diffusers_cfg import CFGPipeline, NoisyClassifier2DModel
 from diffusers_cfg.config import UserError
 from diffusers_cfg.data.datasets import training_dataset
 from diffusers_cfg.data.images import UNLABELLED, LabelledImages, require_classes
-from diffusers_cfg.data.labels import listed
+from diffusers_cfg.data.labels import first_names
 from diffusers_cfg.data.sources import load_held_out_images
 from diffusers_cfg.engine.batches import probe_batches
 from diffusers_cfg.engine.method import Batch, Networks, Objective, Terms
@@ -106,12 +106,11 @@ class ClassifierGuidance(GuidedMethod):
         return loss, (logits.argmax(1) == batch.class_labels).float()
 
     def probe(self, batches: Iterable[Batch]) -> dict[str, float]:
-        """Return the loss and the accuracy on held-out images, at all noise levels and at each, if any are held out."""
+        """Return the loss and the accuracy on held-out images, over all noise levels and at each; empty without any."""
         if self.held_out is None:
             return {}
         classifier, losses, correct = self.pipeline.classifier, [], []
-        held_out = probe_batches(self.config, self, self.held_out, classifier.device, MAX_HELD_OUT)
-        for batch in held_out:
+        for batch in probe_batches(self.config, self, self.held_out, classifier.device, MAX_HELD_OUT):
             found = []
             for level in range(NOISE_LEVELS):
                 u = (level + batch.draws.uniform(f"time {level}")) / NOISE_LEVELS
@@ -152,10 +151,9 @@ def check_diffusion_model(config: ClassifierConfig, pipeline: CFGPipeline, image
         logger.warning(CLASSES_WITHOUT_NAMES)
     solution = "Pass the data that the model was trained on."
     if len(ours) != pipeline.num_classes:
-        first, others = (listed([name for _, name in sorted(names.items())], 5) for names in (ours, theirs))
         raise UserError(
-            f"The data has {len(ours)} classes ({first}), but {source} has {pipeline.num_classes} "
-            f"({others or 'without names'}). {solution}"
+            f"The data has {len(ours)} classes ({first_names(ours)}), but {source} has {pipeline.num_classes} "
+            f"({first_names(theirs) or 'without names'}). {solution}"
         )
     if theirs and theirs != ours:
         class_id = min(class_id for class_id in ours if theirs.get(class_id) != ours[class_id])
@@ -166,14 +164,17 @@ def check_diffusion_model(config: ClassifierConfig, pipeline: CFGPipeline, image
 
 
 def leave_out_other_guidance(pipeline: CFGPipeline) -> None:
-    """Remove the guider and the guide network of a pipeline, with which no classifier is trained or measured."""
+    """Remove the guider and the guide network of a pipeline, which are not used together with the classifier."""
     if found := [name for name in ("guider", "guide_unet") if getattr(pipeline, name) is not None]:
         logger.warning("Leaving out the %s of the diffusion model, which the classifier replaces.", " and ".join(found))
         pipeline.guider = pipeline.guide_unet = None
 
 
 def build_classifier(config: ClassifierConfig, pipeline: CFGPipeline) -> NoisyClassifier2DModel:
-    """Return a new classifier for a diffusion model, with weights determined by the seed. May raise UserError."""
+    """
+    Return a new classifier for a diffusion model, with weights determined by the seed. Raise UserError if it cannot be
+    built with the settings.
+    """
     torch.manual_seed(config.seed)
     channels, size, _ = pipeline.sample_shape
     check_sample_size(config.block_out_channels, size)

@@ -107,7 +107,7 @@ def load_pretrained(
 
 
 def load_diffusion_model(config: TrainConfig, flag: str = "--pretrained_model_name_or_path") -> CFGPipeline:
-    """Load `pretrained_model_name_or_path`. Raise UserError if that fails or it is a generator. `flag` named it."""
+    """Load `pretrained_model_name_or_path`, the value of `flag`. Raise UserError if that fails or it is a generator."""
     source = config.pretrained_model_name_or_path
     assert source is not None
     try:

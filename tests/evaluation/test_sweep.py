@@ -271,12 +271,9 @@ def test_network_evaluations_are_counted(model, tmp_path):
     def counted(*argv: str) -> list[float]:
         config = config_of(model, tmp_path / "out", tmp_path, *argv)
         pipeline = sampling.load_pipeline(config, "cpu")
-        return [
-            sampling.draw_images(pipeline, torch.arange(3), [0, 1, 2], 0, **sampling.call_arguments(config, w))[
-                1
-            ].network_evaluations
-            for w in sampling.guidance_scales(config, pipeline)
-        ]
+        calls = [sampling.call_arguments(config, w) for w in sampling.guidance_scales(config, pipeline)]
+        costs = [sampling.draw_images(pipeline, torch.arange(3), [0, 1, 2], 0, **call)[1] for call in calls]
+        return [cost.network_evaluations for cost in costs]
 
     assert counted("--scheduler", "HeunDiscreteScheduler", "--num_inference_steps", "3") == [5, 10]
     scheduler = LogSNRScheduler()
