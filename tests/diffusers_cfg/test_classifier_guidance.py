@@ -20,6 +20,8 @@ EXACT = [
     for name, prediction_type in itertools.product(CFGPipeline.schedulers, ("epsilon", "v_prediction", "sample"))
     if not (prediction_type == "sample" and name.startswith("KDPM2"))
 ]
+# The pipeline adds the guidance before the scheduler sees it, so a few pairs find most faults.
+EVERYDAY = [pair for pair in EXACT if pair[1] == "v_prediction" or pair[0] in ("LogSNRScheduler", "DDIMScheduler")]
 # With ε, these keep what the rounding of float32 moves in the first x̃ = (z - σε) / α, where α is 4.5e-5 at λ = -20.
 ROUNDED = ("DDIM", "KDPM2Ancestral")
 SCALES = (0.0, 0.5, 1.0, 4.0)
@@ -65,7 +67,10 @@ def exact_problem(name: str, prediction_type: str) -> ToyProblem:
     return toy
 
 
-@pytest.mark.parametrize(("name", "prediction_type"), EXACT)
+@pytest.mark.parametrize(
+    ("name", "prediction_type"),
+    [pair if pair in EVERYDAY else pytest.param(*pair, marks=pytest.mark.slow) for pair in EXACT],
+)
 def test_rules_agree_with_an_exact_classifier(name, prediction_type):
     """(1 + w) ε(z, c) - w ε(z) equals ε(z, c), ε(z), and both, guided by the exact classifier (section 3.1)."""
     toy = exact_problem(name, prediction_type)
