@@ -914,7 +914,7 @@ class CFGPipeline(DiffusionPipeline):
             raise ValueError(f"{type(guider).__name__} cannot guide this model: in this version of diffusers {reason}.")
 
     def _check_networks(self, **needs_two_passes: Any) -> None:
-        """Check that a distilled network needs only one pass, that dtypes are equal, and that all weights are loaded."""
+        """Check that a distilled network needs only one pass, that dtypes are equal and that weights are present."""
         if self._is_unconditional and needs_two_passes.get("guidance_rescale") is not None:
             raise ValueError(
                 "guidance_rescale has no effect on this model: its network is unconditional, and there is no "
