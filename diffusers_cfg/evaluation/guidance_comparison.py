@@ -237,8 +237,8 @@ def guidance_caption(record: dict[str, Any]) -> str:
     return (
         f"{text} guide accuracy: the share of samples that the guiding classifier, at the clean end of the process, "
         "assigns to the requested class. guide only: the share that it assigns to the requested class and the feature "
-        "extractor, an independent classifier, does not, with a 95 % interval (Wilson). Last row: the real images that "
-        "the small extractor is not trained on."
+        "extractor, an independent classifier, does not, with a 95 % interval (Wilson). The shares of the last row are "
+        "of the real images that the small extractor is not trained on."
     )
 
 

@@ -15,7 +15,7 @@ from diffusers_cfg import CFGPipeline
 from diffusers_cfg.config import UserError, parse_config
 from diffusers_cfg.data.datasets import stack_images
 from diffusers_cfg.data.sources import Digits
-from diffusers_cfg.evaluation import features, sample_sets
+from diffusers_cfg.evaluation import features, guidance_comparison, sample_sets
 from diffusers_cfg.evaluation.features import classifier_split
 from diffusers_cfg.evaluation.guidance_comparison import Judges, agreement, wilson_interval
 from diffusers_cfg.evaluation.sample_sets import Shard
@@ -111,6 +111,18 @@ def test_study_end_to_end(model, tmp_path, monkeypatch, capsys, fast):
     assert changed == [next(iter(shards))]
 
 
+def test_each_row_has_the_shares_of_its_rule_and_scale(tmp_path, monkeypatch):
+    keys = [(rule, w) for rule in GUIDANCE for w in (0.0, 1.0)]
+    shares = {("real", None): {"guide_only": "real"}, **{key: {"guide_only": key} for key in keys}}
+    monkeypatch.setattr(guidance_comparison, "classified", lambda *_: shares)
+    configs = [EvaluationConfig(model="m", output_dir=str(tmp_path / rule), guidance=rule) for rule in GUIDANCE]
+    results = [{"guidance_scale": w} for w in (0.0, 1.0)]
+    records = [{"results": results, "best": {"recall": 0.0}, "floor": {"recall": 0.5}} for _ in configs]
+    record = guidance_comparison.compare(configs, records, SimpleNamespace(is_main_process=True))
+    assert [row["guide_only"] for row in record["rows"]] == keys
+    assert record["floor"] == {"recall": 0.5, "guide_only": "real"}
+
+
 def test_extractor_without_the_classes_has_no_shares(model, tmp_path, fast):
     extractor = save_extractor(ViTForImageClassification(VIT), tmp_path / "vit")
     record = compare(model, tmp_path, "--feature_extractor", extractor)
@@ -188,12 +200,15 @@ def test_processes_share_the_images(judges, tmp_path, monkeypatch):
         samples.save(shard, Shard(images[rows].movedim(1, -1).numpy(), labels[rows].numpy(), 2.0))
     dataset = stack_images(Digits(), DataConfig(resolution=8), 1, show_progress=False)
     monkeypatch.setattr(dataset, "images", (dataset.images % 10).clone())
-    own = []
+    own, seen, encode = [], [], judges.pipeline.encode
+    judges.pipeline.encode = lambda x, generators: seen.extend(g.initial_seed() for g in generators) or encode(x)
     for rank in range(2):
         device = torch.device("cpu")
         accelerator = SimpleNamespace(num_processes=2, process_index=rank, device=device, reduce=lambda t, **_: t)
         own.append([judges.count_samples(config, 1.0, accelerator), judges.count_real(dataset, accelerator)])
     found = [sum(counts).tolist() for counts in zip(*own, strict=True)]
+    # The noise of a latent depends on the index of the image in the set.
+    assert {seeded_generator("cpu", 0, "encode", index).initial_seed() for index in range(20)} <= set(seen)
     assert found[0] == judges.count(images, labels, list(range(20))).tolist()
     assert found[0] == [20, 14, 6]
     assert found[1][0] == len(classifier_split(dataset.class_labels)[0]) == 359
