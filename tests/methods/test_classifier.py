@@ -164,11 +164,16 @@ def test_the_preview_guides_with_the_classifier(monkeypatch):
 
 
 def test_the_probe_repeats_its_draws():
-    """The accuracy over training is then that of the weights alone."""
-    method = make_method("--train_val_split", "0.05")
-    method.held_out = training_dataset(load_held_out_images(method.config), method.config, 1, show_progress=False)
+    """The accuracy over training is then that of the weights alone. Only the images of the training are flipped."""
+    methods = [make_method("--train_val_split", "0.05", *flip) for flip in ([], [], ["--random_flip"])]
+    for method in methods[1:]:
+        method.pipeline.classifier.load_state_dict(methods[0].pipeline.classifier.state_dict())
+    for method in methods:
+        method.held_out = training_dataset(load_held_out_images(method.config), method.config, 1, show_progress=False)
     with torch.no_grad():
-        assert method.probe([]) == method.probe([])
+        first, *others = [method.probe([]) for method in methods]
+        assert others == [first, first]
+        assert methods[0].probe([]) == first
 
 
 def test_a_model_without_label_dropout_is_guided_from_its_conditional_predictions():

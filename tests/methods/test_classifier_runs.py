@@ -24,7 +24,7 @@ from tests.support.hub_client import HubClient
 from tests.support.images import save_shards
 from tests.support.latents import CLOSE, count_encoded, vae_flags
 from tests.support.models import generators, vdm
-from tests.support.runs import WEIGHTS, assert_same_tensors, distill, scalars, train, train_classifier
+from tests.support.runs import WEIGHTS, assert_same_tensors, scalars, train, train_classifier
 
 # EMA weights that differ from those of the last step, and a second EMA
 FLAGS = ["--ema_max_decay", "0.5", "0.9", "--ema_power", "3", "--validation_steps", "2", "--report_to", "tensorboard"]
@@ -120,17 +120,10 @@ def test_resumed_run_is_the_same_bit_for_bit(run, trained_model, tmp_path):
     assert (tmp_path / "samples" / "step-4.png").read_bytes() == (run / "samples" / "step-4.png").read_bytes()
 
 
-@pytest.mark.parametrize(
-    ("flags", "message"),
-    [
-        (["--train_val_split", "0.2"], "--train_val_split was 0.1 and is 0.2"),
-        (["--layers_per_block", "2"], "--layers_per_block was 1 and is 2"),
-    ],
-)
-def test_settings_that_cannot_change(run, trained_model, tmp_path, flags, message):
+def test_held_out_images_cannot_change(run, trained_model, tmp_path):
     shutil.copytree(run / "checkpoint-2", tmp_path / "checkpoint-2")
-    with pytest.raises(UserError, match=message):
-        train_classifier(tmp_path, trained_model, *FLAGS, *flags, *RESUME)
+    with pytest.raises(UserError, match="--train_val_split was 0.1 and is 0.2"):
+        train_classifier(tmp_path, trained_model, *FLAGS, "--train_val_split", "0.2", *RESUME)
 
 
 def test_the_noise_process_is_that_of_the_model(run, tmp_path):
@@ -146,6 +139,7 @@ def test_the_noise_process_is_that_of_the_model(run, tmp_path):
     assert draw(pipeline).isfinite().all()
 
 
+@pytest.mark.slow
 def test_gradient_checkpointing_does_not_change_the_weights(run, trained_model, tmp_path, monkeypatch):
     original, recomputed = torch.utils.checkpoint.checkpoint, []
 
@@ -157,15 +151,6 @@ def test_gradient_checkpointing_does_not_change_the_weights(run, trained_model, 
     train_classifier(tmp_path, trained_model, *FLAGS, "--gradient_checkpointing", "--validation_steps", "0")
     assert recomputed
     assert_same_tensors(tmp_path / "classifier" / WEIGHTS, run / "classifier" / WEIGHTS, **CLOSE)
-
-
-def test_flips_are_of_the_training_images_only(trained_model, tmp_path):
-    flags = [*FLAGS, "--learning_rate", "1e-12", "--max_train_steps", "1", "--validation_steps", "0"]
-    for name, flip in (("plain", []), ("flipped", ["--random_flip"])):
-        train_classifier(tmp_path / name, trained_model, *flags, *flip)
-    flipped, plain = (scalars(tmp_path / name) for name in ("flipped", "plain"))
-    assert flipped["loss"] != plain["loss"]
-    assert flipped["held_out/loss"] == [(1, pytest.approx(plain["held_out/loss"][0][1], abs=1e-6))]
 
 
 def test_streamed_data_hold_out_nothing(tmp_path):
@@ -211,15 +196,11 @@ def test_evaluations_during_training_guide_with_the_classifier(trained_model, tm
 
 
 def test_other_runs_start_from_a_model_with_a_classifier(run, trained_model, tmp_path, caplog):
-    """Its diffusion model is trained further or distilled without the classifier, or gets another one."""
+    """Its diffusion model is trained further without the classifier, or gets another one."""
     train(tmp_path / "more", "--pretrained_model_name_or_path", str(run), "--max_train_steps", "1")
-    distill(run, tmp_path / "student", "--max_train_steps", "1")
-    assert (
-        caplog.text.count(f"Leaving out the classifier of {run}: the run saves the network that it trains alone") == 2
-    )
-    for name in ("more", "student"):
-        assert load(tmp_path / name).classifier is None
-        assert not (tmp_path / name / "classifier").exists()
+    assert f"Leaving out the classifier of {run}: the run saves the network that it trains alone" in caplog.text
+    assert load(tmp_path / "more").classifier is None
+    assert not (tmp_path / "more" / "classifier").exists()
     caplog.clear()
     train_classifier(tmp_path / "again", run, *FLAGS, "--validation_steps", "0")
     assert_same_tensors(tmp_path / "again" / "classifier" / WEIGHTS, run / "classifier" / WEIGHTS)

@@ -51,8 +51,8 @@ def flags(model: Path, tmp_path: Path, *argv: str) -> list[str]:
 
 
 def compare(model: Path, tmp_path: Path, *argv: str) -> dict:
-    folder = ["--output_dir", str(tmp_path / "out"), "--guidance_scales", "0", "1"]
-    compare_guidance.main([*flags(model, tmp_path, *argv), *folder])
+    own = ["--output_dir", str(tmp_path / "out"), "--guidance_scales", "0", "1"]
+    compare_guidance.main([*own, *flags(model, tmp_path, *argv)])
     return json.loads((tmp_path / "out" / "guidance.json").read_text())
 
 
@@ -123,14 +123,26 @@ def test_each_row_has_the_shares_of_its_rule_and_scale(tmp_path, monkeypatch):
     assert record["floor"] == {"recall": 0.5, "guide_only": "real"}
 
 
-def test_extractor_without_the_classes_has_no_shares(model, tmp_path, fast):
+@pytest.mark.slow
+def test_study_with_an_extractor_without_the_classes(model, tmp_path, fast):
     extractor = save_extractor(ViTForImageClassification(VIT), tmp_path / "vit")
-    record = compare(model, tmp_path, "--feature_extractor", extractor)
+    record = compare(model, tmp_path, "--feature_extractor", extractor, "--guidance_scales", "1")
     assert not any("guide" in name for row in [record["floor"], *record["rows"]] for name in row if name != "guidance")
     table = (tmp_path / "out" / "table.md").read_text()
     assert table.splitlines()[0].endswith("| precision | recall | evaluations | gradients | s / 100 images |")
     assert "guide only" not in table
     assert Image.open(tmp_path / "out" / "tradeoff.png").width == 700
+
+
+def test_extractor_without_the_classes_has_no_shares(model, tmp_path, monkeypatch):
+    """Letters are classes that the digits lack."""
+    extractor: torch.nn.Module = Extractor()
+    extractor.id2label = dict(enumerate("abcdefghij"))
+    summarizer = Summarizer(extractor, Digits().id2label, torch.device("cpu"))
+    statistics = SimpleNamespace(summarizer=summarizer)
+    monkeypatch.setattr(guidance_comparison, "RealStatistics", lambda *_: statistics)
+    config = EvaluationConfig(model=str(model), num_samples=20, guidance_scales=[1.0], output_dir=str(tmp_path))
+    assert guidance_comparison.classified([config], Accelerator(cpu=True)) == {}
 
 
 class Extractor(torch.nn.Module):
