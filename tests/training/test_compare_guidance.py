@@ -50,9 +50,12 @@ def flags(model: Path, tmp_path: Path, *argv: str) -> list[str]:
     return [*common, "--statistics_dir", str(tmp_path / "statistics")]
 
 
+def argv_of(model: Path, tmp_path: Path, *argv: str) -> list[str]:
+    return ["--output_dir", str(tmp_path / "out"), "--guidance_scales", "0", "1", *flags(model, tmp_path, *argv)]
+
+
 def compare(model: Path, tmp_path: Path, *argv: str) -> dict:
-    own = ["--output_dir", str(tmp_path / "out"), "--guidance_scales", "0", "1"]
-    compare_guidance.main([*own, *flags(model, tmp_path, *argv)])
+    compare_guidance.main(argv_of(model, tmp_path, *argv))
     return json.loads((tmp_path / "out" / "guidance.json").read_text())
 
 
@@ -102,13 +105,14 @@ def test_study_end_to_end(model, tmp_path, monkeypatch, capsys, fast):
     assert "| real |  |" in table
     assert Image.open(out / "tradeoff.png").width == 1300
 
-    # Existing samples are used again.
+    # If the command is run again, it draws the samples that are missing.
     shards = {path: path.stat().st_mtime_ns for path in out.rglob("shard-*.npz")}
     assert len(shards) == 8
-    next(iter(shards)).unlink()
-    assert [row["guide_only"] for row in compare(model, tmp_path)["rows"]] == [r["guide_only"] for r in record["rows"]]
-    changed = [path for path in shards if path.stat().st_mtime_ns != shards[path]]
-    assert changed == [next(iter(shards))]
+    missing = out / "both" / "samples" / "w=1" / "shard-00000.npz"
+    missing.unlink()
+    again = compare_guidance.configs_of(*compare_guidance.parse_args(argv_of(model, tmp_path)))
+    assert run_sweep(again[-1], Accelerator(cpu=True))["results"][1] == own
+    assert [path for path in shards if path.stat().st_mtime_ns != shards[path]] == [missing]
 
 
 def test_each_row_has_the_shares_of_its_rule_and_scale(tmp_path, monkeypatch):
