@@ -346,7 +346,7 @@ class ClassifierConfig(TrainConfig):
     validation_guidance_scales: list[float] = free(
         [0.0, 0.5, 1.0, 2.0, 4.0],
         "Guidance scales w of the columns of the validation grid. The classifier guides the unconditional model at the "
-        "scale 1 + w, which is guidance at w if it is exact.",
+        "scale 1 + w, or, without label dropout, the conditional model at w.",
     )
 
     @classmethod

@@ -174,7 +174,7 @@ class CFGPipeline(DiffusionPipeline):
 
     @property
     def num_classes(self) -> int:
-        """The number of classes without the null class: of the classifier if the network is unconditional."""
+        """The number of classes, without the null class: that of the classifier if the network is unconditional."""
         return self.classifier.num_classes if self._is_unconditional else self.unet.num_classes
 
     @property

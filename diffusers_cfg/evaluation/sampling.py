@@ -200,7 +200,7 @@ def sampling_settings(config: SamplingConfig, pipeline: CFGPipeline) -> dict[str
     """Return, for JSON, all settings that affect the images of a set except class labels and w."""
     names = ["num_inference_steps", "guidance_interval", "guidance_rescale", "guider", "seed"]
     networks = [network for network in (pipeline.unet, pipeline.guide_unet, pipeline.vae) if network is not None]
-    guidance = classifier = None  # also what older folders of samples are compared as, which do not record them
+    guidance = classifier = None  # as in older folders of samples, which record neither
     if config.guidance != "classifier_free":
         guidance, classifier = config.guidance, digest(pipeline.classifier.state_dict())
     return {
@@ -298,7 +298,7 @@ def draw_images(
                 **call,
             ).images
     except FloatingPointError as error:
-        if "latents" not in last or last["latents"].isfinite().all():  # it is a gradient
+        if "latents" not in last or last["latents"].isfinite().all():  # the gradient of the classifier is not finite
             raise UserError(f"In the batch of the images {indices[0]} … {indices[-1]}: {error}") from error
         finite = torch.isfinite(last["latents"]).flatten(1).all(1).tolist()
         bad = [index for index, is_finite in zip(indices, finite, strict=True) if not is_finite]

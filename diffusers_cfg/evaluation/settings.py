@@ -95,8 +95,8 @@ class SamplingConfig(SavedModelConfig):
     )
     guidance: Literal["classifier_free", "classifier", "conditional_classifier", "both"] = flag(
         "classifier_free",
-        "Rule of guidance: classifier_free; classifier, of the unconditional model at scale 1 + w; "
-        "conditional_classifier, of the conditional model by a classifier at scale w; or both, each at scale w/2. With "
+        "Rule of guidance: classifier_free; classifier, the unconditional model with a classifier at scale 1 + w; "
+        "conditional_classifier, the conditional model with a classifier at scale w; or both, each at scale w/2. With "
         "an exact classifier all of them draw the same images. All but the first need a model with a classifier.",
     )
     guidance_interval: list[float] | None = flag(None, "Guide only where σ_lo < σ/α ≤ σ_hi.", length=2)

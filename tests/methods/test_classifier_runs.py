@@ -228,7 +228,7 @@ def test_a_model_of_the_hub_is_guided(hub, trained_model, tmp_path, monkeypatch)
 
 @pytest.mark.slow
 def test_a_classifier_learns_the_digits(tmp_path):
-    """It is right about clean digits, and knows nothing at the noisy end."""
+    """It is right about clean digits, and guesses at the noisy end."""
     train(tmp_path / "model", "--max_train_steps", "1")
     flags = ["--block_out_channels", "16", "32", "--max_train_steps", "400", "--train_batch_size", "64"]
     train_classifier(
