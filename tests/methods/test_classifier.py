@@ -58,6 +58,7 @@ def test_loss_is_the_cross_entropy_of_noisy_images(pipeline):
     """Compute λ, the input of the network and the loss again, from the formulas of the papers in float64."""
     method, batch = make_method(pipeline=copy.deepcopy(pipeline)), make_batch()
     classifier = method.pipeline.classifier
+    assert classifier.noise_process.items() <= pipeline.scheduler.config.items()
     terms = method.loss(method.modules, batch)
     terms.loss.mean().backward()
     gradients = {name: parameter.grad for name, parameter in classifier.named_parameters()}

@@ -126,17 +126,13 @@ def test_held_out_images_cannot_change(run, trained_model, tmp_path):
         train_classifier(tmp_path, trained_model, *FLAGS, "--train_val_split", "0.2", *RESUME)
 
 
-def test_the_noise_process_is_that_of_the_model(run, tmp_path):
+def test_a_model_of_another_noise_process_cannot_replace_the_first(run, tmp_path):
     model = vdm(num_inference_steps=4)
     record_process(model.unet, model.scheduler)
     model.save_pretrained(tmp_path / "vdm")
     shutil.copytree(run / "checkpoint-2", tmp_path / "resumed" / "checkpoint-2")
     with pytest.raises(UserError, match="log_snr_schedule of the method was 'arctan' and is 'linear'"):
         train_classifier(tmp_path / "resumed", tmp_path / "vdm", *FLAGS, *RESUME)
-    train_classifier(tmp_path / "out", tmp_path / "vdm", "--max_train_steps", "1")
-    pipeline = load(tmp_path / "out")
-    assert pipeline.classifier.noise_process["log_snr_schedule"] == "linear"
-    assert draw(pipeline).isfinite().all()
 
 
 @pytest.mark.slow
@@ -153,6 +149,7 @@ def test_gradient_checkpointing_does_not_change_the_weights(run, trained_model, 
     assert_same_tensors(tmp_path / "classifier" / WEIGHTS, run / "classifier" / WEIGHTS, **CLOSE)
 
 
+@pytest.mark.slow
 def test_streamed_data_hold_out_nothing(tmp_path):
     data = ["--dataset_name", save_shards(tmp_path / "data", 5, 2, 4), "--resolution", "8"]
     train(tmp_path / "model", *data, "--max_train_steps", "1")
