@@ -269,18 +269,17 @@ def test_rescaling_changes_only_the_classifier_free_part(digits_model, tmp_path)
     call = call_arguments(sample_config(digits_model, tmp_path, *flags), 4.0)
     pipeline = load_pipeline(sample_config(digits_model, tmp_path), "cpu")
     noise = torch.randn(1, 1, 8, 8, generator=torch.Generator().manual_seed(0))
-    found = []
+    found, times = [], []
     for scales in (call, {**call, "classifier_guidance_scale": 0.0}):
         preds = []
 
-        def keep(_pipeline, _step, _t, tensors, preds=preds):
+        def keep(_pipeline, _step, t, tensors, preds=preds):
+            times.append(t)
             preds.append(tensors["pred"])
             return {}
 
         names = {"callback_on_step_end": keep, "callback_on_step_end_tensor_inputs": ["pred"]}
         pipeline(class_labels=[3], latents=noise, **names, **scales)
         found.append(preds[0])
-    added = pipeline.classifier_guidance(
-        noise, pipeline._sampler.timesteps[0], torch.eye(10)[[3]], torch.tensor([2.0]), -20.0
-    )
+    added = pipeline.classifier_guidance(noise, times[0], torch.eye(10)[[3]], torch.tensor([2.0]), -20.0)
     torch.testing.assert_close(found[0] - found[1], added, rtol=1e-3, atol=1e-7)

@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -119,10 +120,11 @@ def test_each_row_has_the_shares_of_its_rule_and_scale(tmp_path, monkeypatch):
     keys = [(rule, w) for rule in GUIDANCE for w in (0.0, 1.0)]
     shares = {("real", None): {"guide_only": "real"}, **{key: {"guide_only": key} for key in keys}}
     monkeypatch.setattr(guidance_comparison, "classified", lambda *_: shares)
-    configs = [EvaluationConfig(model="m", output_dir=str(tmp_path / rule), guidance=rule) for rule in GUIDANCE]
+    flags = ["--model", "m", "--output_dir", str(tmp_path)]
+    configs = [parse_config(EvaluationConfig, [*flags, "--guidance", rule]) for rule in GUIDANCE]
     results = [{"guidance_scale": w} for w in (0.0, 1.0)]
     records = [{"results": results, "best": {"recall": 0.0}, "floor": {"recall": 0.5}} for _ in configs]
-    record = guidance_comparison.compare(configs, records, SimpleNamespace(is_main_process=True))
+    record = guidance_comparison.compare(configs, records, Accelerator(cpu=True))
     assert [row["guide_only"] for row in record["rows"]] == keys
     assert record["floor"] == {"recall": 0.5, "guide_only": "real"}
 
@@ -140,7 +142,7 @@ def test_study_with_an_extractor_without_the_classes(model, tmp_path, fast):
 
 def test_extractor_without_the_classes_has_no_shares(model, tmp_path, monkeypatch):
     """Letters are classes that the digits lack."""
-    extractor: torch.nn.Module = Extractor()
+    extractor: Any = Extractor()
     extractor.id2label = dict(enumerate("abcdefghij"))
     summarizer = Summarizer(extractor, Digits().id2label, torch.device("cpu"))
     statistics = SimpleNamespace(summarizer=summarizer)
@@ -172,7 +174,7 @@ class Guide(torch.nn.Module):
 
 def make_judges(pipeline: CFGPipeline) -> Judges:
     """Return stand-ins for the guiding classifier of a pipeline and for the feature extractor."""
-    extractor: torch.nn.Module = Extractor()
+    extractor: Any = Extractor()
     judges = Judges(pipeline, Summarizer(extractor, Digits().id2label, torch.device("cpu")), 0)
     judges.pipeline = SimpleNamespace(classifier=Guide(), image_shape=pipeline.image_shape, encode=pipeline.encode)
     return judges
