@@ -345,8 +345,7 @@ class ClassifierConfig(TrainConfig):
     )
     validation_guidance_scales: list[float] = free(
         [0.0, 0.5, 1.0, 2.0, 4.0],
-        "Guidance scales w of the columns of the validation grid. The classifier guides the unconditional model at the "
-        "scale 1 + w, or, without label dropout, the conditional model at w.",
+        "Scales of the classifier, which guides the conditional model, of the columns of the validation grid.",
     )
 
     @classmethod

@@ -145,9 +145,7 @@ def example_scales(index: dict[str, Any], unet: dict[str, Any], kind: Kind) -> s
         return ", guidance_scale=1.0"
     if is_unconditional(unet):
         return ", classifier_guidance_scale=2.0"
-    if index.get("conditioning_dropout_prob") == 0:
-        return ", guidance_scale=0.0, classifier_guidance_scale=1.0"
-    return ", guidance_scale=-1.0, classifier_guidance_scale=2.0"
+    return ", guidance_scale=0.0, classifier_guidance_scale=1.0"
 
 
 def usage_section(repo_id: str, index: dict[str, Any], unet: dict[str, Any], run: dict[str, Any], kind: Kind) -> str:

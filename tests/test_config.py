@@ -13,7 +13,7 @@ import pytest
 
 from diffusers_cfg.config import Config, UserError, flag, parse_config, run_command
 from diffusers_cfg.engine.preemption import Preempted
-from diffusers_cfg.method_settings import CFGConfig, DDGANConfig
+from diffusers_cfg.method_settings import CFGConfig, ClassifierConfig, DDGANConfig
 from tests.support.runs import ROOT, TRAINING
 
 
@@ -100,8 +100,12 @@ def test_network_settings_conflict_with_a_pretrained_network(tmp_path, source):
 
 @pytest.mark.parametrize("path", sorted((TRAINING / "configs").glob("*.yaml")), ids=lambda path: path.name)
 def test_shipped_settings_are_valid(path):
-    config_class = DDGANConfig if "num_timesteps:" in path.read_text(encoding="utf-8") else CFGConfig
-    assert isinstance(parse_config(config_class, ["--config", str(path)]), config_class)
+    config_class, flags = CFGConfig, []
+    if "num_timesteps:" in path.read_text(encoding="utf-8"):
+        config_class = DDGANConfig
+    elif path.stem.endswith("-classifier"):
+        config_class, flags = ClassifierConfig, ["--pretrained_model_name_or_path", "mnist-model"]
+    assert isinstance(parse_config(config_class, ["--config", str(path), *flags]), config_class)
 
 
 @pytest.mark.parametrize(

@@ -31,12 +31,6 @@ from diffusers_cfg.randomness import seeded_generator
 
 # The metrics in the table.
 COMPARED = ("frechet_distance", "inception_score", "class_accuracy", "precision", "recall")
-RULE_NAMES = {
-    "classifier_free": "classifier-free",
-    "classifier": "classifier",
-    "conditional_classifier": "conditional + classifier",
-    "both": "both",
-}
 
 
 def compare(configs: list[EvaluationConfig], records: list[dict[str, Any]], accelerator: Accelerator) -> dict[str, Any]:
@@ -207,7 +201,7 @@ def guidance_table(record: dict[str, Any]) -> str:
         best = record["best"][row["guidance"]]
         seconds = [f"{row['seconds']:.3g}" if "seconds" in row else ""] if is_timed else []
         return [
-            RULE_NAMES[row["guidance"]],
+            row["guidance"],
             format_number(row["guidance_scale"]),
             *(cell(row, metric, best) for metric in metrics),
             *shares(row),
@@ -226,8 +220,8 @@ def guidance_table(record: dict[str, Any]) -> str:
 def guidance_caption(record: dict[str, Any]) -> str:
     """Describe how the rules were compared."""
     text = (
-        "classifier-free: ε̃ = (1 + w) ε(z, c) - w ε(z). classifier: ε(z) and a classifier at the scale 1 + w. "
-        "conditional + classifier: ε(z, c) and a classifier at the scale w. both: classifier-free guidance at w/2 and "
+        "classifier_free: ε̃ = (1 + w) ε(z, c) - w ε(z). classifier: ε(z) and a classifier at the scale 1 + w. "
+        "conditional_classifier: ε(z, c) and a classifier at the scale w. both: classifier-free guidance at w/2 and "
         "a classifier at the scale w/2. With an exact classifier all draw the same images. "
         f"{caption(record)} Bold: the best w of a rule. Seconds are those of one process with batches of "
         f"{record['batch_size']} images."
@@ -261,7 +255,7 @@ def plot_guidance(record: dict[str, Any], path: Path) -> None:
             distances,
             [INTERVAL * row.get("frechet_distance_error", 0.0) for row in curve],
             [width * row.get(f"{score}_error", 0.0) for row in curve],
-            label=RULE_NAMES[rule],
+            label=rule,
             **style,
         )
         for row, x, y in zip(curve, scores, distances, strict=True):
@@ -275,7 +269,7 @@ def plot_guidance(record: dict[str, Any], path: Path) -> None:
                 share.tolist(),
                 (bounds.T - share).abs().tolist(),
                 capsize=3,
-                label=RULE_NAMES[rule],
+                label=rule,
                 **style,
             )
     figure.axes[0].plot(floor[score], floor["frechet_distance"], "k*", markersize=10, label="real images")

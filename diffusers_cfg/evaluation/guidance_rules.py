@@ -24,8 +24,8 @@ def check_guidance(config: SamplingConfig, pipeline: CFGPipeline) -> None:
         )
     if pipeline.classifier is None:
         raise UserError(
-            f"{rule} needs a classifier, but {config.model} has none. Train one with train_classifier.py, or use "
-            "--guidance classifier_free."
+            f"{rule} needs a classifier, but {config.model} has none. Train one with train_classifier.py "
+            f"--pretrained_model_name_or_path {config.model}."
         )
 
 

@@ -16,7 +16,7 @@ from diffusers_cfg.data.images import ImageSubset, LabelledImages, require_8_bit
 from diffusers_cfg.data.labels import listed
 from diffusers_cfg.data.naming import local_name
 from diffusers_cfg.data.sources import load_all_images, load_labelled_images, split_names
-from diffusers_cfg.evaluation.records import data_config, names_data, recorded_data
+from diffusers_cfg.evaluation.records import data_config, names_data, recorded_data, run_record
 from diffusers_cfg.evaluation.settings import MAX_IMAGES, LikelihoodConfig
 from diffusers_cfg.randomness import seeded_generator
 from diffusers_cfg.settings import DataConfig, data_source
@@ -158,6 +158,12 @@ def images_of_run(config: LikelihoodConfig, given: dict[str, Any], pipeline: CFG
         given (`dict[str, Any]`): the given settings of the data, which do not name it.
     """
     model, recorded = config.model, recorded_data(config.model, pipeline) or {}
+    if run_record(pipeline).get("method", {}).get("trained_network") == "classifier":
+        raise UserError(
+            f"{model} was saved by the run of its classifier, whose held-out images the diffusion model may have been "
+            "trained on. Evaluate the diffusion model that the run started from, or name held-out data with "
+            "--dataset_name or --train_data_dir."
+        )
     trained, split = data_config(model, {}, pipeline), given.pop("dataset_split", None)
     if split == trained.dataset_split and config.images == "held_out":
         raise UserError(

@@ -13,7 +13,7 @@ from tests.support.models import make_classifier, make_pipeline, make_unet
 
 ACCURACY = {"log_snr_3.2_to_20.0": 0.9944, "log_snr_-0.8_to_0.0": 0.6833, "log_snr_-20.0_to_-3.2": 0.1667}
 METHOD = {"trained_network": "classifier", "prediction_type": "epsilon", "conditioning_dropout_prob": 0.1}
-CALL = 'pipe(class_labels=["zero"], guidance_scale=-1.0, classifier_guidance_scale=2.0).images[0]'
+CALL = 'pipe(class_labels=["zero"], guidance_scale=0.0, classifier_guidance_scale=1.0).images[0]'
 
 
 def card(folder: Path, method: dict | None = None, **settings) -> tuple[dict, str]:

@@ -161,7 +161,7 @@ def test_the_preview_guides_with_the_classifier(monkeypatch):
 
     monkeypatch.setattr(CFGPipeline, "__call__", record)
     method.preview(Accelerator(cpu=True))
-    assert calls == [([3, 3], [-1.0, -1.0], [1.0, 3.0])]
+    assert calls == [([3, 3], [0.0, 0.0], [0.0, 2.0])]
 
 
 def test_the_probe_repeats_its_draws():
@@ -177,14 +177,12 @@ def test_the_probe_repeats_its_draws():
         assert methods[0].probe([]) == first
 
 
-def test_a_model_without_label_dropout_is_guided_from_its_conditional_predictions():
-    """It has no unconditional predictions."""
-    method = make_method(pipeline=make_diffusion_model(conditioning_dropout_prob=0.0))
+def test_the_preview_guides_the_conditional_model():
+    method = make_method()
     assert method.guidance == "conditional_classifier"
     assert 'pipe(class_labels="zero", guidance_scale=0, classifier_guidance_scale=1)' in method.example()
-    method = make_method(pipeline=make_diffusion_model(conditioning_dropout_prob=0.1))
-    assert method.guidance == "classifier"
-    assert 'pipe(class_labels="zero", guidance_scale=-1, classifier_guidance_scale=2)' in method.example()
+    settings = {"classifier": method.pipeline.classifier, "id2label": DIGITS.id2label}
+    assert make_method(pipeline=make_pipeline(make_unet(num_class_embeds=None), **settings)).guidance == "classifier"
 
 
 def test_other_guidance_of_the_model_is_left_out(caplog):

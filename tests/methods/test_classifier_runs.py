@@ -18,6 +18,8 @@ from diffusers_cfg import CFGPipeline
 from diffusers_cfg.config import UserError
 from diffusers_cfg.data import latents
 from diffusers_cfg.evaluation import in_training
+from diffusers_cfg.evaluation.likelihood_data import choose_images
+from diffusers_cfg.evaluation.settings import LikelihoodConfig
 from diffusers_cfg.methods.networks import record_process
 from tests.support.draws import assert_same_draws
 from tests.support.hub_client import HubClient
@@ -174,7 +176,7 @@ def test_a_classifier_of_latents_guides_their_diffusion_model(tmp_path, monkeypa
 
 
 def test_evaluations_during_training_guide_with_the_classifier(trained_model, tmp_path, monkeypatch):
-    """At w = 0 and 1, the scales are 1 and 2 beside the unconditional model, as in the preview."""
+    """The classifier guides the conditional model, as in the preview."""
     calls = []
 
     def record(pipeline, labels, *_, guidance_scale, classifier_guidance_scale, num_inference_steps):
@@ -188,7 +190,7 @@ def test_evaluations_during_training_guide_with_the_classifier(trained_model, tm
     monkeypatch.setattr(in_training, "CACHE_DIR", tmp_path / "cache")
     flags = ["--max_train_steps", "1", "--eval_steps", "1", "--num_eval_samples", "20", "--report_to", "tensorboard"]
     train_classifier(tmp_path / "out", trained_model, *flags)
-    assert calls == [(-1.0, 1.0, 12), (-1.0, 2.0, 12)]
+    assert calls == [(0.0, 0.0, 12), (0.0, 1.0, 12)]
     assert {"recall/w=0", "recall/w=1"} < scalars(tmp_path / "out").keys()
 
 
@@ -235,3 +237,9 @@ def test_a_classifier_learns_the_digits(tmp_path):
     assert accuracy[0] > 0.9
     assert accuracy[-1] < 0.3
     assert all(noisier <= cleaner + 0.03 for cleaner, noisier in pairwise(accuracy))
+
+
+def test_held_out_images_are_not_taken_for_those_of_the_diffusion_model(run):
+    pipeline = CFGPipeline.from_pretrained(run)
+    with pytest.raises(UserError, match="saved by the run of its classifier.*Evaluate the diffusion model that"):
+        choose_images(LikelihoodConfig(model=str(run)), pipeline)
