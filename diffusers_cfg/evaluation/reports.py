@@ -14,6 +14,12 @@ METRICS_FILE, LIKELIHOOD_FILE = "metrics.json", "likelihood.json"
 LOWER_IS_BETTER = ("frechet_distance", "kernel_distance")
 # Half the width of a 95 % interval, in standard errors.
 INTERVAL = 1.96
+# What w means by each rule of guidance but classifier-free guidance, whose formula is that of the paper.
+RULES = {
+    "classifier": "the unconditional model and the classifier at the scale 1 + w",
+    "conditional_classifier": "the conditional model and the classifier at the scale w",
+    "both": "classifier-free guidance at w/2 and the classifier at the scale w/2",
+}
 DECIMALS = {"frechet_distance": 3, "kernel_distance": 4, "inception_score": 2}
 
 
@@ -129,7 +135,10 @@ def caption(record: dict[str, Any], sampling: str | None = None) -> str:
     extractor = record["feature_extractor"]
     accuracy = extractor["accuracy"]
     accuracy_text = f"; accuracy on held-out images: {accuracy:.1%}" if accuracy is not None else ""
-    guidance = "".join(f"; {name} {value}" for name, value in record["guidance"].items() if value)
+    settings = dict(record["guidance"])
+    rule = settings.pop("rule", None)
+    guidance = f", guided by the rule `{rule}`: {RULES[rule]}" if rule else ""
+    guidance += "".join(f"; {name} {value}" for name, value in settings.items() if value)
     sampling = sampling or f"{record['num_inference_steps']} steps of {record['scheduler']}"
     has_gradients = "gradients" in cost_names(record.get("results") or record["rows"])
     gradients = ", and gradients those of the classifier" if has_gradients else ""
@@ -151,7 +160,8 @@ def plot_curves(record: dict[str, Any], path: Path) -> None:
     quality = score_of(results)
     w = [row["guidance_scale"] for row in results]
     figure = new_figure(1, 3, size=(13, 4))
-    axes = figure.axes
+    axes, rule = figure.axes, record["guidance"].get("rule")
+    xlabel = f"guidance scale w by the rule {rule}" if rule else "guidance scale w"
     for axis, metric in zip(axes, ("frechet_distance", quality), strict=False):
         width = 1 if metric == "inception_score" else INTERVAL
         errors = [width * row.get(f"{metric}_error", 0.0) for row in results]
@@ -159,7 +169,7 @@ def plot_curves(record: dict[str, Any], path: Path) -> None:
         axis.axhline(floor[metric], color="gray", linestyle=":", label="real images")
         best = record["best"][metric]
         axis.axvline(best, color="tab:orange", linewidth=0.8, label=f"best: w = {format_number(best)}")
-        axis.set(xlabel="guidance scale w", ylabel=names[metric])
+        axis.set(xlabel=xlabel, ylabel=names[metric])
         axis.legend()
     axes[2].plot([row[quality] for row in results], [row["frechet_distance"] for row in results], marker="o")
     for row in results:

@@ -134,7 +134,10 @@ def test_sweep_records_the_rule_and_the_gradients(digits_model, evaluate, tmp_pa
     assert header.endswith("| evaluations | gradients |")
     assert guided.endswith("| 2 | 2 |")
     assert real.endswith("|  |  |")
-    assert "; rule conditional_classifier. Evaluations are network evaluations per image, and gradients those" in text
+    assert (
+        ", guided by the rule `conditional_classifier`: the conditional model and the classifier at the scale w. "
+        "Evaluations are network evaluations per image, and gradients those" in text
+    )
 
 
 def test_classifier_free_sweep_has_no_column_of_gradients(digits_model, evaluate, tmp_path):
@@ -142,7 +145,31 @@ def test_classifier_free_sweep_has_no_column_of_gradients(digits_model, evaluate
     text = (tmp_path / "out" / "metrics.md").read_text()
     assert text.splitlines()[0].endswith("| evaluations |")
     assert "gradients" not in text
+    assert "rule" not in text
     assert record["guidance"]["rule"] is None
+
+
+@pytest.mark.parametrize("rule", GUIDANCE)
+def test_curves_name_the_rule_beside_w(tmp_path, monkeypatch, rule):
+    figures = []
+    monkeypatch.setattr(reports, "save_figure", lambda figure, _: figures.append(figure))
+    row = {"guidance_scale": 0.0, "frechet_distance": 1.0, "class_accuracy": 0.5}
+    record = {
+        "results": [row],
+        "floor": row,
+        "metric_names": reports.metric_names("small"),
+        "best": dict.fromkeys(row, 0.0),
+        "guidance": {"rule": None if rule == "classifier_free" else rule},
+        "num_samples": 20,
+        "feature_extractor": {"name": "small"},
+    }
+    reports.plot_curves(record, tmp_path / "curves.png")
+    label = "guidance scale w" if rule == "classifier_free" else f"guidance scale w by the rule {rule}"
+    assert [axis.get_xlabel() for axis in figures[0].axes] == [label, label, "class accuracy"]
+
+
+def test_all_rules_but_classifier_free_guidance_are_described():
+    assert ["classifier_free", *reports.RULES] == list(GUIDANCE)
 
 
 def drawn(tmp_path: Path) -> dict[str, int]:
