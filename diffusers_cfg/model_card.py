@@ -8,10 +8,11 @@ from typing import Any
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from .model_card_sections import (
-    GRID_CAPTION,
     accuracy_section,
+    by_rule,
     citation_section,
     classes_section,
+    grid_caption,
     guidance_section,
     introduction,
     is_unconditional,
@@ -73,7 +74,7 @@ def model_card(folder: Path, repo_id: str, existing: str | None = None, pictured
     names = index.get("id2label") or {}
     gallery = {
         SAMPLES: (samples_caption(run, kind), has_samples),
-        GRID: (GRID_CAPTION, (folder / GRID).is_file()),
+        GRID: (grid_caption(evaluation), (folder / GRID).is_file()),
     }
     widget = [
         {"text": names[str(class_id)], **({"output": {"url": class_picture(class_id)}} if class_id in pictured else {})}
@@ -95,7 +96,7 @@ def model_card(folder: Path, repo_id: str, existing: str | None = None, pictured
         accuracy_section(run),
         schedule_section(folder),
         reproduction_section(run),
-        results_section(folder),
+        results_section(folder, evaluation),
         likelihood_section(folder),
         limits_section(kind),
         citation_section(index, kind),
@@ -161,7 +162,7 @@ def sample_metrics(evaluation: dict[str, Any]) -> list[tuple[str, str, float]]:
     return [
         (
             name,
-            f"at w = {row['guidance_scale']:g}, {evaluation['num_samples']} samples, "
+            f"at w = {row['guidance_scale']:g}{by_rule(evaluation)}, {evaluation['num_samples']} samples, "
             f"{row['network_evaluations']:g} network evaluations, features of "
             f"{evaluation['feature_extractor']['name']}",
             row[metric],

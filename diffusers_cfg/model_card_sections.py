@@ -28,7 +28,6 @@ NAMES: dict[Kind, str] = {
     "generator": "[denoising diffusion GAN](https://arxiv.org/abs/2112.07804)",
 }
 
-GRID_CAPTION = "One row per guidance scale w; each column uses the same noise"
 SCHEDULE_CAPTION = "The noise schedule between its ends, beside three others: −log SNR and SNR over time"
 LIKELIHOOD_FIGURES = {
     SCHEDULE_FIGURE: SCHEDULE_CAPTION,
@@ -88,6 +87,17 @@ def has_component(index: dict[str, Any], name: str) -> bool:
 def trained_classifier(run: dict[str, Any]) -> bool:
     """Return whether a run trained the classifier of its pipeline, and not the diffusion model."""
     return run.get("method", {}).get("trained_network") == "classifier"
+
+
+def by_rule(evaluation: dict[str, Any]) -> str:
+    """Return words that name the rule of guidance of an evaluation; empty for classifier-free guidance."""
+    rule = evaluation.get("guidance", {}).get("rule")
+    return f" by the rule {rule}" if rule else ""
+
+
+def grid_caption(evaluation: dict[str, Any]) -> str:
+    """Return the caption of the grid of samples of an evaluation."""
+    return f"One row per guidance scale w{by_rule(evaluation)}; each column uses the same noise"
 
 
 def samples_caption(run: dict[str, Any], kind: Kind) -> str:
@@ -268,14 +278,14 @@ def training_section(
     if "learning_rate_discriminator" in method:
         rate = f"{rate}, discriminator {method['learning_rate_discriminator']}"
     by_default = "" if kind == "generator" else " by default"
-    of_classifier, network, note = trained_classifier(run), unet, ""
+    of_classifier, network, owner, local, note = trained_classifier(run), unet, "", None, ""
     if of_classifier:
-        network = classifier
+        network, owner, local = classifier, " of the classifier", "a local folder"
         note = "This is the training of the classifier. The diffusion model was trained before and is unchanged.\n\n"
     facts = {
         "dataset": run.get("dataset"),
         "images": run.get("num_images"),
-        "diffusion model" if of_classifier else "pretrained model": run.get("base_model"),
+        "diffusion model" if of_classifier else "pretrained model": run.get("base_model", local),
         "label dropout p_uncond": None if of_classifier else index.get("conditioning_dropout_prob"),
         "prediction type": None if of_classifier else scheduler.get("prediction_type"),
         "denoising steps T": scheduler.get("num_train_timesteps") if kind == "generator" else None,
@@ -286,8 +296,8 @@ def training_section(
         "loss weighting": method.get("loss_weighting"),
         "log-SNR λ": f"{low:.4g} … {high:.4g}" if low is not None else None,
         "sampler": f"{index['scheduler'][1]}, {steps} step{'s' * (steps > 1)}{by_default}" if steps else None,
-        "parameters": f"{run['num_parameters'] / 1e6:.1f} M" if "num_parameters" in run else None,
-        "channels": ", ".join(map(str, network["block_out_channels"])),
+        f"parameters{owner}": f"{run['num_parameters'] / 1e6:.1f} M" if "num_parameters" in run else None,
+        f"channels{owner}": ", ".join(map(str, network["block_out_channels"])),
         "steps": run.get("steps"),
         "batch size": run.get("batch_size"),
         "peak learning rate": rate,
@@ -335,20 +345,24 @@ def reproduction_section(run: dict[str, Any]) -> str:
     own, *others = (f"{name} {version}" for name, version in run["versions"].items())
     text = f"## Reproduce\n\nTrained with {own.replace('diffusers-cfg', package_link())}, {' and '.join(others)}"
     text += f":\n\n```bash\n{run['command']}\n```" if "command" in run else "."
+    if "command" in run and trained_classifier(run):
+        # The command has the last component of a local path, which looks like a name
+        model = f"{run['base_model']} on the Hub" if "base_model" in run else "a local folder"
+        text += f"\n\nThe diffusion model of the command, `--pretrained_model_name_or_path`, is {model}."
     if "config" in run:
         text += f"\n\n[{CONFIG}]({CONFIG}) has all settings that affect the weights, in the format of `--config`."
     return text
 
 
-def results_section(folder: Path) -> str:
+def results_section(folder: Path, evaluation: dict[str, Any]) -> str:
     """Return the table and figures of the evaluation; empty if there was none."""
     if not (folder / TABLE).is_file():
         return ""
     text = f"## Results\n\n{(folder / TABLE).read_text(encoding='utf-8').strip()}"
     if (folder / CURVES).is_file():
-        text += f"\n\n![Metrics as a function of the guidance scale]({CURVES})"
+        text += f"\n\n![Metrics as a function of the guidance scale{by_rule(evaluation)}]({CURVES})"
     if (folder / GRID).is_file():
-        text += f"\n\n![{GRID_CAPTION}]({GRID})"
+        text += f"\n\n![{grid_caption(evaluation)}]({GRID})"
     return text
 
 

@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 
 from diffusers_cfg.model_card import model_card
-from tests.diffusers_cfg.test_model_card import RUN, parse
+from tests.diffusers_cfg.test_model_card import EVALUATION, RUN, TABLE, parse
 from tests.support.models import make_classifier, make_pipeline, make_unet
 
 ACCURACY = {"log_snr_3.2_to_20.0": 0.9944, "log_snr_-0.8_to_0.0": 0.6833, "log_snr_-20.0_to_-3.2": 0.1667}
@@ -16,11 +16,11 @@ METHOD = {"trained_network": "classifier", "prediction_type": "epsilon", "condit
 CALL = 'pipe(class_labels=["zero"], guidance_scale=0.0, classifier_guidance_scale=1.0).images[0]'
 
 
-def card(folder: Path, method: dict | None = None, **settings) -> tuple[dict, str]:
-    """Return the card of a pipeline with a classifier, by the settings of the pipeline and facts of the method."""
+def card(folder: Path, method: dict | None = None, run: dict = RUN, **settings) -> tuple[dict, str]:
+    """Return the card of a pipeline with a classifier, by facts of the method, its run, and the pipeline's settings."""
     settings = {"conditioning_dropout_prob": 0.1, "num_inference_steps": 2, **settings}
     make_pipeline(classifier=make_classifier(block_out_channels=(8, 24)), **settings).save_pretrained(folder)
-    (folder / "run.json").write_text(json.dumps({**RUN, "method": METHOD if method is None else method}))
+    (folder / "run.json").write_text(json.dumps({**run, "method": METHOD if method is None else method}))
     (folder / "samples").mkdir()
     Image.new("L", (4, 4)).save(folder / "samples" / "step-7.png")
     return parse(model_card(folder, str(folder)))
@@ -47,7 +47,9 @@ def test_card_of_a_run_that_trained_the_classifier(tmp_path):
         "`guidance_scale=-1, classifier_guidance_scale=1 + w` and `guidance_scale=0, classifier_guidance_scale=w`",
         "This is the training of the classifier. The diffusion model was trained before and is unchanged.",
         "| diffusion model | someone/older |",
-        "| channels | 8, 24 |",
+        "| parameters of the classifier | 1.5 M |",
+        "| channels of the classifier | 8, 24 |",
+        "```\n\nThe diffusion model of the command, `--pretrained_model_name_or_path`, is someone/older on the Hub.\n",
         "| log-SNR λ | -20 … 20 |",
         "| λ | accuracy |\n|---|---|\n| 3.2 … 20.0 | 0.99 |\n| −0.8 … 0.0 | 0.68 |\n| −20.0 … −3.2 | 0.17 |\n",
         "@inproceedings{dhariwal2021diffusion",
@@ -58,6 +60,36 @@ def test_card_of_a_run_that_trained_the_classifier(tmp_path):
     for words in ("label dropout", "prediction type", "pretrained model", "cannot be guided", "None"):
         assert words not in text
     run_examples(text)
+
+
+def test_card_of_a_classifier_of_an_unpublished_model(tmp_path):
+    """The command has the last component of the path, which a reader could take for a name."""
+    command = "python training/train_classifier.py --pretrained_model_name_or_path cfg-model"
+    run = {name: value for name, value in RUN.items() if name != "base_model"}
+    metadata, text = card(tmp_path, run={**run, "command": command})
+    assert "base_model" not in metadata
+    assert "| diffusion model | a local folder |" in text
+    assert (
+        f"{command}\n```\n\nThe diffusion model of the command, `--pretrained_model_name_or_path`, is a local folder.\n"
+        in text
+    )
+
+
+@pytest.mark.parametrize("rule", [None, "classifier", "conditional_classifier", "both"])
+def test_results_by_a_rule_name_it_beside_w(tmp_path, rule):
+    (tmp_path / "evaluation").mkdir()
+    (tmp_path / "evaluation" / "metrics.json").write_text(json.dumps({**EVALUATION, "guidance": {"rule": rule}}))
+    (tmp_path / "evaluation" / "metrics.md").write_text(TABLE)
+    for name in ("grid.png", "curves.png"):
+        Image.new("L", (4, 4)).save(tmp_path / "evaluation" / name)
+    metadata, text = card(tmp_path)
+    words = f" by the rule {rule}" if rule else ""
+    names = [metric["name"] for metric in metadata["model-index"][0]["results"][0]["metrics"]]
+    assert f"Fréchet distance at w = 0{words}, 1000 samples, 127 network evaluations, features of small-0123" in names
+    grid = f"One row per guidance scale w{words}; each column uses the same noise"
+    assert metadata["widget"][-1] == {"text": grid, "output": {"url": "evaluation/grid.png"}}
+    assert f"![{grid}](evaluation/grid.png)" in text
+    assert f"![Metrics as a function of the guidance scale{words}](evaluation/curves.png)" in text
 
 
 def test_card_of_a_classifier_whose_accuracy_was_not_measured(tmp_path):
@@ -73,12 +105,13 @@ def test_card_of_a_diffusion_model_to_which_a_classifier_was_added(tmp_path):
     for line in (
         "| label dropout p_uncond | 0.1 |",
         "| pretrained model | someone/older |",
+        "| parameters | 1.5 M |",
         "| channels | 8, 16 |",
         CALL,
     ):
         assert line in text
     assert "![One row per class, one column per guidance scale w](samples.png)" in text
-    for words in ("This is the training of the classifier", "Accuracy of the classifier"):
+    for words in ("This is the training of the classifier", "Accuracy of the classifier", "of the command"):
         assert words not in text
 
 
