@@ -367,6 +367,7 @@ class CFGPipeline(DiffusionPipeline):
             "classifier_guidance_scale", classifier_guidance_scale, guidance_interval, *per_image
         )
         is_classified = (classifier_scales != 0) & classes.any(1)  # (steps, images)
+        has_classified = is_classified.any(1).tolist()  # (steps,)
         self._check_classifier_guidance(classifier_scales)
         needs_cond, needs_uncond = self._needed_passes(scales)
         self._warn_if_never_dropped(guide_labels, any(needs_uncond))
@@ -399,7 +400,7 @@ class CFGPipeline(DiffusionPipeline):
             else:
                 inputs = class_labels, guide_labels, latent
                 pred = self.guider_prediction(guider, z, t, i, len(timesteps), *inputs)
-            if is_classified[i].any():
+            if has_classified[i]:
                 guided, level = is_classified[i].nonzero().flatten(), log_snr[i].item()
                 rows, s = guided.to(device), classifier_scales[i, guided].to(device)
                 guidance = self.classifier_guidance(z_float32[rows], t, classes[guided].to(device), s, level)

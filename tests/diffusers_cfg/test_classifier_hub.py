@@ -48,7 +48,7 @@ def draw(pipeline) -> torch.Tensor:
 def test_classifier_is_published_with_its_code_and_loaded(hub, client, model):
     publish(model, "me/scribbles", verify=False)
     assert sorted(name for name in hub.files("me/scribbles") if name.startswith("classifier/")) == FILES
-    assert "classifier_guidance_scale=2.0" in hub.files("me/scribbles")["README.md"].decode()
+    assert "classifier_guidance_scale=1.0" in hub.files("me/scribbles")["README.md"].decode()
     hub.requests.clear()
     published = CFGPipeline.from_pretrained("me/scribbles")
     assert not any(request.endswith(".py") for request in hub.requests)
