@@ -16,9 +16,9 @@ DOCUMENTS = sorted(
 # Flags of other programs that the documents mention.
 FOREIGN_FLAGS = {
     "--cfg-scale",
+    "--classifier_scale",
     "--config_file",
     "--gnet",
-    "--guidance",
     "--local-dir",
     "--logdir",
     "--max_restarts",
