@@ -15,6 +15,7 @@ from diffusers_cfg.evaluation.features import classifier_split
 from diffusers_cfg.evaluation.records import noise_process
 from diffusers_cfg.evaluation.reports import (
     INTERVAL,
+    RULES,
     caption,
     cell,
     cost_names,
@@ -219,10 +220,9 @@ def guidance_table(record: dict[str, Any]) -> str:
 
 def guidance_caption(record: dict[str, Any]) -> str:
     """Describe how the rules were compared."""
+    rules = "".join(f"{rule}: {meaning}. " for rule, meaning in RULES.items())
     text = (
-        "classifier_free: ε̃ = (1 + w) ε(z, c) - w ε(z). classifier: ε(z) and a classifier at the scale 1 + w. "
-        "conditional_classifier: ε(z, c) and a classifier at the scale w. both: classifier-free guidance at w/2 and "
-        "a classifier at the scale w/2. With an exact classifier all draw the same images. "
+        f"classifier_free: ε̃ = (1 + w) ε(z, c) - w ε(z). {rules}With an exact classifier all draw the same images. "
         f"{caption(record)} Bold: the best w of a rule. Seconds are those of one process with batches of "
         f"{record['batch_size']} images."
     )
