@@ -305,7 +305,7 @@ def example_image(pipe: pipeline_cfg.CFGPipeline, label: int) -> torch.Tensor:
     Generate one image with a pipeline's default number of steps and guidance scale. A classifier guides it too, so that
     the image depends on all networks.
     """
-    is_guided = pipe.classifier is not None and pipe.unet.max_guidance_scale is None  # a distilled network refuses it
+    is_guided = pipe.classifier is not None and pipe.unet.max_guidance_scale is None  # a one-pass network refuses it
     scale = CLASSIFIER_SCALE if is_guided else None
     generator = torch.Generator().manual_seed(0)
     images = pipe(label, generator=generator, output_type="pt", classifier_guidance_scale=scale).images

@@ -2,12 +2,11 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
-from pathlib import Path
 from typing import Any, ClassVar, Literal
 
-from diffusers_cfg.config import UserError, default_of, fixed, free, read_yaml, recorded
+from diffusers_cfg.config import UserError, fixed, free, recorded
 from diffusers_cfg.run_settings import OptimizationConfig
-from diffusers_cfg.settings import CONFIG_FILE, DIGITS, NETWORK_SETTINGS, DataConfig, TrainConfig, data_source
+from diffusers_cfg.settings import DIGITS, NETWORK_SETTINGS, DataConfig, TrainConfig, settings_of_run
 
 # Settings of the noise process, which a pretrained model brings along.
 PROCESS_SETTINGS = {"prediction_type", "log_snr_min", "log_snr_max"}
@@ -62,13 +61,10 @@ class LabelDropoutConfig(TrainConfig):
 
 
 @dataclass(frozen=True, kw_only=True)
-class CFGConfig(LabelDropoutConfig):
-    """Settings of classifier-free guidance, `ClassifierFreeGuidance`."""
+class DiffusionConfig(LabelDropoutConfig):
+    """Settings of methods whose networks predict at every noise level of a noise process."""
 
-    description: ClassVar[str] = (
-        "Train a class-conditional diffusion model with classifier-free guidance (arXiv 2207.12598)."
-    )
-    group = "classifier-free guidance"
+    group = "diffusion"
     replaced = {
         "model_config_name_or_path": NETWORK_SETTINGS,
         "pretrained_model_name_or_path": NETWORK_SETTINGS | PROCESS_SETTINGS,
@@ -93,7 +89,33 @@ class CFGConfig(LabelDropoutConfig):
 
 
 @dataclass(frozen=True, kw_only=True)
-class VDMConfig(CFGConfig):
+class CFGConfig(DiffusionConfig):
+    """Settings of classifier-free guidance, `ClassifierFreeGuidance`."""
+
+    description: ClassVar[str] = (
+        "Train a class-conditional diffusion model with classifier-free guidance (arXiv 2207.12598)."
+    )
+    group = "classifier-free guidance"
+
+    max_guidance_scale: float | None = fixed(
+        None,
+        "Largest guidance scale w of a network that takes w as an input and guides in one pass (arXiv 2501.15420); by "
+        "default guidance takes two.",
+        above=0,
+    )
+
+    def check(self) -> None:
+        """Check combinations of settings. Raise UserError."""
+        super().check()
+        if self.max_guidance_scale is not None and self.conditioning_dropout_prob == 0:
+            raise UserError(
+                "--max_guidance_scale needs a null class to guide away from, but --conditioning_dropout_prob is 0. Use "
+                "0.1 to 0.2."
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class VDMConfig(DiffusionConfig):
     """Settings of variational diffusion models, `VariationalDiffusion`. Defaults that differ are the paper's."""
 
     description: ClassVar[str] = (
@@ -261,7 +283,7 @@ class DDGANConfig(LabelDropoutConfig):
 
 
 @dataclass(frozen=True, kw_only=True)
-class DistillationConfig(CFGConfig):
+class DistillationConfig(DiffusionConfig):
     """Settings of guidance distillation, `GuidanceDistillation`."""
 
     description: ClassVar[str] = (
@@ -366,32 +388,3 @@ class ClassifierConfig(TrainConfig):
             if getattr(self, name) is not None:
                 raise UserError(f"--{name}: a classifier has its own layers and its model's autoencoder. Leave it out.")
         super().check()
-
-
-def settings_of_run(
-    folder: str, config_class: type[DataConfig], names: set[str], values: Mapping[str, Any]
-) -> dict[str, Any]:
-    """
-    Return settings of the run in a folder, if it contains a train_config.yaml.
-
-    Args:
-        folder (`str`): the output folder of a run of any method, or the name of a repository, which has no such file.
-        config_class (`type[DataConfig]`): the settings to read. Those that only other classes have are ignored.
-        names (`set[str]`): the names of the settings to return.
-        values (`Mapping[str, Any]`): the settings of this run. If they name other data, `train_val_split` is left out:
-            which images are held out is a matter of the data.
-    """
-    path = Path(folder).expanduser() / CONFIG_FILE
-    if not path.is_file():
-        return {}
-    methods = (VDMConfig, DDGANConfig, DistillationConfig, ClassifierConfig)
-    of_run = read_yaml(path, config_class, ignored={f.name for config in methods for f in fields(config)})
-    settings = {name: value for name, value in of_run.items() if name in names}
-    given = {f.name: values[f.name] for f in fields(DataConfig) if values[f.name] != default_of(f)}
-    if "train_data_dir" in given:
-        settings |= {"dataset_name": None, "dataset_config_name": None}
-    elif "dataset_name" in given:
-        settings["train_data_dir"] = None
-    if data_source({**settings, **given}) != data_source(settings):
-        settings.pop("train_val_split", None)
-    return settings

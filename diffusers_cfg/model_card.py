@@ -99,7 +99,7 @@ def model_card(folder: Path, repo_id: str, existing: str | None = None, pictured
         results_section(folder, evaluation),
         likelihood_section(folder),
         limits_section(kind),
-        citation_section(index, kind),
+        citation_section(index, run, kind),
     ]
     body = "\n\n".join([BEGIN, *(section for section in sections if section), END])
     if existing is None:

@@ -5,6 +5,14 @@ from importlib.metadata import PackageNotFoundError, metadata
 from pathlib import Path
 from typing import Any, Literal
 
+from .citations import (
+    CLASSIFIER_PAPER,
+    DISTILLATION_PAPER,
+    GAN_PAPER,
+    GUIDANCE_PAPER,
+    ONE_PASS_PAPER,
+    VARIATIONAL_PAPER,
+)
 from .model_files import (
     CONFIG,
     CURVES,
@@ -34,35 +42,21 @@ LIKELIHOOD_FIGURES = {
     VARIANCE_FIGURE: "The variance of the loss over time, for several noise schedules",
     TRAINING_FIGURE: "Bits per dimension over training",
 }
-
-GUIDANCE_PAPER = """@article{ho2022classifier,
-  title   = {Classifier-Free Diffusion Guidance},
-  author  = {Ho, Jonathan and Salimans, Tim},
-  journal = {arXiv:2207.12598},
-  year    = {2022}
-}"""
-VARIATIONAL_PAPER = """@article{kingma2021variational,
-  title   = {Variational Diffusion Models},
-  author  = {Kingma, Diederik P. and Salimans, Tim and Poole, Ben and Ho, Jonathan},
-  journal = {arXiv:2107.00630},
-  year    = {2021}
-}"""
-GAN_PAPER = """@inproceedings{xiao2022tackling,
-  title     = {Tackling the Generative Learning Trilemma with Denoising Diffusion {GANs}},
-  author    = {Xiao, Zhisheng and Kreis, Karsten and Vahdat, Arash},
-  booktitle = {International Conference on Learning Representations},
-  year      = {2022}
-}"""
-CLASSIFIER_PAPER = """@inproceedings{dhariwal2021diffusion,
-  title     = {Diffusion Models Beat {GANs} on Image Synthesis},
-  author    = {Dhariwal, Prafulla and Nichol, Alexander},
-  booktitle = {Advances in Neural Information Processing Systems},
-  year      = {2021}
-}"""
 PAPERS: dict[Kind, list[str]] = {
     "diffusion": [GUIDANCE_PAPER],
     "variational": [GUIDANCE_PAPER, VARIATIONAL_PAPER],
     "generator": [GAN_PAPER, GUIDANCE_PAPER],
+}
+# How a network has learned to take w, and the paper, by a fact that its run has recorded. A student has both.
+ONE_PASS_SOURCES = {
+    "student_steps": (
+        ", which it was taught by a teacher ([Meng et al. 2023](https://arxiv.org/abs/2210.03142))",
+        DISTILLATION_PAPER,
+    ),
+    "max_guidance_scale": (
+        ", for which it was trained ([Chen et al. 2025](https://arxiv.org/abs/2501.15420))",
+        ONE_PASS_PAPER,
+    ),
 }
 
 
@@ -77,6 +71,11 @@ def model_kind(scheduler: dict[str, Any], unet: dict[str, Any]) -> Kind:
 def is_unconditional(unet: dict[str, Any]) -> bool:
     """Return whether a network takes no class labels, so that only a classifier can guide it."""
     return unet["num_class_embeds"] is None
+
+
+def one_pass_source(run: dict[str, Any]) -> tuple[str, str]:
+    """Return how the network of a run has learned to take w, and the paper; empty if the run has not recorded it."""
+    return next((source for fact, source in ONE_PASS_SOURCES.items() if fact in run.get("method", {})), ("", ""))
 
 
 def has_component(index: dict[str, Any], name: str) -> bool:
@@ -189,10 +188,11 @@ image = pipe(class_labels=[{label}]{scale}).images[0]
 def guidance_section(index: dict[str, Any], unet: dict[str, Any], scheduler: dict[str, Any], run: dict) -> str:
     """Explain `guidance_scale` and `classifier_guidance_scale` for this model."""
     if unet.get("max_guidance_scale") is not None:
+        source, _ = one_pass_source(run)
         return (
-            f"`guidance_scale` is the paper's w, in 0 … {unet['max_guidance_scale']:g}. The model was distilled "
-            "([Meng et al. 2023](https://arxiv.org/abs/2210.03142)): it predicts ε̃ = (1 + w) ε(z, c) − w ε(z) with one "
-            "network evaluation per step instead of two. Most other diffusers pipelines take s = 1 + w."
+            f"`guidance_scale` is the paper's w, in 0 … {unet['max_guidance_scale']:g}. The model takes w as an input, "
+            f"and predicts ε̃ = (1 + w) ε(z, c) − w ε(z) with one network evaluation per step instead of two{source}. "
+            "Most other diffusers pipelines take s = 1 + w."
         )
     if is_unconditional(unet):
         return (
@@ -380,10 +380,11 @@ def limits_section(kind: Kind) -> str:
     return LIMITS.format(variety=GAN_VARIETY if kind == "generator" else GUIDED_VARIETY)
 
 
-def citation_section(index: dict[str, Any], kind: Kind) -> str:
+def citation_section(index: dict[str, Any], run: dict[str, Any], kind: Kind) -> str:
     """Return the papers to cite."""
-    papers = PAPERS[kind] + ([CLASSIFIER_PAPER] if has_component(index, "classifier") else [])
-    return "\n\n".join(["## Citation", *(f"```bibtex\n{paper}\n```" for paper in papers)])
+    _, one_pass = one_pass_source(run)
+    papers = [*PAPERS[kind], one_pass, CLASSIFIER_PAPER if has_component(index, "classifier") else ""]
+    return "\n\n".join(["## Citation", *(f"```bibtex\n{paper}\n```" for paper in papers if paper)])
 
 
 LIMITS = """## Intended use and limits

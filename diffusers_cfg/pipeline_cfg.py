@@ -258,9 +258,9 @@ class CFGPipeline(DiffusionPipeline):
                 `(labels, num_classes)`.
             guidance_scale (`float`, `list[float]`, `torch.Tensor` or `Callable`, *optional*): The paper's w, for all
                 images, for each label or for each image; s = 1 + w. Defaults to 1, or to 0 for a generator, whose
-                samples guidance would extrapolate. A distilled network takes 0 … `unet.max_guidance_scale`. A callable
-                is called with the log-SNR of each step, λ = log(α²/σ²), and returns w(λ), a number or a list. An
-                unconditional network takes only -1, its default.
+                samples guidance would extrapolate. A network that guides in one pass takes 0 …
+                `unet.max_guidance_scale`. A callable is called with the log-SNR of each step, λ = log(α²/σ²), and
+                returns w(λ), a number or a list. An unconditional network takes only -1, its default.
             num_inference_steps (`int`, *optional*, defaults to `CFGPipeline.num_inference_steps`): T. A generator takes
                 only its own. A step evaluates the network twice per image, in one batch. It evaluates the network once
                 if w = 0 or w = -1 for all images, or if the network takes w as an input.
@@ -743,7 +743,7 @@ class CFGPipeline(DiffusionPipeline):
                 self._require(f"guide_unet.{name}", theirs, theirs == ours, f"the UNet's {ours}")
             ours, theirs = self._trained_process, self._with_schedule(guide.noise_process)
             self._require("guide_unet.noise_process", theirs, theirs in (None, ours), f"the UNet's {ours}")
-            largest, required = guide.max_guidance_scale, "None: a distilled network cannot guide"
+            largest, required = guide.max_guidance_scale, "None: a network that guides in one pass cannot guide another"
             self._require("guide_unet.max_guidance_scale", largest, largest is None, required)
         self._check_scheduler()
         self._check_classified_process()
@@ -915,7 +915,7 @@ class CFGPipeline(DiffusionPipeline):
             raise ValueError(f"{type(guider).__name__} cannot guide this model: in this version of diffusers {reason}.")
 
     def _check_networks(self, **needs_two_passes: Any) -> None:
-        """Check that a distilled network needs only one pass, that dtypes are equal and that weights are present."""
+        """Check that a one-pass network needs no second pass, that dtypes are equal and that weights are present."""
         if self._is_unconditional and needs_two_passes.get("guidance_rescale") is not None:
             raise ValueError(
                 "guidance_rescale has no effect on this model: its network is unconditional, and there is no "
@@ -925,8 +925,8 @@ class CFGPipeline(DiffusionPipeline):
         given = [name for name, value in given.items() if value is not None]
         if self.unet.max_guidance_scale is not None and given:
             raise ValueError(
-                f"{', '.join(given)} cannot be used with this model: it was distilled to guide in one pass, but a "
-                "second pass would be needed. Use the model that it was distilled from."
+                f"{', '.join(given)} cannot be used with this model: it was trained to guide in one pass, but a "
+                "second pass would be needed. Use a model that guides in two, such as the teacher of a distilled one."
             )
         dtype, guide_dtype = self.unet.dtype, (self.guide_unet or self.unet).dtype
         self._require("guide_unet.dtype", guide_dtype, guide_dtype == dtype, f"the UNet's {dtype}")
@@ -1265,8 +1265,8 @@ class CFGPipeline(DiffusionPipeline):
         largest = self.unet.max_guidance_scale
         if largest is not None and (outside := scales[~((scales >= 0) & (scales <= largest))]).numel():
             raise ValueError(
-                f"guidance_scale is {outside[0]:g}, but this model was distilled for 0 … "
-                f"{largest:g}. Use the model that it was distilled from, or class_labels=-1 for unconditional images."
+                f"guidance_scale is {outside[0]:g}, but this model was trained for 0 … {largest:g}. Use a model that "
+                "guides in two passes, or class_labels=-1 for unconditional images."
             )
 
     def _check_classifier_guidance(self, scales: torch.Tensor) -> None:
@@ -1286,7 +1286,7 @@ class CFGPipeline(DiffusionPipeline):
             )
         if self.unet.max_guidance_scale is not None:
             raise ValueError(
-                f"{given} this model was distilled to guide without one. Use the model that it was distilled from."
+                f"{given} this model was trained to guide in one pass without one. Use a model that guides in two."
             )
         parameters = list(self.classifier.parameters())
         dtypes = {self.classifier.dtype, *(parameter.dtype for parameter in parameters)} - {torch.float32}

@@ -3,10 +3,11 @@
 import os
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from pathlib import Path
 from typing import Any, ClassVar, Literal
 
-from diffusers_cfg.config import Config, UserError, fixed, free, recorded
+from diffusers_cfg.config import Config, UserError, default_of, fixed, free, read_yaml, recorded
 from diffusers_cfg.run_settings import HubConfig, ModelConfig, OptimizationConfig, RunConfig
 
 CONFIG_FILE = "train_config.yaml"
@@ -209,3 +210,38 @@ class TrainConfig(HubConfig, RunConfig, OptimizationConfig, ModelConfig, DataCon
         """Return the settings by name, without secrets and without those that a pretrained network replaces."""
         replaced = set().union(*(names for source, names in self.replaced.items() if getattr(self, source)))
         return {name: value for name, value in super().public().items() if name not in replaced}
+
+
+def settings_of_run(
+    folder: str, config_class: type[DataConfig], names: set[str], values: Mapping[str, Any]
+) -> dict[str, Any]:
+    """
+    Return settings of the run in a folder, if it contains a train_config.yaml.
+
+    Args:
+        folder (`str`): the output folder of a run of any method, or the name of a repository, which has no such file.
+        config_class (`type[DataConfig]`): the settings to read. Those that only other classes have are ignored.
+        names (`set[str]`): the names of the settings to return.
+        values (`Mapping[str, Any]`): the settings of this run. If they name other data, `train_val_split` is left out:
+            which images are held out is a matter of the data.
+    """
+    path = Path(folder).expanduser() / CONFIG_FILE
+    if not path.is_file():
+        return {}
+    of_run = read_yaml(
+        path, config_class, ignored={f.name for config in methods_of(TrainConfig) for f in fields(config)}
+    )
+    settings = {name: value for name, value in of_run.items() if name in names}
+    given = {f.name: values[f.name] for f in fields(DataConfig) if values[f.name] != default_of(f)}
+    if "train_data_dir" in given:
+        settings |= {"dataset_name": None, "dataset_config_name": None}
+    elif "dataset_name" in given:
+        settings["train_data_dir"] = None
+    if data_source({**settings, **given}) != data_source(settings):
+        settings.pop("train_val_split", None)
+    return settings
+
+
+def methods_of(config_class: type[TrainConfig]) -> list[type[TrainConfig]]:
+    """Return the settings of all methods: a class and its subclasses."""
+    return [config_class, *(config for subclass in config_class.__subclasses__() for config in methods_of(subclass))]

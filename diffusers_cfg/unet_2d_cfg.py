@@ -27,9 +27,9 @@ class UNet2DCFGModel(UNet2DModel):
     ```
 
     Args:
-        max_guidance_scale (`float`, *optional*): Largest w of a network that takes w as an input and was distilled to
-            predict its teacher's guided prediction (Meng et al. 2023, arXiv 2210.03142). By default the network does
-            not take w.
+        max_guidance_scale (`float`, *optional*): Largest w of a network that takes w as an input and predicts with
+            guidance in one pass, because it was trained so (Chen et al. 2025, arXiv 2501.15420) or distilled (Meng et
+            al. 2023, arXiv 2210.03142). By default the network does not take w.
         fourier_frequencies (`list[float]`, *optional*): Angular frequencies ω. The first convolution then sees sin(ωz)
             and cos(ωz) beside z, which tell apart values that are close together (Kingma et al. 2021, arXiv 2107.00630,
             section 4.5: ω = 2ⁿπ). Such a network takes z in float32. By default it sees z alone.
@@ -145,7 +145,7 @@ class UNet2DCFGModel(UNet2DModel):
             channels = self.time_embedding.linear_1.in_features
             self.guidance_proj = Timesteps(channels, flip_sin_to_cos=True, downscale_freq_shift=0)
             self.guidance_embedding = TimestepEmbedding(channels, self.time_embedding.linear_2.out_features)
-            # Zero, so that a student starts as its conditional teacher for every w.
+            # Zero, so that the network starts without guidance for every w, a student as its conditional teacher.
             torch.nn.init.zeros_(self.guidance_embedding.linear_2.weight)
             torch.nn.init.zeros_(self.guidance_embedding.linear_2.bias)
         if fourier_frequencies is not None:
@@ -199,7 +199,7 @@ class UNet2DCFGModel(UNet2DModel):
         if max_guidance_scale is not None:
             raise ValueError(
                 f"A network cannot have both latent_dim ({latent_dim}) and max_guidance_scale ({max_guidance_scale}): "
-                "a generator cannot be distilled."
+                "a generator cannot guide in one pass."
             )
         if time_embedding_type == "fourier":
             raise ValueError(
@@ -490,8 +490,8 @@ class UNet2DCFGModel(UNet2DModel):
         largest = self.max_guidance_scale
         if self.guidance_embedding is None or largest is None:
             raise ValueError(
-                "This network does not take guidance_scale: it was not distilled (its config has no "
-                "max_guidance_scale). Use CFGPipeline, which guides with two passes."
+                "This network does not take guidance_scale, since its config has no max_guidance_scale. Use "
+                "CFGPipeline, which guides with two passes."
             )
         if w is None:
             w = torch.zeros(len(sample), device=sample.device)
@@ -499,7 +499,7 @@ class UNet2DCFGModel(UNet2DModel):
         if w.shape != (len(sample),) or (is_read and not ((w >= 0) & (w <= largest)).all()):
             raise ValueError(
                 f"guidance_scale must contain one w per sample, shape ({len(sample)},), in 0 … {largest:g}, the range "
-                f"that this network was distilled for, but is {str(w.tolist())[:100]}."
+                f"that this network was trained for, but is {str(w.tolist())[:100]}."
             )
         # The root, because a small w changes the prediction more; up to 100 the sinusoids have at most sixteen periods.
         position = 100 * (w / largest).sqrt()

@@ -14,8 +14,8 @@ def check_guidance(config: SamplingConfig, pipeline: CFGPipeline) -> None:
         return
     if pipeline.unet.max_guidance_scale is not None:
         raise UserError(
-            f"{rule} needs a diffusion model, but {config.model} was distilled to guide without a classifier. Use the "
-            "model that it was distilled from."
+            f"{rule} needs a second pass, but {config.model} was trained to guide in one. Use a model that guides in "
+            "two."
         )
     if pipeline.unet.latent_dim is not None:
         raise UserError(

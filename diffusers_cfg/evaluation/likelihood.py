@@ -107,7 +107,7 @@ def estimate(
     use the same noise for the class and the null class, and for every number of steps.
 
     Args:
-        pipeline (`CFGPipeline`): the model, in eval mode. Guidance plays no part; a distilled network is evaluated at
+        pipeline (`CFGPipeline`): the model, in eval mode. Guidance plays no part; a one-pass network is evaluated at
             w = 0.
         images (`torch.Tensor` of shape `(images, channels, height, width)`): uint8, or float32 with 256 levels in
             [-1, 1].

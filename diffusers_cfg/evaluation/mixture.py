@@ -34,7 +34,7 @@ class GaussianMixtureModel(torch.nn.Module):
         probs (`torch.Tensor` of shape `(components,)`, *optional*): π, equal by default.
     """
 
-    max_guidance_scale = None  # w is not an input: the model is not distilled
+    max_guidance_scale = None  # w is not an input
     noise_process = None  # that of the scheduler
     latent_dim = None  # not a generator
     means: torch.Tensor  # (components, channels · height · width)

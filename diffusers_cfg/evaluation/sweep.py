@@ -162,7 +162,7 @@ def check_scales(config: EvaluationConfig, pipeline: CFGPipeline) -> None:
     scales, largest = guidance_scales(config, pipeline), pipeline.unet.max_guidance_scale
     if largest is not None and (invalid := [w for w in scales if not 0 <= w <= largest]):
         raise UserError(
-            f"--guidance_scales {invalid} are out of range: {config.model} was distilled for w from 0 to {largest:g}."
+            f"--guidance_scales {invalid} are out of range: {config.model} was trained for w from 0 to {largest:g}."
         )
     guided = [w for w in scales if GUIDANCE[config.guidance](w)["guidance_scale"] != 0]
     is_trained = is_unconditional(pipeline) or pipeline.config.conditioning_dropout_prob != 0

@@ -145,7 +145,7 @@ def check_diffusion_model(config: ClassifierConfig, pipeline: CFGPipeline, image
     """Raise UserError if a diffusion model cannot be guided by a classifier, or does not fit the data."""
     source = f"--pretrained_model_name_or_path {config.pretrained_model_name_or_path}"
     if pipeline.unet.max_guidance_scale is not None:
-        raise UserError(f"{source} was distilled to guide without a classifier. Use the model it was distilled from.")
+        raise UserError(f"{source} was trained to guide in one pass. Use a model that guides in two.")
     _, height, width = pipeline.image_shape
     if (height, width) != (config.resolution, config.resolution):
         solution = f"Set --resolution {height}." if height == width else "Only square images can be trained on."

@@ -14,9 +14,22 @@ from diffusers_cfg.data.images import UNLABELLED, LabelledImages, require_classe
 from diffusers_cfg.engine.method import Batch, Networks, Objective, Terms
 from diffusers_cfg.evaluation.records import noise_process
 from diffusers_cfg.method_settings import DistillationConfig
-from diffusers_cfg.methods.guided import GuidedMethod
-from diffusers_cfg.methods.networks import NUM_INFERENCE_STEPS, SOLVER, load_pretrained, new_pipeline
-from diffusers_cfg.methods.objectives import drop_class_labels, level_names, loss_logs, prediction_target, squared_error
+from diffusers_cfg.methods.guided import GuidedMethod, learned_scales
+from diffusers_cfg.methods.networks import (
+    NUM_INFERENCE_STEPS,
+    SOLVER,
+    load_pretrained,
+    new_pipeline,
+    one_pass_network,
+)
+from diffusers_cfg.methods.objectives import (
+    draw_guidance_scales,
+    drop_class_labels,
+    level_names,
+    loss_logs,
+    prediction_target,
+    squared_error,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -41,24 +54,12 @@ class GuidanceDistillation(GuidedMethod):
         self.scheduler, self.student_steps = noise_process(teacher), config.student_steps
         self.max_guidance_scale = teacher.unet.max_guidance_scale or config.max_guidance_scale or 4.0
         teacher.unet.requires_grad_(False)
-        torch.manual_seed(config.seed)
-        # `from_config` is annotated to return a tuple as well, but does so only with `return_unused_kwargs`.
-        student = cast(
-            UNet2DCFGModel,
-            UNet2DCFGModel.from_config(teacher.unet.config, max_guidance_scale=self.max_guidance_scale),
-        )
-        student.load_state_dict(teacher.unet.state_dict(), strict=False)  # the teacher may have no embedding of w
+        student = one_pass_network(teacher.unet, self.max_guidance_scale, config.seed)
         solver, steps = (DDIMScheduler, self.student_steps) if self.student_steps else (SOLVER, NUM_INFERENCE_STEPS)
         self.pipeline = new_pipeline(config, student, self.scheduler, teacher.vae, teacher.id2label, solver, steps)
         self.modules, self.averaged = {"unet": student}, ("unet",)
         self.objectives, self.levels = [Objective("unet", ("unet",), self.loss)], level_names(self.scheduler)
-        # The student supports only this range of w.
-        scales = [w for w in config.validation_guidance_scales if 0 <= w <= self.max_guidance_scale]
-        self.guidance_scales = scales or [0.0]
-        if left_out := [w for w in config.validation_guidance_scales if w not in scales]:
-            logger.warning(
-                "The samples leave out w = %s: the student learns 0 to %g.", left_out, self.max_guidance_scale
-            )
+        self.guidance_scales = learned_scales(config.validation_guidance_scales, self.max_guidance_scale)
         self.num_inference_steps = self.student_steps or config.num_inference_steps
 
     @classmethod
@@ -71,8 +72,7 @@ class GuidanceDistillation(GuidedMethod):
         """Return the student's squared error against the guided teacher, for each sample of a batch (x, c)."""
         x, draws, null = batch.x, batch.draws, self.teacher.unet.null_class_label
         c = drop_class_labels(batch.class_labels, self.config.conditioning_dropout_prob, null, draws.uniform("dropout"))
-        # √w is uniform, since samples change as much between w = 0 and 0.5 as between 1 and 4.
-        w = self.max_guidance_scale * draws.uniform("guidance scale").square()
+        w = draw_guidance_scales(draws, self.max_guidance_scale)
         u, noise, steps = draws.uniform("time"), draws.normal("noise", *x.shape[1:]), self.student_steps
         if steps is not None:  # round up to the start of a student step
             u = ((u * steps).floor().clamp(max=steps - 1) + 1) / steps
@@ -119,7 +119,7 @@ def check_teacher(config: DistillationConfig, unet: UNet2DCFGModel) -> None:
         )
     if teacher_scale is not None and config.max_guidance_scale not in (None, teacher_scale):
         raise UserError(
-            f"--max_guidance_scale is {config.max_guidance_scale:g}, but the teacher was distilled with "
+            f"--max_guidance_scale is {config.max_guidance_scale:g}, but the teacher was trained with "
             f"{teacher_scale:g}. Leave out --max_guidance_scale."
         )
     if teacher_scale is None and index["conditioning_dropout_prob"] == 0:

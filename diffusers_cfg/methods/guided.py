@@ -104,3 +104,11 @@ class GuidedMethod(Method):
         """Return the noise process, which may come from a pretrained pipeline instead of the settings."""
         names = ("prediction_type", "log_snr_min", "log_snr_max", "log_snr_schedule")
         return {name: self.scheduler.config[name] for name in names}
+
+
+def learned_scales(scales: list[float], max_guidance_scale: float) -> list[float]:
+    """Return the guidance scales that a network which takes w learns, or 0 if there are none. Warn of the others."""
+    learned = [w for w in scales if 0 <= w <= max_guidance_scale]
+    if left_out := [w for w in scales if w not in learned]:
+        logger.warning("The samples leave out w = %s: the network learns 0 to %g.", left_out, max_guidance_scale)
+    return learned or [0.0]

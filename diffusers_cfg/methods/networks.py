@@ -15,7 +15,7 @@ from diffusers_cfg.config import UserError
 from diffusers_cfg.data.images import LabelledImages
 from diffusers_cfg.evaluation.records import noise_process
 from diffusers_cfg.loading import find_folder, load_autoencoder
-from diffusers_cfg.method_settings import CFGConfig
+from diffusers_cfg.method_settings import CFGConfig, DiffusionConfig
 from diffusers_cfg.model_files import read_object
 from diffusers_cfg.run_settings import ATTENTION_RESOLUTIONS, ModelConfig
 from diffusers_cfg.settings import TrainConfig
@@ -38,10 +38,14 @@ def build_pipeline(config: CFGConfig, images: LabelledImages) -> CFGPipeline:
     """Return a new or pretrained pipeline to train. Raise UserError if it does not fit the data."""
     if config.pretrained_model_name_or_path is not None:
         pipeline = load_pretrained(config, images)
-        refuse_distilled(config, pipeline.unet)
+        refuse_one_pass(config, pipeline.unet, config.max_guidance_scale)
+        if config.max_guidance_scale is not None:
+            pipeline.unet = one_pass_network(pipeline.unet, config.max_guidance_scale, config.seed)
         return pipeline
     vae = load_vae(config)
-    unet = build_unet(config, vae, images.channels, num_classes=len(images.id2label))
+    unet = build_unet(
+        config, vae, images.channels, num_classes=len(images.id2label), max_guidance_scale=config.max_guidance_scale
+    )
     scheduler = LogSNRScheduler(
         log_snr_min=config.log_snr_min,
         log_snr_max=config.log_snr_max,
@@ -53,7 +57,7 @@ def build_pipeline(config: CFGConfig, images: LabelledImages) -> CFGPipeline:
 
 
 def new_pipeline(
-    config: CFGConfig,
+    config: DiffusionConfig,
     unet: UNet2DCFGModel,
     scheduler: LogSNRScheduler,
     vae: AutoencoderKL | None,
@@ -79,13 +83,13 @@ def record_process(unet: UNet2DCFGModel, scheduler: LogSNRScheduler) -> None:
 
 
 def load_pretrained(
-    config: CFGConfig, images: LabelledImages, flag: str = "--pretrained_model_name_or_path"
+    config: DiffusionConfig, images: LabelledImages, flag: str = "--pretrained_model_name_or_path"
 ) -> CFGPipeline:
     """
     Load a pretrained pipeline to train, with its own noise process and the classes of the data.
 
     Args:
-        config (`CFGConfig`): settings with `pretrained_model_name_or_path`.
+        config (`DiffusionConfig`): settings with `pretrained_model_name_or_path`.
         images (`LabelledImages`): the data.
         flag (`str`): the flag that named the pipeline, for messages.
 
@@ -130,13 +134,24 @@ def warn_about_channels(config: TrainConfig, pipeline: CFGPipeline, images: Labe
         logger.warning("Converting the images to %d channels, the number of channels of %s.", channels, source)
 
 
-def refuse_distilled(config: CFGConfig, unet: UNet2DCFGModel) -> None:
-    """Raise UserError if a pretrained network was distilled."""
-    if unet.max_guidance_scale is not None:
+def refuse_one_pass(config: DiffusionConfig, unet: UNet2DCFGModel, trained_scale: float | None = None) -> None:
+    """Raise UserError if a pretrained network guides in one pass, unless it is trained for the same range of w."""
+    largest = unet.max_guidance_scale
+    if largest not in (None, trained_scale):
         raise UserError(
-            f"--pretrained_model_name_or_path {config.pretrained_model_name_or_path} was distilled to guide in one "
-            "pass, which further training would undo. Start from its teacher, and distill the trained model."
+            f"--pretrained_model_name_or_path {config.pretrained_model_name_or_path} guides in one pass up to w = "
+            f"{largest:g}, which other training would undo. Train it with train_cfg.py --max_guidance_scale "
+            f"{largest:g}, or start from a model that guides in two passes."
         )
+
+
+def one_pass_network(unet: UNet2DCFGModel, max_guidance_scale: float, seed: int) -> UNet2DCFGModel:
+    """Return a copy of a network that takes w in [0, `max_guidance_scale`], and starts as the network for every w."""
+    torch.manual_seed(seed)
+    # `from_config` is annotated to return a tuple as well, but does so only with `return_unused_kwargs`.
+    copy = cast(UNet2DCFGModel, UNet2DCFGModel.from_config(unet.config, max_guidance_scale=max_guidance_scale))
+    copy.load_state_dict(unet.state_dict(), strict=False)  # the network may have no embedding of w
+    return copy
 
 
 def replace_classes(unet: UNet2DCFGModel, old: dict[int, str], new: dict[int, str]) -> None:
@@ -171,6 +186,7 @@ def build_unet(
     channels: int,
     num_classes: int,
     latent_dim: int | None = None,
+    max_guidance_scale: float | None = None,
     **extra: Any,
 ) -> UNet2DCFGModel:
     """
@@ -182,6 +198,7 @@ def build_unet(
         channels (`int`): channels of the images, used without an autoencoder.
         num_classes (`int`): number of real classes; the network has one more, the null class.
         latent_dim (`int`, *optional*): size of the latent vector of a generator; by default no generator.
+        max_guidance_scale (`float`, *optional*): largest w of a network that takes w; by default it does not.
         extra: other settings of `UNet2DCFGModel`, which a network config replaces.
 
     Raises:
@@ -209,7 +226,7 @@ def build_unet(
         "num_class_embeds": num_classes + 1,
         "class_embed_type": None,
         "latent_dim": latent_dim,
-        "max_guidance_scale": None,  # only distillation trains for it
+        "max_guidance_scale": max_guidance_scale,
     }
     try:
         unet = cast(UNet2DCFGModel, UNet2DCFGModel.from_config(settings))

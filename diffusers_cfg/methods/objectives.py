@@ -7,6 +7,7 @@ import torch
 from diffusers import SchedulerMixin
 
 from diffusers_cfg import LogSNRScheduler
+from diffusers_cfg.randomness import Draws
 
 # Number of bins of u, and so of the log-SNR λ, for which the loss is logged separately. All are equally likely.
 NOISE_LEVELS = 8
@@ -31,6 +32,11 @@ def drop_class_labels(
         `torch.Tensor` of shape `(batch,)`: the labels after dropout.
     """
     return torch.where(uniform < conditioning_dropout_prob, null_class_label, class_labels)
+
+
+def draw_guidance_scales(draws: Draws, max_guidance_scale: float) -> torch.Tensor:
+    """Return a guidance scale w for each sample, `(batch,)`. √w is uniform, because samples change most at small w."""
+    return max_guidance_scale * draws.uniform("guidance scale").square()
 
 
 def prediction_target(

@@ -25,7 +25,7 @@ from diffusers_cfg.methods.networks import (
     load_pretrained,
     new_pipeline,
     record_process,
-    refuse_distilled,
+    refuse_one_pass,
 )
 from diffusers_cfg.methods.objectives import NOISE_LEVELS, by_group, drop_class_labels, level_names
 from diffusers_cfg.model_files import NOISE_SCHEDULE, SCHEDULE_PICTURE
@@ -212,7 +212,7 @@ def check_pretrained(config: VDMConfig, pipeline: CFGPipeline) -> None:
             f"--pretrained_model_name_or_path {source} models latents, which have no likelihood of images. Start "
             "from a model of images."
         )
-    refuse_distilled(config, pipeline.unet)
+    refuse_one_pass(config, pipeline.unet)
     if scheduler.config.log_snr_schedule != "linear":
         raise UserError(
             f"--pretrained_model_name_or_path {source} was trained with another noise process (log_snr_schedule "

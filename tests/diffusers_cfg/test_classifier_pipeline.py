@@ -127,7 +127,9 @@ def test_scale_without_a_classifier_is_refused():
 
 def test_models_without_a_prediction_to_guide_refuse_a_scale():
     student = make_guided(make_unet(max_guidance_scale=3.0))
-    assert_refused(student, "is 1, but this model was distilled to guide without one", classifier_guidance_scale=1.0)
+    assert_refused(
+        student, "is 1, but this model was trained to guide in one pass without one", classifier_guidance_scale=1.0
+    )
     assert torch.equal(draw(student), draw(make_pipeline(student.unet, student.scheduler)))
     generator = ddgan()
     with pytest.raises(ValueError, match="is 1, but this model is a generator"):

@@ -249,7 +249,7 @@ def test_card_describes_a_student_and_its_sampler(tmp_path):
     pipeline.save_pretrained(tmp_path)
     card = model_card(tmp_path, "me/student")
     assert "variational" not in card  # only its teacher minimised a bound
-    assert "the paper's w, in 0 … 3. The model was distilled" in card
+    assert "the paper's w, in 0 … 3. The model takes w as an input, and predicts" in card
     assert "| sampler | DDIMScheduler, 4 steps by default |" in card
     assert "| log-SNR λ | -5 … 13.08 |" in card
 

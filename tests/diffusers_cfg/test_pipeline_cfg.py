@@ -200,7 +200,7 @@ def test_student_takes_w_in_one_pass(student):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"guidance_scale": 3.5}, "guidance_scale is 3.5, but this model was distilled for 0 … 3"),
+        ({"guidance_scale": 3.5}, "guidance_scale is 3.5, but this model was trained for 0 … 3"),
         ({"guidance_scale": -1.0}, "class_labels=-1"),
         ({"guidance_scale": lambda log_snr: 4.0 if log_snr > 0 else 0.0}, "guidance_scale is 4, but"),
         ({"negative_class_labels": 1}, "negative_class_labels cannot be used"),

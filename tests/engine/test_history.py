@@ -82,6 +82,7 @@ CHANGED = {
     "prediction_type": "epsilon",
     "log_snr_min": "-5",
     "log_snr_max": "5",
+    "max_guidance_scale": "3.0",
 }
 
 

@@ -254,7 +254,7 @@ def test_models_that_no_classifier_guides_are_refused(tmp_path, evaluate, kind, 
         scheduler = LogSNRScheduler().solver(DDIMScheduler) if kind == "few steps" else LogSNRScheduler()
         unet = make_unet(num_class_embeds=11, max_guidance_scale=4.0)
         make_pipeline(unet, scheduler, id2label=Digits().id2label).save_pretrained(tmp_path / "model")
-        model, message = tmp_path / "model", "was distilled to guide without a classifier"
+        model, message = tmp_path / "model", "was trained to guide in one"
     w = {"classifier": "-1"}.get(rule, "0")
     flags = ["--guidance", rule]
     with pytest.raises(UserError, match=f"--guidance {rule} .*{message}"):

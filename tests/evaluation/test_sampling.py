@@ -218,7 +218,11 @@ def test_unusual_settings_are_right(model, argv):
         ({"num_class_embeds": 3}, {"id2label": None}, "guide_unet.num_classes must be the UNet's 3, but is 2"),
         ({}, {"id2label": {0: "a", 1: "one", 2: "two"}}, r"different classes, .*\[\(0, 'a'\), \(0, 'zero'\)\]"),
         ({"in_channels": 3, "out_channels": 3}, {}, "guide_unet.config.in_channels must be the UNet's 1, but is 3"),
-        ({"max_guidance_scale": 4.0}, {}, "guide_unet.max_guidance_scale must be None: a distilled network"),
+        (
+            {"max_guidance_scale": 4.0},
+            {},
+            "guide_unet.max_guidance_scale must be None: a network that guides in one pass",
+        ),
         ({}, {"scheduler": LogSNRScheduler(log_snr_min=-10.0)}, "does not match the noise process"),
         ({}, {"scheduler": LogSNRScheduler(prediction_type="v_prediction")}, "does not match the noise process"),
     ],

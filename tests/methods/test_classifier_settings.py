@@ -147,7 +147,7 @@ def folders(tmp_path_factory) -> dict[str, str]:
 @pytest.mark.parametrize(
     ("model", "argv", "message"),
     [
-        ("student", [], "student was distilled to guide without a classifier. Use the model it was distilled from"),
+        ("student", [], "student was trained to guide in one pass. Use a model that guides in two"),
         ("generator", [], "generator is a denoising diffusion GAN, whose generator draws images in 2 steps"),
         ("letters", [], "letters: class 0 is 'zero' instead of 'a'. Pass the data that the model was trained on"),
         ("last", [], "The classes of the data have other names .*last: class 9 is 'nine' instead of 'ten'"),

@@ -125,7 +125,7 @@ def test_a_student_loads_and_guides_in_one_pass(teacher, student):
     pipeline.unet.register_forward_pre_hook(lambda _, inputs: sizes.append(len(inputs[0])))
     pipeline(["three", 7, -1], [0.0, 2.5, 1.0])
     assert sizes == [3] * 12
-    with pytest.raises(ValueError, match="distilled for 0 … 3"):
+    with pytest.raises(ValueError, match="trained for 0 … 3"):
         pipeline("three", 4.0)
     # Training changed the embedding of w, which starts at zero
     weights = load_file(student / "unet" / WEIGHTS)
@@ -214,13 +214,13 @@ def test_settings_of_a_student_say_what_was_done(student):
 
 def test_samples_outside_the_range_of_the_student_are_named(teacher, tmp_path, caplog):
     distill(teacher, tmp_path, "--max_guidance_scale", "3", "--validation_guidance_scales", "0", "4", "--dry_run")
-    assert "The samples leave out w = [4.0]: the student learns 0 to 3." in caplog.text
+    assert "The samples leave out w = [4.0]: the network learns 0 to 3." in caplog.text
 
 
 def test_invalid_teachers_are_refused(student, tmp_path):
     with pytest.raises(UserError, match="already guides in one pass. Set --student_steps"):
         distill(student, tmp_path / "out")
-    with pytest.raises(UserError, match="--max_guidance_scale is 4, but the teacher was distilled with 3"):
+    with pytest.raises(UserError, match="--max_guidance_scale is 4, but the teacher was trained with 3"):
         distill(student, tmp_path / "out", "--student_steps", "4", "--max_guidance_scale", "4")
     train(tmp_path / "plain", "--conditioning_dropout_prob", "0", "--max_train_steps", "1")
     with pytest.raises(UserError, match="conditioning_dropout_prob = 0"):
@@ -229,7 +229,7 @@ def test_invalid_teachers_are_refused(student, tmp_path):
 
 
 def test_training_from_a_student_is_refused(student, tmp_path):
-    with pytest.raises(UserError, match="was distilled to guide in one pass, which further training would undo"):
+    with pytest.raises(UserError, match="guides in one pass up to w = 3, which other training would undo"):
         train(tmp_path / "out", "--pretrained_model_name_or_path", str(student))
 
 

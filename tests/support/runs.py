@@ -15,7 +15,14 @@ from diffusers_cfg.engine.method import Method
 from diffusers_cfg.engine.preemption import Preemption
 from diffusers_cfg.engine.trainer import Trainer
 from diffusers_cfg.evaluation.in_training import training_evaluation
-from diffusers_cfg.method_settings import CFGConfig, ClassifierConfig, DDGANConfig, DistillationConfig, VDMConfig
+from diffusers_cfg.method_settings import (
+    CFGConfig,
+    ClassifierConfig,
+    DDGANConfig,
+    DiffusionConfig,
+    DistillationConfig,
+    VDMConfig,
+)
 from diffusers_cfg.methods.cfg import ClassifierFreeGuidance
 from diffusers_cfg.methods.classifier import ClassifierGuidance
 from diffusers_cfg.methods.ddgan import DenoisingDiffusionGAN
@@ -64,7 +71,7 @@ def train(
     reset_accelerate()
     has_network = not REPLACE_NETWORK & set(argv)
     tiny = TINY if has_network else SETTINGS
-    if not issubclass(config_class, CFGConfig):
+    if not issubclass(config_class, DiffusionConfig):
         tiny = [*NETWORK, *SHARED] if has_network else SHARED
     config = parse_config(config_class, [*tiny, "--output_dir", str(output_dir), *argv])
     Trainer(config, method, preemption, training_evaluation).run()

@@ -21,6 +21,7 @@ WITHOUT_WAVES = ["--fourier_features", "0"]
 # A function `(output_dir, *argv)` that trains each method. `config_class` gives settings other than CFGConfig.
 METHODS: dict[str, Callable] = {
     "cfg": train,
+    "one_pass": lambda output_dir, *argv: train(output_dir, "--max_guidance_scale", "4", *argv),
     "vdm": lambda output_dir, *argv: train_vdm(output_dir, *WITHOUT_WAVES, *argv),
     "distillation": partial(distill, TEACHER),
     "ddgan": train_ddgan,

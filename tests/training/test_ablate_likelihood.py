@@ -39,7 +39,7 @@ def test_variants_differ_in_one_setting(argv, tmp_path):
     cfg = configs["/seed=0/train_cfg"]
     assert type(cfg) is CFGConfig
     assert cfg.model_config_name_or_path == str(tmp_path / "out" / "network")
-    shared = {name for name, value in cfg.public().items() if learned[name] == value}
+    shared = {name for name, value in cfg.public().items() if learned.get(name) == value}
     assert {"learning_rate", "adam_beta2", "prediction_type", "train_val_split", "max_train_steps"} <= shared
     assert (cfg.log_snr_max, cfg.num_inference_steps) == (20.0, CFGConfig().num_inference_steps)
 

@@ -24,7 +24,7 @@ from typing import Any
 from diffusers_cfg.config import UserError, parse_config, run_command, say
 from diffusers_cfg.engine.preemption import Preemption
 from diffusers_cfg.evaluation.settings import EvaluationConfig, LikelihoodConfig, refuse_flags
-from diffusers_cfg.method_settings import CFGConfig, VDMConfig
+from diffusers_cfg.method_settings import CFGConfig, DiffusionConfig, VDMConfig
 
 # By variant, the settings that differ from those of train_vdm.py
 VARIANTS: dict[str, dict[str, Any]] = {
@@ -131,7 +131,7 @@ def main(argv: list[str] | None = None) -> None:
         say(f"The tables, the figure and the models are in {args.output_dir}.")
 
 
-def configs_of(args: Namespace, base: VDMConfig) -> list[tuple[str, CFGConfig]]:
+def configs_of(args: Namespace, base: VDMConfig) -> list[tuple[str, DiffusionConfig]]:
     """Return the variant and the training settings of each run. Raise `UserError` if a setting is invalid."""
     if unknown := [name for name in args.variants if name not in VARIANTS]:
         raise UserError(f"--variants {' '.join(unknown)}: unknown. Choose from {', '.join(VARIANTS)}.")
@@ -164,7 +164,7 @@ def evaluation_settings(
     return likelihood, samples
 
 
-def config_of(variant: str, base: VDMConfig, output_dir: Path) -> CFGConfig:
+def config_of(variant: str, base: VDMConfig, output_dir: Path) -> DiffusionConfig:
     """Return the training settings of a variant. Raise `UserError` if one is invalid."""
     model = output_dir / f"seed={base.seed}" / variant
     started = model.is_dir() and any(model.iterdir())
@@ -173,7 +173,9 @@ def config_of(variant: str, base: VDMConfig, output_dir: Path) -> CFGConfig:
         return replace(base, **VARIANTS[variant], **folder)
     # The network of the others, with the noise process and the sampler of train_cfg.py
     own = {"log_snr_min", "log_snr_max", "num_inference_steps", "model_config_name_or_path", *folder}
-    shared = {setting.name: getattr(base, setting.name) for setting in fields(CFGConfig) if setting.name not in own}
+    shared = {
+        setting.name: getattr(base, setting.name) for setting in fields(DiffusionConfig) if setting.name not in own
+    }
     return CFGConfig(**shared, **folder, model_config_name_or_path=str(output_dir / NETWORK))
 
 
