@@ -350,13 +350,12 @@ class CFGPipeline(DiffusionPipeline):
         classes = self._weights(class_labels)[:, :-1]  # without ∅, since log p(∅ | z) = 0
         if negative_class_labels is not None:
             classes = classes - self._weights(guide_labels)[:, :-1]
-        class_labels, guide_labels = class_labels.to(device), guide_labels.to(device)
         num_images = len(class_labels)
 
         # 2. Set λ_min … λ_max and w at each λ, and sample z ~ N(0, I). A step changes its scheduler and its guider, so
         #    each call has its own.
         scheduler, guider = self._copy(self.scheduler), self._copy(guider)
-        self._set_timesteps(scheduler, num_inference_steps, device)
+        self._set_timesteps(scheduler, num_inference_steps)
         log_snr = self._log_snr_of(scheduler)
         self._check_noise_levels(scheduler, num_inference_steps, log_snr)
         per_image = log_snr, num_images, num_images_per_label
@@ -367,18 +366,22 @@ class CFGPipeline(DiffusionPipeline):
             "classifier_guidance_scale", classifier_guidance_scale, guidance_interval, *per_image
         )
         is_classified = (classifier_scales != 0) & classes.any(1)  # (steps, images)
-        has_classified = is_classified.any(1).tolist()  # (steps,)
+        num_classified, classified = is_classified.sum(1).tolist(), is_classified.nonzero()  # (steps,), (gradients, 2)
         self._check_classifier_guidance(classifier_scales)
         needs_cond, needs_uncond = self._needed_passes(scales)
         self._warn_if_never_dropped(guide_labels, any(needs_uncond))
         self._warn_about_dropout()
+        # Everything that the steps need is copied to the device here, so that no step waits for it.
+        class_labels, guide_labels, classes = (labels.to(device) for labels in (class_labels, guide_labels, classes))
         scales = scales.view(*scales.shape, 1, 1, 1).to(device)  # (steps, images, 1, 1, 1)
+        gradient_rows = classified[:, 1].to(device).split(num_classified)
+        gradient_scales = classifier_scales[is_classified].to(device).split(num_classified)
         sample = self._prepare_latents(latents, num_images, generator, device) * scheduler.init_noise_sigma
         step_kwargs = self._step_kwargs(scheduler, generator)
         dtype = self.unet.dtype  # read once: diffusers searches all modules for it
-        timesteps, classifier = scheduler.timesteps, self.classifier
+        timesteps, classifier = scheduler.timesteps.to(device), self.classifier
         self._sampler, self._num_timesteps, self._guidance_scale = scheduler, len(timesteps), guidance_scale
-        self._interrupt = False
+        self._interrupt, gradients_are_finite = False, []
 
         # 3. Algorithm 2
         for i, t in enumerate(self.progress_bar(timesteps)):  # pyright: ignore[reportCallIssue, reportArgumentType]
@@ -400,20 +403,22 @@ class CFGPipeline(DiffusionPipeline):
             else:
                 inputs = class_labels, guide_labels, latent
                 pred = self.guider_prediction(guider, z, t, i, len(timesteps), *inputs)
-            if has_classified[i]:
-                guided, level = is_classified[i].nonzero().flatten(), log_snr[i].item()
-                rows, s = guided.to(device), classifier_scales[i, guided].to(device)
-                guidance = self.classifier_guidance(z_float32[rows], t, classes[guided].to(device), s, level)
-                self._check_gradient(guidance, guided, i, level)
+            if num_classified[i]:
+                rows, s = gradient_rows[i], gradient_scales[i]
+                guidance = self.classifier_guidance(z_float32[rows], t, classes[rows], s, log_snr[i].item())
+                gradients_are_finite.append(guidance.isfinite().flatten(1).all(1))
                 pred = pred.index_add(0, rows, guidance)
-            sample = scheduler.step(pred, t, sample, **step_kwargs).prev_sample
+            # DDIM and DDPM read the timestep, which is free on the CPU.
+            sample = scheduler.step(pred, scheduler.timesteps[i], sample, **step_kwargs).prev_sample
 
             if callback_on_step_end is not None:
+                self._check_gradients(gradients_are_finite, classified, log_snr)  # before it sees the latents
                 tensors = {"latents": sample, "pred": pred}
                 chosen = {name: tensors[name] for name in callback_on_step_end_tensor_inputs}
                 sample = self._callback_latents(callback_on_step_end(self, i, t, chosen), chosen, sample)
 
         # 4. Decode x̃
+        self._check_gradients(gradients_are_finite, classified, log_snr)
         images = sample if output_type == "latent" else self.decode(sample)
         if not torch.isfinite(images).all():
             w = scales.max().item() if guider is None else getattr(guider, "guidance_scale", math.nan)
@@ -530,14 +535,26 @@ class CFGPipeline(DiffusionPipeline):
             (gradient,) = torch.autograd.grad(log_prob, y)
         return scale.view(-1, 1, 1, 1) * factor[self.scheduler.config["prediction_type"]] * gradient
 
-    def _check_gradient(self, guidance: torch.Tensor, guided: torch.Tensor, step: int, log_snr: float) -> None:
-        """Raise FloatingPointError if the gradient of the classifier is not finite for one of the `guided` images."""
-        finite = guidance.isfinite().flatten(1).all(1).cpu()
+    def _check_gradients(self, are_finite: list[torch.Tensor], classified: torch.Tensor, log_snr: torch.Tensor) -> None:
+        """
+        Raise FloatingPointError if a gradient of the classifier is not finite. Reads the device once for all steps.
+
+        Args:
+            are_finite (`list[torch.Tensor]`): For each step with gradients so far, bool `(guided images,)`.
+            classified (`torch.Tensor` of shape `(gradients, 2)`): Step and image of each gradient of the call.
+            log_snr (`torch.Tensor` of shape `(steps,)`): λ at each step.
+        """
+        if not are_finite:
+            return
+        finite = torch.cat(are_finite).cpu()
         if not finite.all():
+            wrong = classified[: len(finite)][~finite]
+            step = wrong[0, 0]  # later ones follow from it
+            images = wrong[wrong[:, 0] == step, 1].tolist()
             raise FloatingPointError(
                 f"The gradient of the classifier is not finite at step {step + 1} of {self.num_timesteps} (λ = "
-                f"{log_snr:.2f}), for the images {self._shown(guided[~finite].tolist())}. Use a smaller "
-                "classifier_guidance_scale, or a classifier whose training did not diverge."
+                f"{log_snr[step]:.2f}), for the images {self._shown(images)}. Use a smaller classifier_guidance_scale, "
+                "or a classifier whose training did not diverge."
             )
 
     @staticmethod
@@ -1054,9 +1071,9 @@ class CFGPipeline(DiffusionPipeline):
         return -2 * torch.tan(b + (end - b) * u).log()
 
     @staticmethod
-    def _set_timesteps(scheduler: SchedulerMixin, num_inference_steps: int, device: torch.device) -> None:
-        """Set a scheduler's timesteps."""
-        scheduler.set_timesteps(num_inference_steps, device=device)
+    def _set_timesteps(scheduler: SchedulerMixin, num_inference_steps: int) -> None:
+        """Set a scheduler's timesteps, on the CPU, where reading them does not synchronize with the device."""
+        scheduler.set_timesteps(num_inference_steps, device="cpu")
         if hasattr(scheduler, "set_begin_index"):
             # Without it, solvers whose first two rounded timesteps are equal start at the second one.
             scheduler.set_begin_index(0)

@@ -152,6 +152,15 @@ def test_gradient_that_is_not_finite_is_named(guided, value):
     call["classifier_guidance_scale"] = lambda log_snr: [1.0, 0.0, 1.0, float(log_snr > 0)]
     with pytest.raises(FloatingPointError, match=r"not finite at step 3 of 4 \(λ = 1.10\), for the images \[2\]\."):
         draw(guided, [0, 1, 2, 0], **call)
+    steps = []
+    call = {
+        **call,
+        "generator": generators(0, 1, 2, 3),
+        "callback_on_step_end": lambda _, step, *__: steps.append(step),
+    }
+    with pytest.raises(FloatingPointError, match="not finite at step 3 of 4"):
+        draw(guided, [0, 1, 2, 0], **call)
+    assert steps == [0, 1]  # A callback never sees the images of the wrong step.
     assert draw(guided, classifier_guidance_scale=1.0).isfinite().all()
 
 

@@ -24,10 +24,8 @@ from diffusers_cfg.data import datasets, latents, sources
 from diffusers_cfg.data.datasets import stack_images
 from diffusers_cfg.data.decoding import to_float
 from diffusers_cfg.data.sources import Digits
-from diffusers_cfg.engine.batches import StepBatches
 from diffusers_cfg.engine.method import Batch
 from diffusers_cfg.engine.state import frozen
-from diffusers_cfg.engine.trainer import Trainer
 from diffusers_cfg.evaluation import features
 from diffusers_cfg.evaluation.measure import measure
 from diffusers_cfg.evaluation.statistics import RealStatistics
@@ -38,7 +36,7 @@ from diffusers_cfg.methods.ddgan import DenoisingDiffusionGAN, build_pipeline
 from diffusers_cfg.randomness import Draws
 from diffusers_cfg.settings import DataConfig
 from tests.support.latents import few_digits, vae_flags
-from tests.support.models import generators, make_pipeline, make_unet, randomize_head
+from tests.support.models import generators, make_classifier, make_pipeline, make_unet, randomize_head
 from tests.support.runs import (
     SMALLEST_GAN,
     WEIGHTS,
@@ -50,6 +48,7 @@ from tests.support.runs import (
     train_ddgan,
     train_vdm,
 )
+from tests.support.synchronization import guard_steps
 from tests.support.trajectories import METHODS, TEACHER, expected, train_trajectory, trajectory_of
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")]
@@ -345,21 +344,10 @@ def test_nonfinite_step_is_skipped(tmp_path, monkeypatch, precision):
     ],
 )
 def test_training_does_not_synchronize_with_the_device(tmp_path, monkeypatch, run, argv):
-    """Neither steps nor copies of batches synchronize. Values are read only when they are logged."""
-    calls = []
-
-    def without_synchronization(original):
-        def call(self, *args):
-            calls.append(original.__name__)
-            with no_synchronization():
-                return original(self, *args)
-
-        return call
-
-    monkeypatch.setattr(Trainer, "train_step", without_synchronization(Trainer.train_step))
-    monkeypatch.setattr(StepBatches, "_batch", without_synchronization(StepBatches._batch))
+    """As in tests/test_synchronization.py, by the GPU's own check."""
+    calls = guard_steps(monkeypatch, no_synchronization)
     run(tmp_path, "--logging_steps", "4", "--checkpointing_steps", "0", "--mixed_precision", "bf16", *argv)
-    assert calls == ["_batch", "train_step"] * 4
+    assert calls == [*["_batch", "train_step", "_after_step"] * 3, "_batch", "train_step"]
 
 
 def test_gradient_checkpointing_does_not_change_the_weights(tmp_path, deterministic):
@@ -506,35 +494,32 @@ def test_channels_last_does_not_change_images():
     assert_close(draw(pipeline, 0, 1), images, pipeline, 1.0)
 
 
-@pytest.mark.parametrize(
-    ("name", "first"),
-    [
-        ("DPMSolverMultistepScheduler", 0),
-        ("LogSNRScheduler", 1),  # The first step looks up the timestep.
-    ],
-)
-def test_sampling_loop_does_not_synchronize_with_the_device(name, first):
-    pipeline, steps, done = pipeline_with(name).to(DEVICE), 6, []
-    scale = pipeline.scheduler.scale_model_input
+@pytest.mark.parametrize("name", ["LogSNRScheduler", "DDIMScheduler", "DDPMScheduler", "DPMSolverMultistepScheduler"])
+@pytest.mark.parametrize("classifier_guidance_scale", [0.0, [0.0, 1.0]])
+def test_sampling_loop_does_not_synchronize_with_the_device(monkeypatch, name, classifier_guidance_scale):
+    """As in tests/test_synchronization.py, by the GPU's own check."""
+    pipeline, steps, begun = pipeline_with(name), 5, []
+    pipeline.classifier = make_classifier()
+    pipeline.to(DEVICE)
+    scale, check = pipeline.scheduler.scale_model_input, CFGPipeline._check_gradients
 
     def begin(*args):
-        if len(done) == first:
-            torch.cuda.set_sync_debug_mode("error")
+        torch.cuda.set_sync_debug_mode("error")
+        begun.append(1)
         return scale(*args)
 
-    def end(_pipeline, step, _timestep, _tensors):
-        done.append(step)
-        if step == steps - 1:
-            torch.cuda.set_sync_debug_mode("default")
-        return {}
+    def end(*args):
+        torch.cuda.set_sync_debug_mode("default")
+        return check(*args)
 
     pipeline.scheduler.scale_model_input = begin
-    generator = torch.Generator(DEVICE).manual_seed(0)
+    monkeypatch.setattr(CFGPipeline, "_check_gradients", end)
+    call = {"guidance_interval": (0.1, 20), "classifier_guidance_scale": classifier_guidance_scale}
     try:
-        pipeline([0, 1], [1.0, 2.0], steps, generator=generator, guidance_interval=(0.1, 20), callback_on_step_end=end)
+        pipeline([0, 1], [1.0, 2.0], steps, generator=torch.Generator(DEVICE).manual_seed(0), **call)
     finally:
         torch.cuda.set_sync_debug_mode("default")
-    assert done == list(range(steps))
+    assert len(begun) == steps
 
 
 @pytest.mark.slow
