@@ -22,6 +22,8 @@ LIKELIHOOD, LIKELIHOOD_TABLE, SCHEDULE_FIGURE, VARIANCE_FIGURE, TRAINING_FIGURE 
 )
 FACTS = (RUN, SCHEDULE_PICTURE, EVALUATION, TABLE, CURVES, GRID)
 FACTS += (LIKELIHOOD, LIKELIHOOD_TABLE, SCHEDULE_FIGURE, VARIANCE_FIGURE, TRAINING_FIGURE)
+# The folder with the snapshots of the post-hoc EMA, which are not published
+SNAPSHOTS = "posthoc_ema"
 # The settings of the run, which are published from run.json: those of the run's folder have local paths.
 CONFIG = "train_config.yaml"
 # The largest number of classes with a picture of their own
@@ -52,6 +54,12 @@ def checkpoints(folder: Path) -> list[Path]:
     """Return the checkpoint folders in the output folder of a run, oldest first."""
     found = [path for path in folder.glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", path.name)]
     return sorted(found, key=lambda path: int(path.name.removeprefix("checkpoint-")))
+
+
+def snapshots(folder: Path) -> dict[int, Path]:
+    """Return the snapshots of the post-hoc EMA in the output folder of a run by step, earliest first."""
+    found = {path: re.fullmatch(r"step-(\d+)\.safetensors", path.name) for path in (folder / SNAPSHOTS).glob("step-*")}
+    return dict(sorted((int(match[1]), path) for path, match in found.items() if match))
 
 
 def find_samples(folder: Path) -> Path | None:

@@ -47,6 +47,12 @@ class OptimizationConfig(Config):
         1.0, "γ of the EMA warmup: the decay at step n is 1 - (1 + n / γ)^-power, up to the maximum.", above=0
     )
     ema_power: float = recorded(0.75, "Power of the EMA warmup, see --ema_inv_gamma.", above=0)
+    posthoc_ema_steps: int = fixed(
+        0,
+        "Number of steps between snapshots of two averages of the weights, from which reconstruct_ema.py makes one of "
+        "any length; 0 keeps none.",
+        at_least=0,
+    )
     max_nonfinite_steps: int = free(
         10, "Number of consecutive steps with a non-finite loss or gradient after which the run stops.", at_least=1
     )

@@ -1,7 +1,8 @@
 """Write and read `checkpoint-STEP` folders, with tensors as safetensors, all else as JSON, and no pickles.
 
 A checkpoint contains a folder `NAME` for each module, a folder `NAME_ema` for each averaged module, a file
-`optimizer-OBJECTIVE.safetensors` for each objective, `state.json`, and `checksums.json`, which lists all other files.
+`optimizer-OBJECTIVE.safetensors` for each objective, a file `posthoc_ema.safetensors` for `--posthoc_ema_steps`,
+`state.json`, and `checksums.json`, which lists all other files.
 """
 
 import json
@@ -31,7 +32,7 @@ from diffusers_cfg.settings import TrainConfig
 
 logger = logging.getLogger(__name__)
 
-STATE_FILE, CHECKSUMS = "state.json", "checksums.json"
+STATE_FILE, CHECKSUMS, POSTHOC_EMA = "state.json", "checksums.json", "posthoc_ema.safetensors"
 # Version of the layout above. Checkpoints without a format were written by versions with a single method.
 FORMAT = 2
 # Entries of `state.json`: numbers with their least values, mappings with the keys that a resumed run reads, and others
@@ -148,6 +149,8 @@ def write_checkpoint(folder: Path, state: TrainState, facts: dict[str, Any]) -> 
             {f"{names[i]}.{key}": value.contiguous() for i, values in moments.items() for key, value in values.items()},
             folder / f"optimizer-{name}.safetensors",
         )
+    if state.posthoc is not None:
+        state.posthoc.save(folder / POSTHOC_EMA)
     record = {
         "format": FORMAT,
         "step": state.step,
@@ -210,6 +213,8 @@ def verify_record(record: dict[str, Any], folder: Path) -> str | None:
     for name in [*method["modules"], *(f"{name}_ema" for name in averaged)]:
         if not (folder / name / weights_file(None)).is_file():
             return f"{name}/{weights_file(None)} is missing"
+    if record["settings"].get("posthoc_ema_steps") and not (folder / POSTHOC_EMA).is_file():
+        return f"{POSTHOC_EMA} is missing"
     for name in set(method["objectives"]):
         with safe_open(folder / f"optimizer-{name}.safetensors", "pt") as file:
             moments = list(file.keys())
@@ -277,6 +282,11 @@ def match_batch_size(checkpoint: Checkpoint, config: TrainConfig, num_processes:
 def load_checkpoint(checkpoint: Checkpoint, state: TrainState) -> None:
     """Restore the state that `save_checkpoint` wrote. Raise UserError if the weights do not match the modules."""
     path, record = checkpoint
+    if state.posthoc is not None and not (path / POSTHOC_EMA).is_file():  # of a version without this setting
+        raise UserError(
+            f"{path} was written without --posthoc_ema_steps, whose averages start at the first step. Leave it out, or "
+            "start a new run in a different --output_dir."
+        )
     try:
         for name, module in state.modules.items():
             module.load_state_dict(load_weights(path / name))
@@ -286,6 +296,8 @@ def load_checkpoint(checkpoint: Checkpoint, state: TrainState) -> None:
                 ema.optimization_step = record["step"]
         for name, optimizer in state.optimizers.items():
             load_moments(path / f"optimizer-{name}.safetensors", state.modules, optimizer)
+        if state.posthoc is not None:
+            state.posthoc.load(path / POSTHOC_EMA)
     except (OSError, RuntimeError, KeyError) as error:
         raise UserError(
             f"{path} does not match the model of this run: {error}. Resume a checkpoint of the same model, "

@@ -19,7 +19,7 @@ from diffusers_cfg.files import (
     refuse_data_folder,
     remove,
 )
-from diffusers_cfg.model_files import INDEX, NOISE_SCHEDULE, RUN, SCHEDULE_PICTURE, checkpoints
+from diffusers_cfg.model_files import INDEX, NOISE_SCHEDULE, RUN, SCHEDULE_PICTURE, SNAPSHOTS, checkpoints, snapshots
 from diffusers_cfg.settings import CONFIG_FILE, TrainConfig
 
 logger = logging.getLogger(__name__)
@@ -27,7 +27,7 @@ logger = logging.getLogger(__name__)
 # The names of all that runs and evaluations write to the folder, besides logs. --overwrite_output_dir deletes them.
 RUN_FILES = re.compile(
     "|".join(map(re.escape, (CONFIG_FILE, RUN, INDEX, "pipeline_cfg.py", NOISE_SCHEDULE, SCHEDULE_PICTURE)))
-    + r"|unet|scheduler|vae|classifier|evaluation|(old-|tmp-)?checkpoint-\d+|tmp-model"
+    + rf"|unet|scheduler|vae|classifier|evaluation|{SNAPSHOTS}|(old-|tmp-)?checkpoint-\d+|tmp-model"
 )
 # The settings that may be paths of what a run reads.
 INPUTS = (
@@ -80,7 +80,8 @@ def prepare_output_dir(config: TrainConfig, checkpoint: Checkpoint | None) -> No
     Create the output folder and save the settings in it.
 
     With `--overwrite_output_dir`, delete the run in the folder, unless a checkpoint is resumed. Rename checkpoints that
-    are newer than the resumed one: this run repeats their steps, and `latest` must not find them.
+    are newer than the resumed one: this run repeats their steps, and `latest` must not find them. Of the snapshots of
+    the post-hoc EMA, keep only those of the run that is resumed.
     """
     output_dir = Path(config.output_dir)
     if config.overwrite_output_dir and checkpoint is None:
@@ -92,8 +93,26 @@ def prepare_output_dir(config: TrainConfig, checkpoint: Checkpoint | None) -> No
             remove(old)
             newer.rename(old)
             logger.warning("%s is newer than the resumed checkpoint and was renamed to %s.", newer, old.name)
+    keep_snapshots(output_dir, checkpoint)
     with atomic_write(output_dir / CONFIG_FILE) as unfinished:
         config.save(unfinished)
+
+
+def keep_snapshots(output_dir: Path, checkpoint: Checkpoint | None) -> None:
+    """
+    Keep the snapshots of the post-hoc EMA up to the resumed step, so that a resumed run ends with those of an
+    uninterrupted one. Copy them if the checkpoint is in another folder, and delete all others.
+    """
+    source, step = (output_dir, 0) if checkpoint is None else (checkpoint.path.parent, checkpoint.record["step"])
+    kept = [path for reached, path in snapshots(source).items() if reached <= step]
+    is_here = source.resolve() == output_dir.resolve()
+    for path in (output_dir / SNAPSHOTS).glob("step-*"):  # also unfinished ones of a killed process
+        if not is_here or path.name not in {other.name for other in kept}:
+            remove(path)
+    if not is_here:
+        for path in kept:
+            with atomic_write(output_dir / SNAPSHOTS / path.name) as unfinished:
+                shutil.copyfile(path, unfinished)
 
 
 def delete_run(config: TrainConfig) -> None:
@@ -118,11 +137,24 @@ def delete_run(config: TrainConfig) -> None:
 @contextmanager
 def saved_together(output_dir: Path) -> Iterator[Path]:
     """
-    Yield a temporary folder whose contents move to the output folder after the block, `model_index.json` last: a folder
-    with an index is a whole model. If the block raises OSError, the output folder is unchanged.
+    Save the model of a run with `moved_together`.
 
     Raises:
         Unfinished: if the files cannot be written.
+    """
+    try:
+        with moved_together(output_dir) as unfinished:
+            yield unfinished
+    except OSError as error:
+        text = f"The training has finished, but the model could not be saved: {error}."
+        raise unfinished_error(output_dir, text) from error
+
+
+@contextmanager
+def moved_together(output_dir: Path) -> Iterator[Path]:
+    """
+    Yield a temporary folder whose contents move to the output folder after the block, `model_index.json` last: a folder
+    with an index is a whole model. If the block raises OSError, the output folder is unchanged.
     """
     unfinished = output_dir / "tmp-model"
     try:
@@ -135,10 +167,9 @@ def saved_together(output_dir: Path) -> Iterator[Path]:
             remove(output_dir / path.name)
             path.rename(output_dir / path.name)
         unfinished.rmdir()
-    except OSError as error:
+    except OSError:
         shutil.rmtree(unfinished, ignore_errors=True)
-        text = f"The training has finished, but the model could not be saved: {error}."
-        raise unfinished_error(output_dir, text) from error
+        raise
 
 
 def unfinished_error(output_dir: Path, what: str) -> Unfinished:

@@ -14,6 +14,8 @@ from diffusers_cfg.data.datasets import CachedImages, num_images
 from diffusers_cfg.data.images import LabelledImages
 from diffusers_cfg.engine.checkpoint import Checkpoint
 from diffusers_cfg.engine.method import Method
+from diffusers_cfg.engine.posthoc_ema import SIGMA_RELS, snapshot_steps
+from diffusers_cfg.model_files import snapshots
 from diffusers_cfg.settings import TrainConfig
 
 logger = logging.getLogger(__name__)
@@ -85,8 +87,14 @@ def num_parameters(method: Method, averaged: bool = False) -> int:
 
 
 def checkpoint_bytes(config: TrainConfig, method: Method) -> int:
-    """Return the size of a checkpoint in bytes: the weights, Adam's two moments and the EMA weights."""
-    return 4 * (3 * num_parameters(method) + len(config.ema_decays) * num_parameters(method, averaged=True))
+    """Return the size of a checkpoint in bytes: the weights, Adam's two moments and all averages."""
+    averages = 4 * len(config.ema_decays) * num_parameters(method, averaged=True)
+    return 12 * num_parameters(method) + averages + snapshot_bytes(config, method)
+
+
+def snapshot_bytes(config: TrainConfig, method: Method) -> int:
+    """Return the size in bytes of a snapshot of the post-hoc EMA; 0 if none are saved."""
+    return 4 * len(SIGMA_RELS) * num_parameters(method, averaged=True) if config.posthoc_ema_steps else 0
 
 
 def checkpoints_at_once(config: TrainConfig, total_steps: int) -> int:
@@ -104,16 +112,23 @@ def free_bytes(config: TrainConfig) -> int:
 
 
 def check_disk(config: TrainConfig, method: Method, total_steps: int) -> None:
-    """Warn if the disk is too small for all checkpoints. Raise UserError if it is too small for the first two."""
+    """
+    Warn if the disk is too small for all checkpoints. Raise UserError if it is too small for the first two, and for the
+    snapshots of the post-hoc EMA that are not written yet, none of which is deleted.
+    """
     size, number, free = checkpoint_bytes(config, method), checkpoints_at_once(config, total_steps), free_bytes(config)
-    if free >= number * size:
+    steps = {*snapshot_steps(config.posthoc_ema_steps, total_steps)} - {*snapshots(Path(config.output_dir))}
+    of_snapshots = len(steps) * snapshot_bytes(config, method)
+    if free >= number * size + of_snapshots:
         return
+    snapshots_too = f" and {len(steps)} snapshots {format_size(of_snapshots)}" if steps else ""
     message = (
         f"The disk of --output_dir {config.output_dir} has {format_size(free)} free, but {number} checkpoints take "
-        f"{format_size(number * size)}"
+        f"{format_size(number * size)}{snapshots_too}"
     )
-    if free < min(number, 2) * size:
-        raise UserError(f"{message}. Pass a folder on a larger disk.")
+    if free < min(number, 2) * size + of_snapshots:
+        larger = " or raise --posthoc_ema_steps" if steps else ""
+        raise UserError(f"{message}. Pass a folder on a larger disk{larger}.")
     logger.warning("%s. Lower --checkpoints_total_limit or raise --checkpointing_steps.", message)
 
 
@@ -130,10 +145,12 @@ def describe_plan(
     """Return the plan of a run as the text that `--dry_run` prints."""
     device = accelerator.device
     precision = "fp32" if accelerator.mixed_precision == "no" else accelerator.mixed_precision
-    # The weights, their gradient and Adam's two moments.
-    memory = 16 * num_parameters(method) + 4 * len(config.ema_decays) * num_parameters(method, averaged=True)
+    # The weights, their gradient, Adam's two moments, and the averages, of which the main process has more.
+    memory = 4 * num_parameters(method) + checkpoint_bytes(config, method)
     free = f", {format_size(torch.accelerator.get_memory_info(device)[0])} free" if device.type != "cpu" else ""
     number, size = checkpoints_at_once(config, plan.total_steps), checkpoint_bytes(config, method)
+    steps = snapshot_steps(config.posthoc_ema_steps, plan.total_steps)
+    of_snapshots = f"{len(steps)} snapshots of {format_size(snapshot_bytes(config, method))}, " if steps else ""
     lines = {
         "images": f"{plan.num_images or 'unknown'} of {len(images.present_classes)} classes, "
         + (f"{images.num_held_out} held out, " if images.num_held_out else "")
@@ -146,7 +163,7 @@ def describe_plan(
         f"{config.train_batch_size}, {precision}",
         "learning rate": f"{config.learning_rate:g}, {config.lr_scheduler}, {config.lr_warmup_steps} warmup steps",
         "memory": f"{format_size(memory)} on each device, plus the activations of a batch{free}",
-        "disk": f"{number} checkpoints of {format_size(size)}, {format_size(free_bytes(config))} free",
+        "disk": f"{number} checkpoints of {format_size(size)}, {of_snapshots}{format_size(free_bytes(config))} free",
         "output": f"{config.output_dir}, from {checkpoint.path.name if checkpoint else 'the first step'}",
         "tracker": config.report_to,
         "repository": repo_id or "none",

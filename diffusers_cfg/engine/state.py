@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import Accelerator
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
 from diffusers.utils import is_xformers_available
@@ -14,6 +15,7 @@ from safetensors.torch import load_file, save_file
 
 from diffusers_cfg.config import UserError
 from diffusers_cfg.engine.method import Method
+from diffusers_cfg.engine.posthoc_ema import PowerAverages
 from diffusers_cfg.settings import TrainConfig
 
 WEIGHTS = "diffusion_pytorch_model"
@@ -31,6 +33,7 @@ class TrainState:
         optimizers (`dict[str, torch.optim.Optimizer]`): the optimizers, by objective.
         batch_size (`int`): number of images in a step, over all processes and accumulated batches.
         num_processes (`int`): number of processes.
+        posthoc (`PowerAverages`, *optional*): the averages of `posthoc_ema_steps`, on the main process only.
         lr_schedulers (`dict[str, torch.optim.lr_scheduler.LRScheduler]`): the learning rate schedulers, by objective.
         scaler (`torch.amp.GradScaler`, *optional*): the gradient scaler of fp16.
         step (`int`): number of completed steps.
@@ -45,6 +48,7 @@ class TrainState:
     optimizers: dict[str, torch.optim.Optimizer]
     batch_size: int
     num_processes: int
+    posthoc: PowerAverages | None = None
     lr_schedulers: dict[str, torch.optim.lr_scheduler.LRScheduler] = field(default_factory=dict)
     scaler: torch.amp.GradScaler | None = None
     step: int = 0
@@ -70,7 +74,7 @@ def check_xformers(config: TrainConfig) -> None:
         )
 
 
-def make_state(config: TrainConfig, method: Method, batch_size: int, num_processes: int) -> TrainState:
+def make_state(config: TrainConfig, method: Method, batch_size: int, accelerator: Accelerator) -> TrainState:
     """Prepare the modules for training, and return the state before the first step."""
     for module in method.modules.values():
         module.train()
@@ -97,7 +101,31 @@ def make_state(config: TrainConfig, method: Method, batch_size: int, num_process
     # Objectives with the same name share an optimizer.
     optimizers = {objective.name: objective for objective in method.objectives}
     optimizers = {name: method.optimizer(objective) for name, objective in optimizers.items()}
-    return TrainState(method.modules, ema, optimizers, batch_size, num_processes)
+    components, posthoc = component_names(method), None
+    if config.posthoc_ema_steps and accelerator.is_main_process:
+        posthoc = PowerAverages({components.get(name, name): method.modules[name] for name in method.averaged})
+    return TrainState(method.modules, ema, optimizers, batch_size, accelerator.num_processes, posthoc)
+
+
+def component_names(method: Method) -> dict[str, str]:
+    """Return the name in the pipeline of each averaged module that is one of its components."""
+    components = method.pipeline.components.items()
+    return {
+        name: component
+        for name in method.averaged
+        for component, module in components
+        if module is method.modules[name]
+    }
+
+
+def count_step(state: TrainState) -> None:
+    """Count a step that the optimizers have taken, and include its weights in all averages."""
+    state.step += 1
+    for name, models in state.ema.items():
+        for ema in models:
+            ema.step(state.modules[name].parameters())
+    if state.posthoc is not None:
+        state.posthoc.update(state.step)
 
 
 def set_learning_rates(config: TrainConfig, state: TrainState, total_steps: int) -> None:

@@ -34,11 +34,14 @@ from diffusers_cfg.engine.log import Log, is_due
 from diffusers_cfg.engine.method import Batch, Method, Objective, check_method, check_terms
 from diffusers_cfg.engine.output import check_output_dir, prepare_output_dir, saved_together, unfinished_error
 from diffusers_cfg.engine.plan import check_disk, describe_plan, make_plan
+from diffusers_cfg.engine.posthoc_ema import save_snapshot
 from diffusers_cfg.engine.preemption import NotSaved, Preempted, Preemption
 from diffusers_cfg.engine.publishing import BackgroundPublisher, check_hub, publish_run
 from diffusers_cfg.engine.record import write_run_record
 from diffusers_cfg.engine.state import (
     check_xformers,
+    component_names,
+    count_step,
     ema_weights,
     frozen,
     make_state,
@@ -142,10 +145,7 @@ class Trainer:
             turns[objective.name] += 1
         for lr_scheduler in state.lr_schedulers.values():
             lr_scheduler.step()
-        for name, models in state.ema.items():
-            for ema in models:
-                ema.step(state.modules[name].parameters())
-        state.step += 1
+        count_step(state)
 
     def minimise(self, objective: Objective, batches: Sequence[Batch]) -> None:
         """
@@ -243,7 +243,7 @@ class Trainer:
         for module in method.modules.values():
             module.to(accelerator.device)
 
-        self.state = state = make_state(config, method, plan.batch_size, accelerator.num_processes)
+        self.state = state = make_state(config, method, plan.batch_size, accelerator)
         state.history = self.history
         if self.checkpoint is not None:
             state.step, state.trackers = self.checkpoint.record["step"], self.checkpoint.record.get("trackers", {})
@@ -307,6 +307,9 @@ class Trainer:
         state.seconds = time.perf_counter() - self.started
         rates = {name: float(scheduler.get_last_lr()[0]) for name, scheduler in state.lr_schedulers.items()}
         self.log.log_step(state.step, rates, self.batches.wait)
+        # Before the checkpoint: a run that resumes it has the snapshot.
+        if state.posthoc is not None and (is_due(config.posthoc_ema_steps, state.step) or last):
+            save_snapshot(state.posthoc, Path(config.output_dir), state.step)
         if is_due(config.checkpointing_steps, state.step) or (config.checkpointing_steps and last):
             self._sync_stream_state()
             if self._save_checkpoint():
@@ -373,10 +376,8 @@ class Trainer:
         if accelerator.is_main_process:
             with saved_together(Path(config.output_dir)) as folder:
                 method.save(folder)
-                for name in method.averaged:
-                    for component, module in method.sampling_pipeline().components.items():
-                        if module is method.modules[name]:
-                            save_variants(self.state, name, folder / component)
+                for name, component in component_names(method).items():
+                    save_variants(self.state, name, folder / component)
                 write_run_record(folder, config, accelerator, method, self.state, self.plan.num_images)
             shown = json.dumps(config.output_dir, ensure_ascii=False)
             say(

@@ -62,7 +62,8 @@ def model(tmp_path) -> Path:
     for step, colour in ((900, "red"), (1000, "blue")):
         Image.new("RGB", (4, 4), colour).save(folder / "samples" / f"step-{step}.png")
     (folder / "train_config.yaml").write_text(f"output_dir: {folder}\nhub_token: hf_secret\n")
-    for secret in ("checkpoint-1/optimizer.safetensors", "logs/events", "unet/__pycache__/x.pyc", "unet/weights.bin"):
+    secrets = ("checkpoint-1/optimizer.safetensors", "posthoc_ema/step-1.safetensors", "logs/events")
+    for secret in (*secrets, "unet/__pycache__/x.pyc", "unet/weights.bin"):
         (folder / secret).parent.mkdir(parents=True, exist_ok=True)
         (folder / secret).write_text("private")
     return folder

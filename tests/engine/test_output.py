@@ -137,7 +137,7 @@ def test_teacher_is_not_overwritten(trained_model, tmp_path):
 RUN = [
     "train_config.yaml", "run.json", "model_index.json", "pipeline_cfg.py", "unet/config.json", "scheduler/config.json",
     "samples/step-4.png", "checkpoint-4/state.json", "tmp-checkpoint-6/state.json", "old-checkpoint-6/state.json",
-    "tmp-model/run.json", "logs/diffusers-cfg/events", "evaluation/metrics.json",
+    "tmp-model/run.json", "posthoc_ema/step-4.safetensors", "logs/diffusers-cfg/events", "evaluation/metrics.json",
 ]  # fmt: skip
 
 
