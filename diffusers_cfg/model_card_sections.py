@@ -302,6 +302,7 @@ def training_section(
         "batch size": run.get("batch_size"),
         "peak learning rate": rate,
         "EMA decay": run.get("ema"),
+        "post-hoc EMA σ_rel": run.get("posthoc_ema", {}).get("sigma_rel"),
         "precision": "fp32" if precision == "no" else precision,
         "hardware": run.get("hardware"),
         "training time": duration,

@@ -30,6 +30,7 @@ from diffusers_cfg.methods.networks import (
 from diffusers_cfg.methods.objectives import NOISE_LEVELS, by_group, drop_class_labels, level_names
 from diffusers_cfg.model_files import NOISE_SCHEDULE, SCHEDULE_PICTURE
 from diffusers_cfg.noise_schedule import MIN_RANGE, TOLERANCE, NoiseSchedule, linear
+from diffusers_cfg.settings import CONFIG_FILE
 from diffusers_cfg.variational_bound import (
     bits_per_dim,
     continuous_weight,
@@ -202,6 +203,27 @@ class VariationalDiffusion(GuidedMethod):
         """Return the facts of `GuidedMethod`, and the settings of the bound."""
         names = ("noise_schedule", "diffusion_steps", "loss_weighting")
         return {**super().facts(), **{name: getattr(self.config, name) for name in names}}
+
+
+def save_with_schedule(source: Path, pipeline: CFGPipeline, schedule: dict[str, torch.Tensor], folder: Path) -> None:
+    """
+    Save a pipeline of a finished run with another average of its noise schedule, whose ends its scheduler gets.
+
+    Args:
+        source (`Path`): the output folder of the run, with its settings.
+        pipeline (`CFGPipeline`): the pipeline, with the average of the same length of its network.
+        schedule (`dict[str, torch.Tensor]`): the parameters of the noise schedule.
+        folder (`Path`): the folder to save to.
+
+    Raises:
+        UserError: if the settings are missing or those of another noise schedule.
+    """
+    method = VariationalDiffusion(VDMConfig.load(source / CONFIG_FILE), pipeline)
+    parameters = dict(method.noise_schedule.named_parameters())
+    if {name: p.shape for name, p in parameters.items()} != {name: p.shape for name, p in schedule.items()}:
+        raise UserError(f"The snapshots in {source} have another noise schedule than {CONFIG_FILE} describes.")
+    method.noise_schedule.load_state_dict({**method.noise_schedule.state_dict(), **schedule})
+    method.save(folder)
 
 
 def check_pretrained(config: VDMConfig, pipeline: CFGPipeline) -> None:
