@@ -23,6 +23,10 @@ class OptimizationConfig(Config):
     )
     num_train_epochs: int = recorded(100, "Length of the run in epochs, without --max_train_steps.", at_least=1)
     max_train_steps: int | None = recorded(None, "Length of the run in optimizer steps.", at_least=1)
+    optimizer: Literal["adamw", "muon"] = fixed(
+        "adamw",
+        "adamw, or muon: Muon for the weights of linear and convolutional layers (arXiv 2502.16982), AdamW for others.",
+    )
     learning_rate: float = recorded(1e-4, "Peak learning rate.", above=0)
     lr_scheduler: Literal[
         "constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial"

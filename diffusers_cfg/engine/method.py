@@ -47,6 +47,7 @@ from diffusers import DiffusionPipeline
 from PIL import Image
 
 from diffusers_cfg.data.images import LabelledImages
+from diffusers_cfg.engine.muon import MuonAdamW, split_parameters
 from diffusers_cfg.randomness import Draws
 from diffusers_cfg.settings import TrainConfig
 
@@ -149,15 +150,17 @@ class Method(ABC):
 
     def optimizer(self, objective: Objective) -> torch.optim.Optimizer:
         """Return the optimizer of an objective, with all parameters of the modules that it trains."""
-        config = self.config
-        return torch.optim.AdamW(
-            [parameter for name in objective.trains for parameter in self.modules[name].parameters()],
-            lr=config.learning_rate,
-            betas=(config.adam_beta1, config.adam_beta2),
-            weight_decay=config.adam_weight_decay,
-            eps=config.adam_epsilon,
-            fused=True,
-        )
+        config, modules = self.config, [self.modules[name] for name in objective.trains]
+        options: dict[str, Any] = {
+            "lr": config.learning_rate,
+            "betas": (config.adam_beta1, config.adam_beta2),
+            "weight_decay": config.adam_weight_decay,
+            "eps": config.adam_epsilon,
+            "fused": True,
+        }
+        if config.optimizer == "muon":
+            return MuonAdamW(*split_parameters(modules), **options)
+        return torch.optim.AdamW([parameter for module in modules for parameter in module.parameters()], **options)
 
     def max_grad_norm(self, objective: Objective) -> float:
         """Return the maximum gradient norm of each module; `inf` disables clipping."""

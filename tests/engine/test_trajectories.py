@@ -9,14 +9,16 @@ import torch
 from tests.support.runs import ROOT, WEIGHTS, assert_same_tensors, launch
 from tests.support.trajectories import METHODS, expected, train_trajectory, trajectory_of
 
-VARIANTS = ["plain", "resume", "accumulation", pytest.param("two processes", marks=pytest.mark.slow)]
+# Each compiles for half a minute, or starts processes.
+SLOW = {(method, how) for method in METHODS for how in ("two processes", "compile")}
+# Variants of methods that are trained in batches of any size
+SLOW |= {("one_pass", "accumulation"), ("muon", "accumulation")}
 CASES = [
-    pytest.param(method, *variant.values, marks=variant.marks) if hasattr(variant, "values") else (method, variant)
+    pytest.param(method, how, marks=[pytest.mark.slow] * ((method, how) in SLOW))
     for method in METHODS
-    for variant in VARIANTS
+    for how in ("plain", "resume", "accumulation", "two processes", "compile")
+    if (method, how) != ("unlabelled", "compile")
 ]
-# Each compiles for half a minute.
-COMPILED = [pytest.param(method, "compile", marks=pytest.mark.slow) for method in METHODS if method != "unlabelled"]
 
 
 @pytest.fixture(scope="module")
@@ -33,7 +35,7 @@ def two_processes(tmp_path_factory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize(("method", "how"), [*CASES, *COMPILED])
+@pytest.mark.parametrize(("method", "how"), CASES)
 def test_equivalent_settings_reproduce_the_trajectory(request, runs, tmp_path, method, how):
     whole, out, first = runs / method, tmp_path / "out", 1
     if not whole.exists():
@@ -59,8 +61,8 @@ def test_equivalent_settings_reproduce_the_trajectory(request, runs, tmp_path, m
         out = request.getfixturevalue("two_processes") / method
     logged = trajectory_of(out)
     for tag, values in expected(method).items():
-        # The gradient of the noise schedule is a small difference of large terms.
-        rel = 1e-3 if tag == "grad_norm/noise_schedule" else 1e-4
+        # The gradient of the noise schedule is a small difference of large terms. Muon computes in bfloat16.
+        rel = 5e-3 if method == "muon" else 1e-3 if tag == "grad_norm/noise_schedule" else 1e-4
         assert logged[tag] == pytest.approx({s: v for s, v in values.items() if s >= first}, rel=rel), tag
     if method == "vdm":
         for module in ("unet", "noise_schedule"):
