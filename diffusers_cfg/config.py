@@ -354,11 +354,19 @@ def parse_config(cls: type[C], argv: list[str] | None = None) -> C:
     return cls(**values)
 
 
+def bound_spinning() -> None:
+    """Let waiting threads of GNU OpenMP sleep sooner, unless the user has set how they wait, before torch is loaded."""
+    # By default they spin for milliseconds, and keep other processes from running. Child processes inherit the bound.
+    if os.environ.keys().isdisjoint({"GOMP_SPINCOUNT", "OMP_WAIT_POLICY"}):
+        os.environ["GOMP_SPINCOUNT"] = "3000"
+
+
 def run_command(main: Callable[[], None]) -> None:
     """
-    Run the main function of a command. An error in its input, of the disk or of the network, or Ctrl-C, ends it with
-    one line on stderr and an exit code. A second Ctrl-C ends it at once.
+    Run the main function of a command, which loads torch. An error in its input, of the disk or of the network, or
+    Ctrl-C, ends it with one line on stderr and an exit code. A second Ctrl-C ends it at once.
     """
+    bound_spinning()
     command = Path(sys.argv[0]).name
     try:
         main()

@@ -3,14 +3,19 @@
 import logging
 import os
 import signal
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-# Set before torch is imported, and inherited by the processes that tests start: waiting OpenMP threads spin less. This
-# costs 1 % of the speed on an idle machine and doubles the speed when other processes are running.
-os.environ.setdefault("GOMP_SPINCOUNT", "3000")
+from diffusers_cfg.config import bound_spinning
+
+# As in the commands. The processes that tests start inherit it.
+if "torch" not in sys.modules:
+    bound_spinning()
+else:
+    raise RuntimeError("A plugin of pytest has imported torch, so that OpenMP's threads spin without a bound.")
 # Each worker of `pytest -n` is pinned to one core, together with the processes that its tests start.
 if (worker := os.environ.get("PYTEST_XDIST_WORKER")) and hasattr(os, "sched_setaffinity"):
     cores = sorted(os.sched_getaffinity(0))

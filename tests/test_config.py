@@ -3,6 +3,7 @@
 import dataclasses
 import errno
 import math
+import os
 import signal
 import subprocess
 import sys
@@ -401,6 +402,22 @@ def test_commands_end_with_one_line(monkeypatch, capsys, error, code, message):
     assert printed.count("\n") == 1
     # A second Ctrl-C ends the process at once.
     assert signal.getsignal(signal.SIGINT) == (signal.SIG_DFL if code == 130 else handler)
+
+
+@pytest.mark.parametrize(
+    ("variables", "expected"),
+    [
+        ({}, {"GOMP_SPINCOUNT": "3000"}),
+        ({"GOMP_SPINCOUNT": "7"}, {"GOMP_SPINCOUNT": "7"}),
+        ({"OMP_WAIT_POLICY": "active"}, {"OMP_WAIT_POLICY": "active"}),
+    ],
+)
+def test_commands_bound_the_spinning_of_threads_unless_the_user_sets_it(monkeypatch, variables, expected):
+    before = {name: os.environ[name] for name in os.environ.keys() - {"GOMP_SPINCOUNT", "OMP_WAIT_POLICY"}}
+    monkeypatch.setattr(os, "environ", before | variables)
+    seen = {}
+    run_command(lambda: seen.update(os.environ))
+    assert seen == before | expected
 
 
 CLOSED = """

@@ -12,6 +12,7 @@ from accelerate import Accelerator, PartialState
 from accelerate.utils import DynamoBackend, LoggerType, ProjectConfiguration, TorchDynamoPlugin, parse_flag_from_env
 
 from diffusers_cfg.config import UserError
+from diffusers_cfg.engine.processes import local_world_size, num_threads, threads_are_set
 from diffusers_cfg.engine.tracking import tracker_names
 from diffusers_cfg.settings import TrainConfig
 
@@ -44,8 +45,9 @@ def make_accelerator(config: TrainConfig | None = None) -> Accelerator:
         if mixed_precision != "no":
             logger.warning("Using fp32, because %s is many times slower on a CPU.", mixed_precision)
         mixed_precision = "no"
-        # Without --cpu, `accelerate launch` limits each process to one thread.
-        torch.set_num_threads(max(1, available_cpus() // local_world_size()))
+        local_processes = local_world_size()
+        if not threads_are_set():
+            torch.set_num_threads(num_threads(local_processes))
     if config.allow_tf32:
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
 
@@ -113,21 +115,6 @@ def configure_logging(is_main_process: bool) -> None:
     logging.basicConfig(format="%(levelname)s %(message)s", level=logging.INFO if is_main_process else logging.ERROR)
     for noisy in ("httpx", "httpx2", "datasets", "fsspec"):  # httpx2 is the client of huggingface_hub 2
         logging.getLogger(noisy).setLevel(logging.WARNING)
-
-
-def local_world_size() -> int:
-    """Return the number of processes on this machine, which the launcher sets. Raise UserError if it is invalid."""
-    value = os.environ.get("LOCAL_WORLD_SIZE", "1")
-    if not value.isdecimal() or int(value) == 0:
-        raise UserError(
-            f"The environment variable LOCAL_WORLD_SIZE must be a positive integer, but is {value!r}. Unset it."
-        )
-    return int(value)
-
-
-def available_cpus() -> int:
-    """Return the number of CPUs available to this process, or of the machine if the system has no CPU affinity."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 class Vote(Protocol):

@@ -11,18 +11,15 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from multiprocessing.synchronize import Event
-from pathlib import Path
 from types import FrameType
 from typing import Self
 
-import psutil
-
 from diffusers_cfg.config import CommandError, say
+from diffusers_cfg.engine.processes import is_launcher
 
 # The exit code with which a job asks HTCondor to resume it.
 EXIT_RESUME = 85
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP)
-LAUNCHERS = {"accelerate", "accelerate-launch", "accelerate.commands.launch", "torchrun", "torch.distributed.run"}
 
 
 class Preempted(CommandError):
@@ -90,14 +87,6 @@ class Preemption:
             yield
         finally:
             self._interruptible = False
-
-
-def is_launcher(pid: int) -> bool:
-    """Return whether a process is `accelerate launch` or `torchrun`."""
-    try:
-        return not LAUNCHERS.isdisjoint(Path(argument).name for argument in psutil.Process(pid).cmdline()[:4])
-    except psutil.Error:
-        return False
 
 
 def ignore_signals(ending: Event, _worker: int) -> None:

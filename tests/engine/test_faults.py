@@ -24,7 +24,8 @@ from diffusers_cfg.data import datasets
 from diffusers_cfg.engine import checkpoint, trainer
 from diffusers_cfg.engine import preemption as preemption_module
 from diffusers_cfg.engine.checkpoint import verify_checkpoint
-from diffusers_cfg.engine.preemption import EXIT_RESUME, NotSaved, Preempted, Preemption, is_launcher
+from diffusers_cfg.engine.preemption import EXIT_RESUME, NotSaved, Preempted, Preemption
+from diffusers_cfg.engine.processes import is_launcher
 from diffusers_cfg.methods import cfg, guided
 from diffusers_cfg.model_files import checkpoints
 from tests.support.runs import ONE_LEVEL, ROOT, TINY, TRAINING, WEIGHTS, assert_same_tensors, scalars, start, train
@@ -239,7 +240,7 @@ def test_ignored_signals_remain_ignored(number):
     ],
 )
 def test_launchers_are_recognised(monkeypatch, command, expected):
-    monkeypatch.setattr(preemption_module.psutil.Process, "cmdline", lambda self: command)
+    monkeypatch.setattr(psutil.Process, "cmdline", lambda self: command)
     assert is_launcher(os.getpid()) == expected
 
 
