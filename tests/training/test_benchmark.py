@@ -1,11 +1,13 @@
 """Test the benchmark of both sides."""
 
 import json
+from pathlib import Path
+from typing import Any
 
 import pytest
 
 from diffusers_cfg.config import UserError
-from diffusers_cfg.evaluation import benchmark
+from diffusers_cfg.evaluation import benchmark, busy
 from diffusers_cfg.evaluation.timing import FreshProcess
 from tests.support.commands import load_command
 from tests.support.runs import TINY, TRAINING, reset_accelerate
@@ -48,6 +50,7 @@ def test_benchmark_end_to_end(argv, tmp_path, monkeypatch, capsys):
         (["--sampling_steps", "0"], "--sampling_steps must be at least 1, but is 0"),
         (["--sampling_steps", "3"], "--sampling_steps must be a divisor of 1000, but is 3"),
         (["--training_steps", "-1"], "--training_steps must be at least 1, but is -1"),
+        (["--busy", "0"], "--busy must be at least 1, but is 0"),
         (["--repeats", "0"], "--repeats must be at least 1, but is 0"),
         (["--output", "/dev/null/x"], "The folder of --output /dev/null cannot be a folder"),
         (["--output", "/dev"], "--output /dev is a folder. Pass a file"),
@@ -60,6 +63,31 @@ def test_invalid_flags_raise_before_the_first_measurement(argv, monkeypatch, fla
     monkeypatch.setattr(benchmark, "compare_sampling", None)
     with pytest.raises(UserError, match=message):
         main([*argv, *flags])
+
+
+def test_rates_are_printed_as_json(argv, capsys):
+    main([*argv, "--rates"])
+    rates = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert rates.keys() == {"threads", "training", "sampling"}
+    assert min(rates.values()) > 0
+
+
+def test_busy_measures_this_command_in_new_processes(argv, tmp_path, monkeypatch, capsys):
+    commands = []
+
+    def compare_busy(command: list[str], num_busy: int, repeats: int) -> dict[str, Any]:
+        commands.append(command)
+        return {"cpus": 2, "busy": num_busy, "repeats": repeats, "rows": [], "runs": []}
+
+    monkeypatch.setattr(busy, "compare_busy", compare_busy)
+    main([*argv, "--busy", "3"])
+    record = json.loads((tmp_path / "record.json").read_text())
+    assert (record["busy"], record["repeats"]) == (3, 1)
+    assert Path(commands[0][0]) == TRAINING / "studies" / "benchmark.py"
+    # They measure what was asked for, and neither busy processes nor a file are started by them.
+    expected = [*TINY, "--sampling_steps", "4", "--training_steps", "2", "--batch_sizes", "2", "--rates"]
+    assert commands[0][1:] == expected
+    assert "alone / beside 3 busy processes" in capsys.readouterr().out
 
 
 @pytest.mark.slow

@@ -9,6 +9,11 @@
 
 python training/studies/benchmark.py
 python training/studies/benchmark.py --config training/configs/mnist.yaml --output benchmark.json
+python training/studies/benchmark.py --busy 3
+accelerate launch --cpu --multi_gpu --num_processes 2 training/studies/benchmark.py --rates
+
+With --busy, it measures instead what training and sampling keep of their speed beside busy processes, and with --rates
+only the speed of this process, or of the processes of `accelerate launch` together.
 
 Other flags are those of train_cfg.py, such as network, data and batch size. To compare the quality of samplers, see
 ablate_samplers.py.
@@ -47,14 +52,21 @@ def parse_args(argv: list[str] | None = None) -> tuple[Namespace, CFGConfig]:
     parser.add_argument("--training_steps", type=int, default=30, help="Number of training steps per timed call.")
     parser.add_argument("--repeats", type=int, default=5, help="Number of timed calls of each side.")
     parser.add_argument("--output", help="JSON file for the measurements.")
+    instead = parser.add_mutually_exclusive_group()
+    instead.add_argument("--busy", type=int, help="Measure alone and beside this number of busy processes instead.")
+    instead.add_argument(
+        "--rates", action="store_true", help="Print only images/s of training and of sampling instead, as JSON."
+    )
     args, train_argv = parser.parse_known_args(argv)
     refuse_flags(train_argv, REFUSED)
-    for name in ("batch_sizes", "sampling_steps", "training_steps", "repeats"):
+    for name in ("batch_sizes", "sampling_steps", "training_steps", "repeats", "busy"):
         value = getattr(args, name)
-        if min(value if isinstance(value, list) else [value]) < 1:
+        if value is not None and min(value if isinstance(value, list) else [value]) < 1:
             raise UserError(f"--{name} must be at least 1, but is {value}.")
     if 1000 % args.sampling_steps:
         raise UserError(f"--sampling_steps must be a divisor of 1000, but is {args.sampling_steps}.")
+    steps = ["--sampling_steps", str(args.sampling_steps), "--training_steps", str(args.training_steps)]
+    args.rates_argv = [*train_argv, *steps, "--batch_sizes", str(args.batch_sizes[-1]), "--rates"]
     return args, replace(parse_config(CFGConfig, train_argv), report_to="none", push_to_hub=False)
 
 
@@ -68,7 +80,7 @@ def main(argv: list[str] | None = None) -> None:
     from diffusers_cfg.data.sources import load_labelled_images
     from diffusers_cfg.engine.accelerator import make_accelerator
     from diffusers_cfg.engine.trainer import Trainer
-    from diffusers_cfg.evaluation import benchmark
+    from diffusers_cfg.evaluation import benchmark, busy
     from diffusers_cfg.evaluation.reports import write_json
     from diffusers_cfg.evaluation.timing import describe_machine
     from diffusers_cfg.files import check_writable
@@ -86,20 +98,27 @@ def main(argv: list[str] | None = None) -> None:
             return trainer.state.seconds
 
     logging.disable(logging.WARNING)
-    accelerator, images = make_accelerator(config), load_labelled_images(config)
-    pipeline = ClassifierFreeGuidance.build(config, images).pipeline.to(accelerator.device)
-    pipeline.set_progress_bar_config(disable=True)
-    sampling = benchmark.compare_sampling(pipeline, args.batch_sizes, args.sampling_steps, repeats)
-    peer = benchmark.unconditional_training(config, images, pipeline, accelerator)
-    num_images = steps * config.train_batch_size
-    record = {
-        **describe_machine(),
-        "parameters": pipeline.unet.num_parameters(),
-        "sampling": sampling,
-        "training": benchmark.compare_training(train, lambda: peer(steps), num_images, repeats),
-        "starting": benchmark.compare_starting(TRAIN_COMMAND, repeats),
-    }
-    print(benchmark.tables(record))
+    if args.busy is not None:
+        record = describe_machine() | busy.compare_busy([__file__, *args.rates_argv], args.busy, repeats)
+        print(busy.report(record))
+    else:
+        accelerator, images = make_accelerator(config), load_labelled_images(config)
+        pipeline = ClassifierFreeGuidance.build(config, images).pipeline.to(accelerator.device)
+        pipeline.set_progress_bar_config(disable=True)
+        num_images = steps * config.train_batch_size
+        if args.rates:
+            sides = {"training": train, "sampling": busy.sampling(pipeline, args.batch_sizes[-1], args.sampling_steps)}
+            counts = {"training": num_images, "sampling": args.batch_sizes[-1]}
+            return busy.print_rates(sides, counts, accelerator)
+        peer = benchmark.unconditional_training(config, images, pipeline, accelerator)
+        record = {
+            **describe_machine(),
+            "parameters": pipeline.unet.num_parameters(),
+            "sampling": benchmark.compare_sampling(pipeline, args.batch_sizes, args.sampling_steps, repeats),
+            "training": benchmark.compare_training(train, lambda: peer(steps), num_images, repeats),
+            "starting": benchmark.compare_starting(TRAIN_COMMAND, repeats),
+        }
+        print(benchmark.tables(record))
     if args.output is not None:
         write_json(record, Path(args.output))
 
