@@ -75,13 +75,11 @@ def test_copies_to_the_device_are_found():
 @pytest.mark.parametrize(
     ("method", "argv"),
     [
-        ("cfg", ["--random_flip"]),
-        ("cfg", ["--gradient_accumulation_steps", "2", "--dropout", "0.1", "--gradient_checkpointing"]),
+        ("cfg", ["--random_flip", "--gradient_accumulation_steps", "2", "--dropout", "0.1"]),
+        ("one_pass", ["--gradient_checkpointing"]),
         ("vdm", []),
         ("vdm", ["--noise_schedule", "fixed", "--diffusion_steps", "10"]),
-        ("distillation", []),
         ("distillation", ["--student_steps", "4", "--teacher_steps", "8"]),
-        ("ddgan", []),
         ("ddgan", ["--loss", "relativistic"]),
         ("classifier", []),
     ],

@@ -98,7 +98,8 @@ def hand_written_loop(
     class_labels = (torch.cat([class_labels, null]) if w > 0 else class_labels).to(z.device)
     scheduler.set_timesteps(steps, device=z.device)
     for t in scheduler.timesteps:
-        pred = unet(torch.cat([z, z]) if w > 0 else z, t, class_labels=class_labels).sample
+        inputs = (torch.cat([z, z]) if w > 0 else z).to(unet.dtype)
+        pred = unet(inputs, t, class_labels=class_labels).sample.float()
         if w > 0:
             conditional, unconditional = pred.chunk(2)
             s = 1 + w

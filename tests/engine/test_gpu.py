@@ -340,6 +340,7 @@ def test_nonfinite_step_is_skipped(tmp_path, monkeypatch, precision):
         (train_vdm, []),
         (train_vdm, FIXED),
         (train_ddgan, []),
+        (METHODS["one_pass"], []),
         (METHODS["classifier"], []),
     ],
 )
