@@ -310,7 +310,8 @@ def report(record: dict[str, Any]) -> str:
         "\n".join([f"Tests that need a GPU, in {tests['seconds']:.0f} s: {counts}.", *failures]),
         "MFU is the fraction of the measured rate of large matrix products: "
         + ", ".join(f"{rate / 1e12:.1f} TFLOP/s in {precision}" for precision, rate in rates.items())
-        + ". Ratios are ours / theirs, each in the same precision; the other settings apply to ours only.",
+        + ". Ratios are ours / theirs, each in the same precision; the other settings apply to ours only. Peak memory "
+        "is that of a call or of a training step, beside the weights, their averages and the state of the optimizer.",
     ]
     for name, title in (
         ("sampling", "ms/image, ours / a hand-written loop"),
