@@ -2,6 +2,7 @@
 
 import copy
 import gc
+import itertools
 import os
 import platform
 import re
@@ -10,7 +11,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -184,27 +185,31 @@ def count_flops(unet: UNet2DModel, batch_size: int) -> tuple[int, int]:
     return forward.get_total_flops(), training.get_total_flops()
 
 
-def measured_rows(measure: Callable[[Variant], dict[str, Any]], deadline: float) -> list[dict[str, Any]]:
+def measured_rows(
+    measures: Mapping[str, Callable[[Variant], dict[str, Any]]], deadline: float
+) -> dict[str, list[dict[str, Any]]]:
     """
-    Return the measurement of each variant. One that fails, or that would start after the deadline, has a `reason`.
+    Return the measurements of each variant, by the name of what is measured. One that fails, or that would start after
+    the deadline, has a `reason`.
 
     Args:
-        measure (`Callable`): measures a variant.
+        measures (`Mapping[str, Callable]`): functions that measure a variant. They take turns.
         deadline (`float`): a time of `time.perf_counter`.
     """
-    rows = []
-    for variant in VARIANTS:
+    rows: dict[str, list[dict[str, Any]]] = {name: [] for name in measures}
+    for variant, (name, measure) in itertools.product(VARIANTS, measures.items()):
         row: dict[str, Any] = {"variant": str(variant), "precision": variant.precision}
+        rows[name].append(row)
         if time.perf_counter() > deadline:
-            rows.append({**row, "reason": f"left out: {BUDGET_SECONDS} s have passed"})
+            row["reason"] = f"left out: {BUDGET_SECONDS} s have passed"
             continue
+        print(f"{name.capitalize()} with {variant} …", flush=True)
         try:
             with variant.active():
                 row |= measure(variant)
         except Exception as error:  # such as no compiler, no xformers, or out of memory
             lines = str(error).strip().splitlines() or [""]
             row["reason"] = f"{type(error).__name__}: {lines[0][:200]}"
-        rows.append(row)
     return rows
 
 

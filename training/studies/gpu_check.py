@@ -77,11 +77,9 @@ def check(output_dir: Path, config: CFGConfig, sizes: dict[str, int], device: An
     batch_size, deadline = config.train_batch_size, started + gpu_check.BUDGET_SECONDS
 
     def sample(variant: gpu_check.Variant) -> dict[str, Any]:
-        print(f"Sampling with {variant} …", flush=True)
         return gpu_check.time_sampling(pipeline, variant, batch_size, sizes["sampling_steps"], sizes["repeats"])
 
     def train(variant: gpu_check.Variant) -> dict[str, Any]:
-        print(f"Training with {variant} …", flush=True)
         gpu_check.forget_accelerator()
         settings = replace(config, **variant.training_settings)
         # The accelerator of the other loop does not compile. That of the trainer does, so it must be a new one.
@@ -121,10 +119,9 @@ def check(output_dir: Path, config: CFGConfig, sizes: dict[str, int], device: An
             "evaluations per step": 2,
         },
         "sampling_images": batch_size,
-        "sampling": gpu_check.measured_rows(sample, deadline),
         "training_settings": {"images per step": batch_size},
         "training_images": batch_size * sizes["training_steps"],
-        "training": gpu_check.measured_rows(train, deadline),
+        **gpu_check.measured_rows({"sampling": sample, "training": train}, deadline),
     }
     gpu_check.add_mfu(record["sampling"], 2 * forward * sizes["sampling_steps"], rates)
     gpu_check.add_mfu(record["training"], step * sizes["training_steps"], rates)
