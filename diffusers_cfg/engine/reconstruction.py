@@ -196,7 +196,7 @@ def reconstructed_record(
     record = {name: value for name, value in run.items() if name != "ema"}
     record["posthoc_ema"] = {"sigma_rel": sigma_rel, "relative_error": round(residual, 6)}
     # Measured with the weights that the run has saved
-    record["method"] = {name: value for name, value in run["method"].items() if name != "classifier_accuracy"}
+    record["method"] = {name: value for name, value in run.get("method", {}).items() if name != "classifier_accuracy"}
     if "command" in run:
         flags = {
             "--model": source.resolve().name,

@@ -18,7 +18,7 @@ from diffusers_cfg.hub import allowed_files
 from diffusers_cfg.model_card import model_card
 from diffusers_cfg.model_files import snapshots
 from tests.support.commands import load_command
-from tests.support.runs import ONE_LEVEL, SMALLEST, WEIGHTS, distill, train, train_classifier, train_ddgan, train_vdm
+from tests.support.runs import SMALLEST, WEIGHTS, distill, train, train_classifier, train_ddgan, train_vdm
 from tests.support.trajectories import TEACHER
 
 STEPS = ["--max_train_steps", "8", "--checkpointing_steps", "0", "--posthoc_ema_steps", "1"]
@@ -101,16 +101,19 @@ def test_command_of_the_run_is_followed_by_that_of_the_average(run, tmp_path):
     )
 
 
-METHODS = {
-    "distillation": (partial(distill, TEACHER), "unet"),
-    "ddgan": (train_ddgan, "unet"),
-    "classifier": (lambda folder, *argv: train_classifier(folder, TEACHER, *argv), "classifier"),
-}
-
-
-@pytest.mark.parametrize("method", METHODS)
-def test_all_methods(tmp_path, method):
-    train_method, module = METHODS[method]
+@pytest.mark.parametrize(
+    ("train_method", "module"),
+    [
+        pytest.param(partial(distill, TEACHER), "unet", marks=pytest.mark.slow),
+        pytest.param(
+            lambda *argv: train(*argv, *SMALLEST, "--max_guidance_scale", "4"), "unet", marks=pytest.mark.slow
+        ),
+        (train_ddgan, "unet"),
+        (lambda folder, *argv: train_classifier(folder, TEACHER, *argv), "classifier"),
+    ],
+    ids=["distillation", "one_pass", "ddgan", "classifier"],
+)
+def test_other_methods(tmp_path, train_method, module):
     train_method(tmp_path / "run", *STEPS)
     out = reconstruct(tmp_path / "run", tmp_path / "out")
     assert_averages(out, combined(tmp_path / "run", 0.08), module)
@@ -118,9 +121,16 @@ def test_all_methods(tmp_path, method):
     assert "classifier_accuracy" not in (out / "run.json").read_text()
 
 
-@pytest.mark.parametrize("flags", [[], ["--loss_weighting", "sigmoid"], ["--noise_schedule", "fixed"]])
+@pytest.mark.parametrize(
+    "flags",
+    [
+        [],
+        pytest.param(["--loss_weighting", "sigmoid"], marks=pytest.mark.slow),
+        pytest.param(["--noise_schedule", "fixed"], marks=pytest.mark.slow),
+    ],
+)
 def test_noise_schedule_is_averaged_with_its_network(tmp_path, flags):
-    train_vdm(tmp_path / "run", *flags, *STEPS)
+    train_vdm(tmp_path / "run", *flags, *STEPS, "--num_inference_steps", "2")
     out, expected = reconstruct(tmp_path / "run", tmp_path / "out"), combined(tmp_path / "run", 0.08)
     assert_averages(out, expected, "unet")
     end, before = (
@@ -230,9 +240,9 @@ def test_wrong_folders_raise(run, tmp_path, trained_model):
         reconstruct(run, tmp_path / "out")  # a POSIX lock does not exclude its own process
 
 
-def test_unfinished_run_raises(tmp_path):
-    flags = ["--max_train_steps", "2", "--posthoc_ema_steps", "1"]
-    train(tmp_path / "run", *ONE_LEVEL, *flags)
-    (tmp_path / "run" / "model_index.json").unlink()
+def test_unfinished_run_raises(run, tmp_path):
+    model = Path(shutil.copytree(run, tmp_path / "run"))
+    (model / "model_index.json").unlink()
+    (model / "checkpoint-2").mkdir()
     with pytest.raises(UserError, match="training run has not finished. Its newest checkpoint is checkpoint-2"):
-        reconstruct(tmp_path / "run", tmp_path / "out")
+        reconstruct(model, tmp_path / "out")
