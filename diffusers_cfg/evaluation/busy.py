@@ -66,10 +66,14 @@ def run_rates(command: Sequence[str], variables: Mapping[str, str]) -> dict[str,
     return json.loads(result.stdout.splitlines()[-1])
 
 
+# Ends when its parent has ended, even if that was killed
+BUSY = "import os\nparent = os.getppid()\nwhile os.getppid() == parent:\n    sum(range(1_000_000))"
+
+
 @contextmanager
 def busy_processes(number: int) -> Iterator[None]:
     """Run Python processes that compute without a pause until the end of the block."""
-    processes = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(number)]
+    processes = [subprocess.Popen([sys.executable, "-c", BUSY]) for _ in range(number)]
     try:
         yield
     finally:
