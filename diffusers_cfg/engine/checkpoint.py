@@ -12,10 +12,12 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from accelerate import Accelerator
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
 from diffusers_cfg.config import UserError
+from diffusers_cfg.engine.processes import threads_are_set
 from diffusers_cfg.engine.state import (
     TrainState,
     ema_weights,
@@ -157,6 +159,7 @@ def write_checkpoint(folder: Path, state: TrainState, facts: dict[str, Any]) -> 
         "seconds": state.seconds,
         "batch_size": state.batch_size,
         "num_processes": state.num_processes,
+        "num_threads": torch.get_num_threads(),
         "stream": state.stream,
         "scaler": state.scaler.state_dict() if state.scaler is not None else None,
         "optimizers": {name: len(optimizer.state) for name, optimizer in state.optimizers.items()},
@@ -240,6 +243,17 @@ def read_record(path: Path) -> dict[str, Any]:
             "--pretrained_model_name_or_path."
         )
     return record
+
+
+def reuse_num_threads(checkpoint: Checkpoint, accelerator: Accelerator) -> None:
+    """
+    Use the number of threads of the run that wrote a checkpoint, on which the rounding of sums on a CPU depends, unless
+    the user has set one, or the number of processes has changed.
+    """
+    record = checkpoint.record
+    is_same = accelerator.device.type == "cpu" and record["num_processes"] == accelerator.num_processes
+    if is_same and not threads_are_set():
+        torch.set_num_threads(record.get("num_threads", torch.get_num_threads()))
 
 
 def match_batch_size(checkpoint: Checkpoint, config: TrainConfig, num_processes: int) -> int:

@@ -27,6 +27,7 @@ from diffusers_cfg.engine.checkpoint import (
     find_checkpoint,
     load_checkpoint,
     match_batch_size,
+    reuse_num_threads,
     save_checkpoint,
 )
 from diffusers_cfg.engine.history import check_resumed, identity_of, settings_of
@@ -204,6 +205,7 @@ class Trainer:
         accumulation = config.gradient_accumulation_steps
         if self.checkpoint is not None:
             accumulation = match_batch_size(self.checkpoint, config, accelerator.num_processes)
+            reuse_num_threads(self.checkpoint, accelerator)
         self.plan = make_plan(config, accelerator.num_processes, accumulation, self.dataset)
         check_disk(config, method, self.plan.total_steps)
         self.data, self.identity, self.history = describe_data(images, self.dataset), identity_of(method), []

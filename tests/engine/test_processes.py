@@ -3,6 +3,9 @@
 import math
 import os
 import sys
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import psutil
 import pytest
@@ -10,6 +13,7 @@ import torch
 
 from diffusers_cfg.engine import processes
 from diffusers_cfg.engine.accelerator import make_accelerator
+from diffusers_cfg.engine.checkpoint import Checkpoint, reuse_num_threads
 from diffusers_cfg.engine.processes import cpu_quota, idle_cpus, num_threads, threads_are_set
 from tests.support.runs import reset_accelerate
 
@@ -161,6 +165,32 @@ def test_accelerator_keeps_the_number_of_the_user(monkeypatch, user_set):
     try:
         make_accelerator()
         assert torch.get_num_threads() == (before if user_set else 5)
+    finally:
+        torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize(
+    ("saved", "processes_before", "device", "variables", "expected"),
+    [
+        (3, 1, "cpu", {}, 3),
+        (3, 1, "cpu", {"OMP_NUM_THREADS": "2"}, 2),
+        (3, 2, "cpu", {}, 2),
+        (3, 1, "cuda", {}, 2),
+        (None, 1, "cpu", {}, 2),  # a checkpoint of an earlier version
+    ],
+)
+def test_resumed_run_keeps_its_number_of_threads(monkeypatch, saved, processes_before, device, variables, expected):
+    """The number decides the rounding of sums, so a resumed run would not equal an uninterrupted one bit for bit."""
+    before, record = torch.get_num_threads(), {"num_processes": processes_before}
+    for name in ("MKL_NUM_THREADS", "OMP_NUM_THREADS"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    accelerator: Any = SimpleNamespace(device=torch.device(device), num_processes=1)
+    try:
+        torch.set_num_threads(2)
+        reuse_num_threads(Checkpoint(Path(), record | ({"num_threads": saved} if saved else {})), accelerator)
+        assert torch.get_num_threads() == expected
     finally:
         torch.set_num_threads(before)
 
