@@ -23,6 +23,7 @@ def argv(tmp_path) -> list[str]:
     return [*TINY, *flags, "--output", str(tmp_path / "record.json")]
 
 
+@pytest.mark.slow
 def test_benchmark_end_to_end(argv, tmp_path, monkeypatch, capsys):
     codes = []
 

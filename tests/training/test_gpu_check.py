@@ -53,6 +53,7 @@ def test_without_a_gpu_nothing_is_loaded(tmp_path, monkeypatch):
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow
 def test_end_to_end_on_the_cpu(tmp_path, monkeypatch, capsys):
     """Variants that cannot run have a row with the reason."""
     reset_accelerate()
@@ -110,6 +111,7 @@ def test_flops_of_a_convolution_and_its_gradients():
     assert count_flops(make_unet(), 4) == (2 * forward, 2 * step)
 
 
+@pytest.mark.slow
 def test_outcomes_of_tests_are_counted(tmp_path):
     file = tmp_path / "tests" / "engine" / "test_example.py"
     file.parent.mkdir(parents=True)

@@ -108,7 +108,7 @@ def test_command_of_the_run_is_followed_by_that_of_the_average(run, tmp_path):
         pytest.param(
             lambda *argv: train(*argv, *SMALLEST, "--max_guidance_scale", "4"), "unet", marks=pytest.mark.slow
         ),
-        (train_ddgan, "unet"),
+        pytest.param(train_ddgan, "unet", marks=pytest.mark.slow),
         (lambda folder, *argv: train_classifier(folder, TEACHER, *argv), "classifier"),
     ],
     ids=["distillation", "one_pass", "ddgan", "classifier"],
