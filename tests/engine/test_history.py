@@ -84,6 +84,7 @@ CHANGED = {
     "log_snr_max": "5",
     "max_guidance_scale": "3.0",
     "optimizer": "muon",
+    "posthoc_ema_steps": "10",
 }
 
 
