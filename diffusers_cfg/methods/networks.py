@@ -44,7 +44,13 @@ def build_pipeline(config: CFGConfig, images: LabelledImages) -> CFGPipeline:
         return pipeline
     vae = load_vae(config)
     unet = build_unet(
-        config, vae, images.channels, num_classes=len(images.id2label), max_guidance_scale=config.max_guidance_scale
+        config,
+        vae,
+        images.channels,
+        num_classes=len(images.id2label),
+        max_guidance_scale=config.max_guidance_scale,
+        # Time and class scale the features, as in ADM (arXiv 2105.05233, section 3.1), instead of being added to them.
+        resnet_time_scale_shift="scale_shift",
     )
     scheduler = LogSNRScheduler(
         log_snr_min=config.log_snr_min,

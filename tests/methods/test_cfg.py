@@ -19,7 +19,7 @@ from diffusers_cfg.engine.batches import probe_batches
 from diffusers_cfg.engine.method import Batch
 from diffusers_cfg.method_settings import CFGConfig
 from diffusers_cfg.methods import cfg
-from diffusers_cfg.methods.networks import build_unet
+from diffusers_cfg.methods.networks import build_pipeline
 from diffusers_cfg.randomness import Draws
 from tests.support.runs import TINY, WEIGHTS, scalars, train
 
@@ -70,7 +70,7 @@ def test_training_updates_every_parameter_and_the_null_row(tmp_path, accumulatio
         tmp_path, "--no_use_ema", "--conditioning_dropout_prob", "0.5", "--train_batch_size", "64",
         "--gradient_accumulation_steps", accumulation,
     )  # fmt: skip
-    before = dict(build_unet(config, None, channels=1, num_classes=10).named_parameters())
+    before = dict(build_pipeline(config, Digits()).unet.named_parameters())
     after = load_file(tmp_path / "unet" / WEIGHTS)
     assert before.keys() == after.keys()
     assert [name for name in before if torch.equal(before[name], after[name])] == []
@@ -80,7 +80,7 @@ def test_training_updates_every_parameter_and_the_null_row(tmp_path, accumulatio
 
 def test_null_row_is_unchanged_without_dropout(tmp_path):
     config = train(tmp_path, "--no_use_ema", "--conditioning_dropout_prob", "0", "--train_batch_size", "64")
-    before = build_unet(config, None, channels=1, num_classes=10).get_parameter("class_embedding.weight")
+    before = build_pipeline(config, Digits()).unet.get_parameter("class_embedding.weight")
     after = load_file(tmp_path / "unet" / WEIGHTS)["class_embedding.weight"]
     assert (before != after).any(dim=1).tolist() == [True] * 10 + [False]
 
