@@ -70,6 +70,7 @@ def test_training_updates_every_parameter_and_the_null_row(tmp_path, accumulatio
         tmp_path, "--no_use_ema", "--conditioning_dropout_prob", "0.5", "--train_batch_size", "64",
         "--gradient_accumulation_steps", accumulation,
     )  # fmt: skip
+    assert isinstance(config, CFGConfig)
     before = dict(build_pipeline(config, Digits()).unet.named_parameters())
     after = load_file(tmp_path / "unet" / WEIGHTS)
     assert before.keys() == after.keys()
@@ -80,6 +81,7 @@ def test_training_updates_every_parameter_and_the_null_row(tmp_path, accumulatio
 
 def test_null_row_is_unchanged_without_dropout(tmp_path):
     config = train(tmp_path, "--no_use_ema", "--conditioning_dropout_prob", "0", "--train_batch_size", "64")
+    assert isinstance(config, CFGConfig)
     before = build_pipeline(config, Digits()).unet.get_parameter("class_embedding.weight")
     after = load_file(tmp_path / "unet" / WEIGHTS)["class_embedding.weight"]
     assert (before != after).any(dim=1).tolist() == [True] * 10 + [False]
