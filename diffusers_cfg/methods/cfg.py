@@ -5,7 +5,7 @@ the guided prediction itself, which then takes one pass (guidance-free training,
 
 from collections.abc import Callable, Iterable
 from functools import partial
-from typing import Any, Self
+from typing import Self
 
 import torch
 from diffusers.models.unets.unet_2d import UNet2DOutput
@@ -47,10 +47,8 @@ class ClassifierFreeGuidance(GuidedMethod):
         self.scheduler = noise_process(pipeline)
         self.modules, self.averaged = {"unet": pipeline.unet}, ("unet",)
         self.objectives = [Objective("unet", ("unet",), self.loss)]
-        self.guidance_scales, self.num_inference_steps = config.validation_guidance_scales, config.num_inference_steps
-        self.max_guidance_scale = config.max_guidance_scale
-        if self.max_guidance_scale is not None:
-            self.guidance_scales = learned_scales(self.guidance_scales, self.max_guidance_scale)
+        self.max_guidance_scale, self.num_inference_steps = pipeline.unet.max_guidance_scale, config.num_inference_steps
+        self.guidance_scales = learned_scales(config.validation_guidance_scales, self.max_guidance_scale)
         self.levels = level_names(self.scheduler)
 
     @classmethod
@@ -123,8 +121,3 @@ class ClassifierFreeGuidance(GuidedMethod):
     def probe(self, batches: Iterable[Batch]) -> dict[str, float]:
         """Return `label_gain` of the training loss."""
         return self.label_gain(batches, partial(self.denoising_error, self.pipeline.unet))
-
-    def facts(self) -> dict[str, Any]:
-        """Return the facts of `GuidedMethod`, and the largest w of a network that takes w."""
-        one_pass = {} if self.max_guidance_scale is None else {"max_guidance_scale": self.max_guidance_scale}
-        return {**super().facts(), **one_pass}

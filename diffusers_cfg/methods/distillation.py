@@ -95,12 +95,8 @@ class GuidanceDistillation(GuidedMethod):
         return self.teacher.guide(*self.teacher.predictions(z, t, c, null, scales), scales)
 
     def facts(self) -> dict[str, Any]:
-        """Return the facts of `GuidedMethod`, the largest w, and the number of steps."""
-        return {
-            **super().facts(),
-            "max_guidance_scale": self.max_guidance_scale,
-            "student_steps": self.student_steps,
-        }
+        """Return the facts of `GuidedMethod`, and the number of steps."""
+        return {**super().facts(), "student_steps": self.student_steps}
 
 
 def check_teacher(config: DistillationConfig, unet: UNet2DCFGModel) -> None:

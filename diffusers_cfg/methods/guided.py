@@ -92,12 +92,17 @@ class GuidedMethod(Method):
         return f'pipe(class_labels={label}{guided}).images[0].save("{file}.png")'
 
     def facts(self) -> dict[str, Any]:
-        """Return the prediction type, the probability that a label is dropped, and the classes without images."""
+        """
+        Return the prediction type, the probability that a label is dropped, the classes without images, and the largest
+        w of a network that takes w.
+        """
         absent = sorted({*range(self.pipeline.num_classes)} - {*self.present_classes})
+        largest = self.pipeline.unet.max_guidance_scale
         return {
             "prediction_type": self.pipeline.scheduler.config.prediction_type,
             "conditioning_dropout_prob": self.pipeline.config.conditioning_dropout_prob,
             **({"classes_without_images": absent} if absent else {}),
+            **({} if largest is None else {"max_guidance_scale": largest}),
         }
 
     def identity(self) -> dict[str, Any]:
@@ -106,8 +111,13 @@ class GuidedMethod(Method):
         return {name: self.scheduler.config[name] for name in names}
 
 
-def learned_scales(scales: list[float], max_guidance_scale: float) -> list[float]:
-    """Return the guidance scales that a network which takes w learns, or 0 if there are none. Warn of the others."""
+def learned_scales(scales: list[float], max_guidance_scale: float | None) -> list[float]:
+    """
+    Return the guidance scales that a network which takes w learns, or 0 if there are none. Warn of the others. All are
+    supported by a network that does not take w, whose largest w is `None`.
+    """
+    if max_guidance_scale is None:
+        return scales
     learned = [w for w in scales if 0 <= w <= max_guidance_scale]
     if left_out := [w for w in scales if w not in learned]:
         logger.warning("The samples leave out w = %s: the network learns 0 to %g.", left_out, max_guidance_scale)
