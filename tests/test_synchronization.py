@@ -138,7 +138,7 @@ def test_no_scheduler_waits_for_the_device(monkeypatch, name):
     ],
 )
 def test_no_guidance_waits_for_the_device(monkeypatch, call):
-    """What the check of the gradients of a classifier reads, it reads once, at the end."""
+    """The check of the gradients of a classifier reads the device once, at the end."""
     pipeline, checks = make_pipeline(classifier=make_classifier()), []
     move_to_meta(pipeline, monkeypatch)
     use_a_cheap_network(monkeypatch)

@@ -104,13 +104,13 @@ def keep_snapshots(output_dir: Path, checkpoint: Checkpoint | None) -> None:
     uninterrupted one. Copy them if the checkpoint is in another folder, and delete all others.
     """
     source, step = (output_dir, 0) if checkpoint is None else (checkpoint.path.parent, checkpoint.record["step"])
-    kept = [path for reached, path in snapshots(source).items() if reached <= step]
+    kept = {path.name: path for reached, path in snapshots(source).items() if reached <= step}
     is_here = source.resolve() == output_dir.resolve()
     for path in (output_dir / SNAPSHOTS).glob("step-*"):  # also unfinished ones of a killed process
-        if not is_here or path.name not in {other.name for other in kept}:
+        if not is_here or path.name not in kept:
             remove(path)
     if not is_here:
-        for path in kept:
+        for path in kept.values():
             with atomic_write(output_dir / SNAPSHOTS / path.name) as unfinished:
                 shutil.copyfile(path, unfinished)
 

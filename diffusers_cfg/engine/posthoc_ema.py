@@ -93,7 +93,7 @@ def save_snapshot(averages: PowerAverages, output_dir: Path, step: int) -> None:
         fsync(path.parent)
     except OSError as error:
         logger.error(
-            "Failed to write the snapshot of step %d for the post-hoc EMA: %s. The run goes on; averages that are "
+            "Failed to write the snapshot of step %d for the post-hoc EMA: %s. Training continues; averages that are "
             "reconstructed without it are less exact.",
             step,
             error,

@@ -48,9 +48,7 @@ def compare_sampling(pipeline: CFGPipeline, batch_sizes: list[int], steps: int, 
     scheduler = DDIMScheduler.from_config(pipeline.scheduler.config)
     assert isinstance(scheduler, DDIMScheduler)
     pipeline.scheduler = scheduler
-    stock = UNet2DModel.from_config(pipeline.unet.config).eval()
-    stock.to(pipeline.device)  # pyright: ignore[reportArgumentType]  (diffusers' wrapper of `to` hides its signature)
-    stock.load_state_dict(pipeline.unet.state_dict())
+    stock = stock_copy(pipeline.unet)
     pipeline.unet.eval()
     # The student is untrained: its images are meaningless, but cost the same.
     student = UNet2DCFGModel.from_config(pipeline.unet.config, max_guidance_scale=4.0).eval()
@@ -87,6 +85,14 @@ def compare_sampling(pipeline: CFGPipeline, batch_sizes: list[int], steps: int, 
                     row[name] = {"peak_bytes": peak_bytes(side), "evaluations": sum(evaluations) / batch_size}
             rows.append(row)
     return rows
+
+
+def stock_copy(unet: UNet2DCFGModel) -> UNet2DModel:
+    """Return a `UNet2DModel` in eval mode with the weights of a network, on its device."""
+    stock = UNet2DModel.from_config(unet.config).eval()
+    stock.to(unet.device)  # pyright: ignore[reportArgumentType]  (diffusers' wrapper of `to` hides its signature)
+    stock.load_state_dict(unet.state_dict())
+    return stock
 
 
 @torch.no_grad()

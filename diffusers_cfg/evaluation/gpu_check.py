@@ -4,7 +4,6 @@ import copy
 import gc
 import itertools
 import os
-import platform
 import re
 import shutil
 import statistics
@@ -27,9 +26,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from diffusers_cfg import CFGPipeline
 from diffusers_cfg.config import UserError
-from diffusers_cfg.evaluation.benchmark import hand_written_loop
+from diffusers_cfg.evaluation.benchmark import hand_written_loop, stock_copy
 from diffusers_cfg.evaluation.reports import table
-from diffusers_cfg.evaluation.timing import PairedTimings, now, peak_bytes, time_interleaved, timed
+from diffusers_cfg.evaluation.timing import PairedTimings, describe_machine, now, peak_bytes, time_interleaved, timed
 
 # The whole command takes less than ten minutes: the tests are stopped after the first limit, and no row starts after
 # the second one. The slowest rows compile a network, which takes about a minute.
@@ -115,8 +114,7 @@ def describe_device(device: torch.device) -> dict[str, Any]:
     return {
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
         "versions": {
-            "python": platform.python_version(),
-            "torch": torch.__version__,
+            **describe_machine()["versions"],
             "CUDA": torch.version.cuda,
             "cuDNN": torch.backends.cudnn.version(),
             "driver": driver,
@@ -228,8 +226,7 @@ def time_sampling(pipeline: CFGPipeline, variant: Variant, batch_size: int, step
         The seconds of both sides, the peak memory, and the mean difference of their images.
     """
     unet, device, dtype = copy.deepcopy(pipeline.unet).eval(), pipeline.device, DTYPES[variant.precision]
-    stock = UNet2DModel.from_config(unet.config).eval()
-    stock.load_state_dict(unet.state_dict())
+    stock = stock_copy(unet)
     for network in (stock, unet):
         network.to(device, dtype)  # pyright: ignore  (diffusers' wrapper of `to` hides its signature)
     if variant.channels_last:

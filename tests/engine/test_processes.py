@@ -20,7 +20,7 @@ from tests.support.runs import reset_accelerate
 
 @pytest.fixture(autouse=True)
 def forget_the_number():
-    """Let each test decide anew: a process decides once."""
+    """Forget the number between tests: a process chooses it once."""
     num_threads.cache_clear()
     yield
     num_threads.cache_clear()

@@ -170,7 +170,7 @@ def test_large_error_is_reported_and_recorded(run, tmp_path, caplog):
 
 
 def change(path: Path, **changes: torch.Tensor | None) -> None:
-    """Replace tensors of a snapshot, or remove them, and write its checksum anew."""
+    """Replace or remove tensors of a snapshot, and update its checksum."""
     tensors = load_file(path) | {name: x for name, x in changes.items() if x is not None}
     tensors = {name: x for name, x in tensors.items() if name not in changes or changes[name] is not None}
     save_file(tensors, path, {"digest": digest(tensors)})
