@@ -5,7 +5,7 @@ from dataclasses import dataclass, fields
 from typing import Any, ClassVar, Literal
 
 from diffusers_cfg.config import UserError, fixed, free, recorded
-from diffusers_cfg.run_settings import OptimizationConfig
+from diffusers_cfg.run_settings import OPTIMIZER_HELP, OptimizationConfig
 from diffusers_cfg.settings import DIGITS, NETWORK_SETTINGS, DataConfig, TrainConfig, settings_of_run
 
 # Settings of the noise process, which a pretrained model brings along.
@@ -97,6 +97,7 @@ class CFGConfig(DiffusionConfig):
     )
     group = "classifier-free guidance"
 
+    optimizer: Literal["adamw", "muon"] = fixed("muon", OPTIMIZER_HELP)
     max_guidance_scale: float | None = fixed(
         None,
         "Largest guidance scale w of a network that takes w as an input and guides in one pass (arXiv 2501.15420); by "

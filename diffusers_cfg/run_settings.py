@@ -9,6 +9,10 @@ from diffusers_cfg.config import Config, fixed, free, recorded
 MIN_SAMPLES = 20
 # The default fits images of many resolutions, so not each of its values has to fit.
 ATTENTION_RESOLUTIONS = [16, 8]
+OPTIMIZER_HELP = (
+    "muon: Muon for the weights of linear and convolutional layers (arXiv 2502.16982) and AdamW for all others; or "
+    "adamw for all."
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,10 +27,7 @@ class OptimizationConfig(Config):
     )
     num_train_epochs: int = recorded(100, "Length of the run in epochs, without --max_train_steps.", at_least=1)
     max_train_steps: int | None = recorded(None, "Length of the run in optimizer steps.", at_least=1)
-    optimizer: Literal["adamw", "muon"] = fixed(
-        "adamw",
-        "adamw, or muon: Muon for the weights of linear and convolutional layers (arXiv 2502.16982), AdamW for others.",
-    )
+    optimizer: Literal["adamw", "muon"] = fixed("adamw", OPTIMIZER_HELP)
     learning_rate: float = recorded(1e-4, "Peak learning rate.", above=0)
     lr_scheduler: Literal[
         "constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial"

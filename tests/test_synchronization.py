@@ -76,7 +76,7 @@ def test_copies_to_the_device_are_found():
     ("method", "argv"),
     [
         ("cfg", ["--random_flip", "--gradient_accumulation_steps", "2", "--dropout", "0.1"]),
-        pytest.param("muon", [], marks=pytest.mark.slow),
+        pytest.param("adamw", [], marks=pytest.mark.slow),
         ("one_pass", ["--gradient_checkpointing"]),
         ("vdm", []),
         pytest.param("vdm", ["--noise_schedule", "fixed", "--diffusion_steps", "10"], marks=pytest.mark.slow),

@@ -14,6 +14,7 @@ from diffusers_cfg.data.datasets import CachedImages, num_images
 from diffusers_cfg.data.images import LabelledImages
 from diffusers_cfg.engine.checkpoint import Checkpoint
 from diffusers_cfg.engine.method import Method
+from diffusers_cfg.engine.muon import split_parameters
 from diffusers_cfg.engine.posthoc_ema import SIGMA_RELS, snapshot_steps
 from diffusers_cfg.model_files import snapshots
 from diffusers_cfg.settings import TrainConfig
@@ -87,9 +88,12 @@ def num_parameters(method: Method, averaged: bool = False) -> int:
 
 
 def checkpoint_bytes(config: TrainConfig, method: Method) -> int:
-    """Return the size of a checkpoint in bytes: the weights, Adam's two moments and all averages."""
-    averages = 4 * len(config.ema_decays) * num_parameters(method, averaged=True)
-    return 12 * num_parameters(method) + averages + snapshot_bytes(config, method)
+    """Return the size of a checkpoint in bytes: the weights, the moments of the optimizer and all averages."""
+    weights, averages = num_parameters(method), len(config.ema_decays) * num_parameters(method, averaged=True)
+    moments = 2 * weights
+    if config.optimizer == "muon":  # It has one moment, Adam has two.
+        moments -= sum(matrix.numel() for matrix in split_parameters(method.modules.values())[0])
+    return 4 * (weights + moments + averages) + snapshot_bytes(config, method)
 
 
 def snapshot_bytes(config: TrainConfig, method: Method) -> int:
@@ -145,7 +149,7 @@ def describe_plan(
     """Return the plan of a run as the text that `--dry_run` prints."""
     device = accelerator.device
     precision = "fp32" if accelerator.mixed_precision == "no" else accelerator.mixed_precision
-    # The weights, their gradient, Adam's two moments, and the averages, of which the main process has more.
+    # The weights, their gradient, the moments of the optimizer, and the averages, of which the main process has more.
     memory = 4 * num_parameters(method) + checkpoint_bytes(config, method)
     free = f", {format_size(torch.accelerator.get_memory_info(device)[0])} free" if device.type != "cpu" else ""
     number, size = checkpoints_at_once(config, plan.total_steps), checkpoint_bytes(config, method)

@@ -83,7 +83,7 @@ CHANGED = {
     "log_snr_min": "-5",
     "log_snr_max": "5",
     "max_guidance_scale": "3.0",
-    "optimizer": "muon",
+    "optimizer": "adamw",
     "posthoc_ema_steps": "10",
 }
 

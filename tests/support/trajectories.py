@@ -22,7 +22,7 @@ WITHOUT_WAVES = ["--fourier_features", "0"]
 METHODS: dict[str, Callable] = {
     "cfg": train,
     "one_pass": lambda output_dir, *argv: train(output_dir, "--max_guidance_scale", "4", *argv),
-    "muon": lambda output_dir, *argv: train(output_dir, "--optimizer", "muon", *argv),
+    "adamw": lambda output_dir, *argv: train(output_dir, "--optimizer", "adamw", *argv),
     "vdm": lambda output_dir, *argv: train_vdm(output_dir, *WITHOUT_WAVES, *argv),
     "distillation": partial(distill, TEACHER),
     "ddgan": train_ddgan,

@@ -10,10 +10,10 @@
 python training/studies/benchmark.py
 python training/studies/benchmark.py --config training/configs/mnist.yaml --output benchmark.json
 python training/studies/benchmark.py --busy 3
-accelerate launch --cpu --multi_gpu --num_processes 2 training/studies/benchmark.py --rates
+torchrun --nproc_per_node 2 training/studies/benchmark.py --rates
 
 With --busy, it measures instead what training and sampling keep of their speed beside busy processes, and with --rates
-only the speed of this process, or of the processes of `accelerate launch` together.
+only the speed of this process, or of all processes of `torchrun` together.
 
 Other flags are those of train_cfg.py, such as network, data and batch size. To compare the quality of samplers, see
 ablate_samplers.py.
@@ -76,6 +76,7 @@ def main(argv: list[str] | None = None) -> None:
     steps, repeats = args.training_steps, args.repeats
     short = replace(config, max_train_steps=steps, checkpointing_steps=0, validation_steps=0, eval_steps=0)
     short = replace(short, validation_guidance_scales=[0.0], num_inference_steps=1)  # cheap final samples
+    short = replace(short, optimizer="adamw")  # as the hand-written loop
     # Imported here so that --help and flag errors do not wait for torch.
     from diffusers_cfg.data.sources import load_labelled_images
     from diffusers_cfg.engine.accelerator import make_accelerator
