@@ -157,7 +157,7 @@ class VDMConfig(DiffusionConfig):
         "simple: equal at all steps of train_cfg.py's process.",
     )
     adam_beta2: float = recorded(0.99, "β2 of AdamW, the decay rate of the second moment.", at_least=0, below=1)
-    adam_weight_decay: float = recorded(0.01, "Weight decay of AdamW, for the network only.", at_least=0)
+    adam_weight_decay: float = recorded(0.01, "Weight decay of AdamW and Muon, for the network only.", at_least=0)
     output_dir: str = free("vdm-model", "Folder for checkpoints, samples, logs and the trained pipeline.")
     num_inference_steps: int = free(100, "Number of sampling steps T per validation image.", at_least=1)
 
@@ -317,7 +317,7 @@ class DistillationConfig(DiffusionConfig):
     @classmethod
     def derived_defaults(cls, values: Mapping[str, Any]) -> dict[str, Any]:
         """Return the teacher's data and optimization settings if its folder contains a train_config.yaml."""
-        shared = {f.name for part in (DataConfig, OptimizationConfig) for f in fields(part)}
+        shared = {f.name for part in (DataConfig, OptimizationConfig) for f in fields(part)} - {"posthoc_ema_steps"}
         settings = settings_of_run(values["teacher"], cls, shared | {"conditioning_dropout_prob"}, values)
         values = {**values, **{n: v for n, v in settings.items() if values.get(n) is None}}
         return {**super().derived_defaults(values), **settings, "pretrained_model_name_or_path": values["teacher"]}
@@ -362,7 +362,7 @@ class ClassifierConfig(TrainConfig):
         at_least=0,
         below=1,
     )
-    adam_weight_decay: float = recorded(0.01, "Weight decay of AdamW.", at_least=0)
+    adam_weight_decay: float = recorded(0.01, "Weight decay of AdamW and Muon.", at_least=0)
     output_dir: str = free(
         "classifier-model", "Folder for checkpoints, samples, logs and the pipeline with both models."
     )

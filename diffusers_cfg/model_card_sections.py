@@ -36,6 +36,7 @@ NAMES: dict[Kind, str] = {
     "generator": "[denoising diffusion GAN](https://arxiv.org/abs/2112.07804)",
 }
 
+OPTIMIZERS = {"adamw": "AdamW", "muon": "Muon and AdamW"}
 SCHEDULE_CAPTION = "The noise schedule between its ends, beside three others: −log SNR and SNR over time"
 LIKELIHOOD_FIGURES = {
     SCHEDULE_FIGURE: SCHEDULE_CAPTION,
@@ -300,6 +301,7 @@ def training_section(
         f"channels{owner}": ", ".join(map(str, network["block_out_channels"])),
         "steps": run.get("steps"),
         "batch size": run.get("batch_size"),
+        "optimizer": OPTIMIZERS.get((run.get("config") or {}).get("optimizer", "")),
         "peak learning rate": rate,
         "EMA decay": run.get("ema"),
         "post-hoc EMA σ_rel": run.get("posthoc_ema", {}).get("sigma_rel"),

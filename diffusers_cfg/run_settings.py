@@ -33,9 +33,11 @@ class OptimizationConfig(Config):
         "constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial"
     ] = recorded("cosine", "Schedule of the learning rate over the run.")
     lr_warmup_steps: int = recorded(500, "Number of optimizer steps of linear warmup.", at_least=0)
-    adam_beta1: float = recorded(0.9, "β1 of AdamW, the decay rate of the first moment.", at_least=0, below=1)
+    adam_beta1: float = recorded(
+        0.9, "β1 of AdamW, the decay rate of the first moment; that of Muon is 0.95.", at_least=0, below=1
+    )
     adam_beta2: float = recorded(0.999, "β2 of AdamW, the decay rate of the second moment.", at_least=0, below=1)
-    adam_weight_decay: float = recorded(0.0, "Weight decay of AdamW.", at_least=0)
+    adam_weight_decay: float = recorded(0.0, "Weight decay of AdamW and Muon.", at_least=0)
     adam_epsilon: float = recorded(1e-8, "ε of AdamW, added to the denominator.", above=0)
     max_grad_norm: float = recorded(
         1.0, "Maximum norm of the gradient; larger gradients are scaled down to it.", above=0

@@ -17,7 +17,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
 from diffusers_cfg.config import UserError
-from diffusers_cfg.engine.processes import threads_are_set
+from diffusers_cfg.engine.processes import most_threads, threads_are_set
 from diffusers_cfg.engine.state import (
     TrainState,
     ema_weights,
@@ -248,12 +248,23 @@ def read_record(path: Path) -> dict[str, Any]:
 def reuse_num_threads(checkpoint: Checkpoint, accelerator: Accelerator) -> None:
     """
     Use the number of threads of the run that wrote a checkpoint, on which the rounding of sums on a CPU depends, unless
-    the user has set one, or the number of processes has changed.
+    the user has set one, the number of processes has changed, or this machine has fewer CPUs.
     """
-    record = checkpoint.record
+    path, record = checkpoint
     is_same = accelerator.device.type == "cpu" and record["num_processes"] == accelerator.num_processes
-    if is_same and not threads_are_set():
-        torch.set_num_threads(record.get("num_threads", torch.get_num_threads()))
+    saved = record.get("num_threads", torch.get_num_threads())
+    if not is_same or threads_are_set() or saved == torch.get_num_threads():
+        return
+    if saved > (most := most_threads(accelerator.num_processes)):
+        logger.warning(
+            "%s was written with %d threads per process, but only %d CPUs are available: sums are rounded differently.",
+            path,
+            saved,
+            most,
+        )
+        return
+    logger.info("Using %d threads, as the run that wrote %s.", saved, path)
+    torch.set_num_threads(saved)
 
 
 def match_batch_size(checkpoint: Checkpoint, config: TrainConfig, num_processes: int) -> int:
@@ -296,11 +307,6 @@ def match_batch_size(checkpoint: Checkpoint, config: TrainConfig, num_processes:
 def load_checkpoint(checkpoint: Checkpoint, state: TrainState) -> None:
     """Restore the state that `save_checkpoint` wrote. Raise UserError if the weights do not match the modules."""
     path, record = checkpoint
-    if state.posthoc is not None and not (path / POSTHOC_EMA).is_file():  # of a version without this setting
-        raise UserError(
-            f"{path} was written without --posthoc_ema_steps, whose averages start at the first step. Leave it out, or "
-            "start a new run in a different --output_dir."
-        )
     try:
         for name, module in state.modules.items():
             module.load_state_dict(load_weights(path / name))

@@ -12,6 +12,9 @@ from diffusers_cfg.engine.method import Method
 
 logger = logging.getLogger(__name__)
 
+# What runs did before these settings existed
+EARLIER = {"optimizer": "adamw", "posthoc_ema_steps": 0}
+
 
 def settings_of(config: Config) -> dict[str, Any]:
     """Return the settings that are saved in a checkpoint: the fixed and the recorded ones."""
@@ -63,7 +66,7 @@ def check_resumed(
         UserError: if a fixed setting, the data or the model has changed. The message names both values.
     """
     path, record = checkpoint
-    changed = differences(record["settings"], json.loads(json.dumps(settings_of(config))))
+    changed = differences(EARLIER | record["settings"], json.loads(json.dumps(settings_of(config))))
     on_resume = {setting.name: setting.metadata.get("on_resume") for setting in fields(config)}
     if unknown := sorted(record["settings"].keys() - on_resume.keys()):
         logger.warning("%s has settings of a newer version, which are ignored: %s.", path, ", ".join(unknown))

@@ -16,11 +16,14 @@ class MuonAdamW(torch.optim.Optimizer):
     2502.16982), so that both use the same learning rate and the same weight decay.
 
     Args:
-        matrices (`Sequence[torch.nn.Parameter]`): parameters of two or more dimensions, contiguous in memory.
+        matrices (`Sequence[torch.nn.Parameter]`): parameters of two or more dimensions, in the default memory format.
         others (`Sequence[torch.nn.Parameter]`): all other parameters.
         lr (`float`): learning rate.
         options: other arguments of `torch.optim.AdamW`.
     """
+
+    # A step reads `found_inf` on the device. The scaler of fp16 would otherwise read it on the CPU, which waits.
+    _step_supports_amp_scaling = True
 
     def __init__(
         self,

@@ -154,7 +154,7 @@ def saved_together(output_dir: Path) -> Iterator[Path]:
 def moved_together(output_dir: Path) -> Iterator[Path]:
     """
     Yield a temporary folder whose contents move to the output folder after the block, `model_index.json` last: a folder
-    with an index is a whole model. If the block raises OSError, the output folder is unchanged.
+    with an index is a whole model. If the block raises an error, the output folder is unchanged.
     """
     unfinished = output_dir / "tmp-model"
     try:
@@ -167,7 +167,7 @@ def moved_together(output_dir: Path) -> Iterator[Path]:
             remove(output_dir / path.name)
             path.rename(output_dir / path.name)
         unfinished.rmdir()
-    except OSError:
+    except BaseException:
         shutil.rmtree(unfinished, ignore_errors=True)
         raise
 

@@ -47,7 +47,7 @@ class PowerAverages:
         }
         self.exponents = {sigma_rel: gamma_of(sigma_rel) + 1 for sigma_rel in SIGMA_RELS}
         self.averages = {
-            sigma_rel: [torch.zeros_like(parameter, requires_grad=False) for parameter in self.parameters.values()]
+            sigma_rel: [torch.zeros_like(p, dtype=torch.float32, requires_grad=False) for p in self.parameters.values()]
             for sigma_rel in SIGMA_RELS
         }
 

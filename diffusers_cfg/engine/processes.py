@@ -70,11 +70,10 @@ def num_threads(local_processes: int) -> int:
     Args:
         local_processes (`int`): processes of this run on this machine.
     """
-    cpus = available_cpus()
-    most = max(1, math.ceil(min(len(cpus), cpu_quota())) // local_processes)
+    most = most_threads(local_processes)
     if most == 1:
         return 1
-    threads = min(most, max(1, round(idle_cpus(cpus)) // local_processes))
+    threads = min(most, max(1, round(idle_cpus(available_cpus())) // local_processes))
     if threads < most:
         logger.info(
             "Using %d of %d threads, because other processes are busy. Set OMP_NUM_THREADS to use another number.",
@@ -82,6 +81,11 @@ def num_threads(local_processes: int) -> int:
             most,
         )
     return threads
+
+
+def most_threads(local_processes: int) -> int:
+    """Return the CPUs that each process may use, at least 1: those of its affinity and of its container's quota."""
+    return max(1, math.ceil(min(len(available_cpus()), cpu_quota())) // local_processes)
 
 
 def available_cpus() -> set[int]:

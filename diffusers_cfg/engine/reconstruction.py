@@ -26,8 +26,8 @@ logger = logging.getLogger(__name__)
 # The relative error of a profile above which a fit is reported with a warning, and above which it is refused
 LARGE_RESIDUAL, MAX_RESIDUAL = 0.05, 0.25
 
-# The files of a run that are those of all averages: its settings, which name local data for evaluations, and a noise
-# schedule that is not learned
+# Files that do not depend on the average: the settings, which name local data for evaluations, and a noise schedule
+# that is not learned
 COPIED = (CONFIG_FILE, NOISE_SCHEDULE, SCHEDULE_PICTURE)
 # (folder of the run, pipeline, parameters of the module, folder to save to) -> None
 Saver = Callable[[Path, CFGPipeline, dict[str, torch.Tensor], Path], None]
@@ -95,7 +95,7 @@ def check_folders(source: Path, output: Path) -> None:
 
 def snapshots_of(source: Path, run: Mapping[str, Any]) -> tuple[dict[int, Path], list[int]]:
     """Return the snapshots of a run by step, and the steps of those that are missing. Raise UserError without any."""
-    steps, interval = run.get("steps"), run.get("config", {}).get("posthoc_ema_steps", 0)
+    steps, interval = run.get("steps"), (run.get("config") or {}).get("posthoc_ema_steps", 0)
     if not isinstance(steps, int):
         raise UserError(f"--model {source} has no number of steps in its {RUN}. Pass the output folder of a run.")
     found = {step: path for step, path in snapshots(source).items() if step <= steps}
@@ -105,7 +105,7 @@ def snapshots_of(source: Path, run: Mapping[str, Any]) -> tuple[dict[int, Path],
         )
     missing = [step for step in snapshot_steps(interval, steps) if step not in found]
     if missing:
-        logger.warning("%s lacks the snapshots of the steps %s.", source, ", ".join(map(str, missing)))
+        logger.warning("%s lacks the snapshots of steps %s.", source, ", ".join(map(str, missing)))
     return found, missing
 
 

@@ -92,7 +92,7 @@ class DenoisingDiffusionGAN(GuidedMethod):
         return ("generator",)
 
     def optimizer(self, objective: Objective) -> torch.optim.Optimizer:
-        """Return AdamW with the learning rate of the network."""
+        """Return the optimizer with the learning rate of the network."""
         optimizer = super().optimizer(objective)
         if objective.name == "discriminator":
             for group in optimizer.param_groups:

@@ -102,7 +102,7 @@ class VariationalDiffusion(GuidedMethod):
         return ("unet",)
 
     def optimizer(self, objective: Objective) -> torch.optim.Optimizer:
-        """Return AdamW, with a learning rate for the noise schedule and without weight decay, which moves its ends."""
+        """Return the optimizer; the noise schedule has its own rate, and no weight decay, which would move its ends."""
         optimizer, config = super().optimizer(objective._replace(trains=("unet",))), self.config
         if "noise_schedule" in objective.trains:
             schedule = {"params": list(self.noise_schedule.parameters()), "lr": config.schedule_learning_rate}

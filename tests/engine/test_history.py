@@ -293,7 +293,7 @@ def with_entry(name: str, value: Any) -> Callable[[Path], None]:
     ("change", "damage"),
     [
         (keep_moments(lambda *_: False), "has 0 moments of 0 parameters, but"),
-        (keep_moments(lambda i, _: i < 30), "has 30 moments of 10 parameters, but"),
+        (keep_moments(lambda i, _: i < 30), "has 30 moments of 13 parameters, but"),
         (keep_moments(lambda i, _: i % 2 == 1), r"has \d+ moments of \d+ parameters, but"),
         (keep_moments(lambda _, name: not name.endswith("exp_avg_sq")), r"has \d+ moments of \d+ parameters, but"),
         (lambda folder: (folder / "optimizer-unet.safetensors").unlink(), "optimizer-unet.safetensors"),

@@ -162,10 +162,11 @@ def launch_machines(name: str, *scripts: list[str], cwd: Path) -> list[tuple[int
 
 @pytest.mark.parametrize(("name", "machines"), [("ddp.yaml", 1), ("ddp_two_machines.yaml", 2)])
 def test_included_launch_configurations(tmp_path, name, machines):
-    results = launch_machines(name, *[["--output_dir", "two"]] * machines, cwd=tmp_path)
+    adamw = ["--optimizer", "adamw"]  # Muon would amplify the rounding of sums.
+    results = launch_machines(name, *[["--output_dir", "two", *adamw]] * machines, cwd=tmp_path)
     assert [code for code, _ in results] == [0] * machines, results
     assert "4 steps of 8 images (0.0 epochs) on 2 × cpu" in results[0][1]
-    train(tmp_path / "one")
+    train(tmp_path / "one", *adamw)
     assert_same_tensors(tmp_path / "one" / "unet" / WEIGHTS, tmp_path / "two" / "unet" / WEIGHTS, rtol=1e-4, atol=1e-6)
 
 

@@ -264,6 +264,16 @@ def test_failed_save_changes_nothing_and_says_what_is_safe(tmp_path, error, exis
     assert tree(tmp_path) == before
 
 
+def test_interrupted_save_leaves_no_files(tmp_path):
+    def interrupted(folder: Path) -> None:
+        (folder / "model_index.json").write_text("{}")
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt), saved_together(tmp_path) as folder:
+        interrupted(folder)
+    assert tree(tmp_path) == set()
+
+
 def test_saved_model_replaces_the_previous_one_with_its_index_last(tmp_path, monkeypatch):
     make_tree(tmp_path, "unet/config.json", "unet/old", "model_index.json", "notes.txt")
     renamed, rename = [], Path.rename

@@ -176,6 +176,7 @@ def test_accelerator_keeps_the_number_of_the_user(monkeypatch, user_set):
         (3, 1, "cpu", {"OMP_NUM_THREADS": "2"}, 2),
         (3, 2, "cpu", {}, 2),
         (3, 1, "cuda", {}, 2),
+        (9, 1, "cpu", {}, 2),  # more than this machine has
         (None, 1, "cpu", {}, 2),  # a checkpoint of an earlier version
     ],
 )
@@ -187,6 +188,8 @@ def test_resumed_run_keeps_its_number_of_threads(monkeypatch, saved, processes_b
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
     accelerator: Any = SimpleNamespace(device=torch.device(device), num_processes=1)
+    monkeypatch.setattr(processes, "available_cpus", lambda: set(range(4)))
+    monkeypatch.setattr(processes, "cpu_quota", lambda: 8.0)
     try:
         torch.set_num_threads(2)
         reuse_num_threads(Checkpoint(Path(), record | ({"num_threads": saved} if saved else {})), accelerator)

@@ -229,9 +229,9 @@ def test_checkpoint_of_a_different_network_raises(tmp_path):
 
 
 def test_resume_keeps_the_global_batch_size(tmp_path, caplog):
-    train(tmp_path / "whole")
+    train(tmp_path / "whole", "--optimizer", "adamw")
     shutil.copytree(tmp_path / "whole" / "checkpoint-2", tmp_path / "parts" / "checkpoint-2")
-    resume = ["--resume_from_checkpoint", "latest"]
+    resume = ["--resume_from_checkpoint", "latest", "--optimizer", "adamw"]
     config = train(tmp_path / "parts", *resume, "--train_batch_size", "2", "--gradient_accumulation_steps", "3")
     assert config.gradient_accumulation_steps == 3  # The settings are saved as they were passed.
     assert "Using --gradient_accumulation_steps 4 instead of 3, so that a step still has 8 images" in caplog.text

@@ -2,8 +2,6 @@
 
 import errno
 import json
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -21,6 +19,7 @@ from diffusers_cfg.evaluation.sample_sets import SampleSet, Shard, claim_folder,
 from diffusers_cfg.evaluation.sampling import draw_to_folder
 from diffusers_cfg.evaluation.settings import SampleConfig
 from diffusers_cfg.settings import DataConfig
+from tests.support.commands import locked_elsewhere
 from tests.support.models import make_pipeline, make_unet
 
 LONG = "ü" * 200  # 400 bytes
@@ -232,17 +231,9 @@ def test_second_command_in_one_folder_is_refused(model):
         patch.setattr(sampling, "draw_sets", fail_after(0, draw, FULL))
         with pytest.raises(UserError, match="No space left"):
             draw(model)
-    holder = (
-        "import fcntl, sys; file = open(sys.argv[1], 'w'); fcntl.lockf(file, fcntl.LOCK_EX); "
-        "file.write('process 7 on elsewhere'); file.flush(); print(flush=True); sys.stdin.read()"
-    )
-    command = [sys.executable, "-c", holder, str(folder / ".samples" / ".lock")]
-    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
-        assert process.stdout is not None
-        process.stdout.readline()
-        with pytest.raises(UserError, match="is in use by process 7 on elsewhere"):
-            draw(model)
-        process.kill()
+    lock = folder / ".samples" / ".lock"
+    with locked_elsewhere(lock), pytest.raises(UserError, match="is in use by process 7 on elsewhere"):
+        draw(model)
     draw(model)  # the lock of a dead process does not count
 
 

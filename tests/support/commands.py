@@ -1,7 +1,10 @@
-"""Load the functions of a command from its script, because commands are run and never imported."""
+"""Load the functions of a command from its script, because commands are run and never imported; lock its folder."""
 
 import runpy
-from collections.abc import Callable
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -21,6 +24,21 @@ def help_of(path: Path, capsys: pytest.CaptureFixture[str]) -> str:
     with pytest.raises(SystemExit, match="0"):
         runpy.run_path(str(path))["main"](["--help"])
     return capsys.readouterr().out
+
+
+@contextmanager
+def locked_elsewhere(path: Path) -> Iterator[None]:
+    """Lock a file in another process, "process 7 on elsewhere". A POSIX lock does not exclude its own process."""
+    holder = (
+        "import fcntl, sys; file = open(sys.argv[1], 'w'); fcntl.lockf(file, fcntl.LOCK_EX); "
+        "file.write('process 7 on elsewhere'); file.flush(); print(flush=True); sys.stdin.read()"
+    )
+    command = [sys.executable, "-c", holder, str(path)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        process.stdout.readline()
+        yield
+        process.kill()
 
 
 def check_refused(

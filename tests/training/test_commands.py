@@ -81,7 +81,8 @@ def test_commands_are_short(name):
     assert len(blocks) <= 1
     (block,) = re.findall(r"^# /// script\n((?:#.*\n)+?)# ///$", source, flags=re.MULTILINE)
     metadata = tomllib.loads("".join(f"{line[2:]}\n" for line in block.splitlines()))
-    assert metadata["dependencies"] == ["diffusers-cfg[train]"]
+    extra = "test" if path.name == "gpu_check.py" else "train"  # which runs tests
+    assert metadata["dependencies"] == [f"diffusers-cfg[{extra}]"]
     assert metadata["requires-python"] == ">=3.11"
     source_of_package = Path(path.parent, metadata["tool"]["uv"]["sources"]["diffusers-cfg"]["path"]).resolve()
     assert source_of_package == ROOT

@@ -1,6 +1,7 @@
 """Test the check of a GPU on the CPU, with tiny sizes."""
 
 import json
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,7 @@ from tests.support.runs import ROOT, reset_accelerate
 command = load_command("studies/gpu_check")
 SIZES = {"repeats": 1, "sampling_steps": 2, "warm_up": 1, "training_steps": 1, "matmul": 16}
 TINY = CFGConfig(
+    optimizer="adamw",
     resolution=8,
     block_out_channels=[8],
     layers_per_block=1,
@@ -132,6 +134,14 @@ def test_outcomes_of_tests_are_counted(tmp_path):
     assert found["outcomes"] == {"failed": 1, "passed": 2, "skipped": 1}
     assert found["stopped"] == "stopped after 6 s"
     assert "exit code 5" in run_tests(file, 60, "-k", "nothing")["stopped"]
+
+
+def test_missing_pytest_is_reported(tmp_path, monkeypatch):
+    result = subprocess.CompletedProcess([], 1, b"python: No module named pytest")
+    monkeypatch.setattr(subprocess, "run", lambda *_, **__: result)
+    assert run_tests(tmp_path / "a" / "b" / "c.py", 60)["stopped"].endswith(
+        "exit code 1: python: No module named pytest"
+    )
 
 
 def test_tests_are_where_the_command_looks_for_them():

@@ -13,11 +13,11 @@ from diffusers_cfg import CFGPipeline
 from diffusers_cfg.config import UserError
 from diffusers_cfg.engine.posthoc_ema import SIGMA_RELS, fit_profile
 from diffusers_cfg.evaluation.records import noise_process, recorded_data
-from diffusers_cfg.files import digest, locked
+from diffusers_cfg.files import LOCK_FILE, digest
 from diffusers_cfg.hub import allowed_files
 from diffusers_cfg.model_card import model_card
 from diffusers_cfg.model_files import snapshots
-from tests.support.commands import load_command
+from tests.support.commands import load_command, locked_elsewhere
 from tests.support.runs import SMALLEST, WEIGHTS, distill, train, train_classifier, train_ddgan, train_vdm
 from tests.support.trajectories import TEACHER
 
@@ -222,7 +222,7 @@ def test_missing_snapshots_are_named(run, tmp_path, caplog):
     for step in (1, 5):
         snapshots(model)[step].unlink()
     out = reconstruct(model, tmp_path / "out")
-    assert "lacks the snapshots of the steps 1, 5." in caplog.text
+    assert "lacks the snapshots of steps 1, 5." in caplog.text
     assert_averages(out, combined(model, 0.08), "unet")
 
 
@@ -236,8 +236,15 @@ def test_wrong_folders_raise(run, tmp_path, trained_model):
             reconstruct(model, tmp_path / "out")
     with pytest.raises(UserError, match="is not empty. Pass a different folder"):
         reconstruct(run, run)
-    with locked(tmp_path / "out", "--output_dir"):
-        reconstruct(run, tmp_path / "out")  # a POSIX lock does not exclude its own process
+    (tmp_path / "out").mkdir()
+    with locked_elsewhere(tmp_path / "out" / LOCK_FILE), pytest.raises(UserError, match="is in use by process 7"):
+        reconstruct(run, tmp_path / "out")
+    (tmp_path / "null").mkdir()
+    for file in ("model_index.json", "unet", "scheduler"):
+        (tmp_path / "null" / file).symlink_to(run / file)
+    (tmp_path / "null" / "run.json").write_text('{"steps": 8, "config": null}')
+    with pytest.raises(UserError, match="has no snapshots"):
+        reconstruct(tmp_path / "null", tmp_path / "out")
 
 
 def test_unfinished_run_raises(run, tmp_path):

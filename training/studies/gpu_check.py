@@ -1,6 +1,6 @@
 # /// script
 # requires-python = ">=3.11"
-# dependencies = ["diffusers-cfg[train]"]
+# dependencies = ["diffusers-cfg[test]"]
 #
 # [tool.uv.sources]
 # diffusers-cfg = { path = "../..", editable = true }
