@@ -1303,7 +1303,7 @@ class CFGPipeline(DiffusionPipeline):
             )
         if self.unet.max_guidance_scale is not None:
             raise ValueError(
-                f"{given} this model was trained to guide in one pass, without a classifier. Use one that guides in two."
+                f"{given} this model was trained to guide in one pass, without a classifier. Use one that takes two."
             )
         parameters = list(self.classifier.parameters())
         dtypes = {self.classifier.dtype, *(parameter.dtype for parameter in parameters)} - {torch.float32}

@@ -79,6 +79,7 @@ def test_probabilities_that_print_alike_do_not_share_a_folder(argv):
     assert len(folders) == 2
 
 
+@pytest.mark.slow
 def test_ablation_skips_trained_models_and_writes_the_table(argv, trained_model, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(features.train_classifier, "__defaults__", (30, 64))
     # The quick classifier must not enter the user's cache.

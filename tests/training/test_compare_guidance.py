@@ -60,6 +60,7 @@ def compare(model: Path, tmp_path: Path, *argv: str) -> dict:
     return json.loads((tmp_path / "out" / "guidance.json").read_text())
 
 
+@pytest.mark.slow
 def test_study_end_to_end(model, tmp_path, monkeypatch, capsys, fast):
     out = tmp_path / "out"
     record = compare(model, tmp_path)

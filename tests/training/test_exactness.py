@@ -9,6 +9,7 @@ from diffusers_cfg.evaluation.settings import EvaluationConfig
 from tests.support.commands import load_command
 
 
+@pytest.mark.slow
 def test_experiments_write_figures_and_tables(trained_model, tmp_path, monkeypatch):
     monkeypatch.setattr(features.train_classifier, "__defaults__", (30, 64))
     settings = {"guidance_scales": [2.0], "num_samples": 20, "num_inference_steps": 4}
