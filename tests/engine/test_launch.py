@@ -105,7 +105,7 @@ def test_resume_on_two_processes_is_bit_exact(tmp_path, photos, monkeypatch, cap
         "--train_data_dir", str(photos), "--resolution", "8", "--train_batch_size", "2",
         "--gradient_accumulation_steps", "2", "--dataloader_num_workers", "2", "--checkpointing_steps", "10",
         "--max_train_steps", "30", "--random_flip", "--report_to", "tensorboard",
-        "--resume_from_checkpoint", "latest",
+        "--resume_from_checkpoint", "latest", "--optimizer", "adamw",
     ]  # fmt: skip
 
     def run(name: str) -> str:
