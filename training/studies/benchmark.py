@@ -35,6 +35,7 @@ from diffusers_cfg.method_settings import CFGConfig
 REFUSED = {
     **dict.fromkeys(("--output_dir", "--resume_from_checkpoint"), "The trained models are deleted."),
     **dict.fromkeys(("--dry_run", "--push_to_hub"), "Pass it to train_cfg.py."),
+    "--optimizer": "It is AdamW, as in the hand-written loop.",
 }
 TRAIN_COMMAND = Path(__file__).parents[1] / "train_cfg.py"
 
@@ -75,8 +76,7 @@ def main(argv: list[str] | None = None) -> None:
     args, config = parse_args(argv)
     steps, repeats = args.training_steps, args.repeats
     short = replace(config, max_train_steps=steps, checkpointing_steps=0, validation_steps=0, eval_steps=0)
-    short = replace(short, validation_guidance_scales=[0.0], num_inference_steps=1)  # cheap final samples
-    short = replace(short, optimizer="adamw")  # as the hand-written loop
+    short = replace(short, optimizer="adamw", validation_guidance_scales=[0.0], num_inference_steps=1)  # cheap samples
     # Imported here so that --help and flag errors do not wait for torch.
     from diffusers_cfg.data.sources import load_labelled_images
     from diffusers_cfg.engine.accelerator import make_accelerator
