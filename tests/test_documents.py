@@ -77,6 +77,7 @@ def test_documented_commands_and_flags_exist(capsys):
     helps = {name: help_of(path, capsys) for name, path in imports.commands().items()}
     helps["training/studies/ablate_dropout.py"] += helps["training/train_cfg.py"] + helps["training/evaluate_cfg.py"]
     helps["training/studies/ablate_samplers.py"] += helps["training/evaluate_cfg.py"]
+    helps["training/studies/benchmark.py"] += helps["training/train_cfg.py"]
     helps["training/studies/compare_guidance.py"] += helps["training/evaluate_cfg.py"]
     helps["training/studies/modes.py"] += helps["training/train_ddgan.py"]
     for document, script, arguments in shown:
