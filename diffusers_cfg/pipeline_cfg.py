@@ -28,7 +28,7 @@ from diffusers import (
 )
 from diffusers.guiders import BaseGuidance
 from diffusers.guiders.guider_utils import rescale_noise_cfg
-from diffusers.image_processor import VaeImageProcessor
+from diffusers.image_processor import PipelineImageInput, VaeImageProcessor
 from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from diffusers.utils import logging
 from diffusers.utils.torch_utils import randn_tensor
@@ -208,7 +208,7 @@ class CFGPipeline(DiffusionPipeline):
         """Whether a callback asked to stop, by `pipe._interrupt = True`: the call then skips its remaining steps."""
         return self._interrupt
 
-    _guidance_scale, _num_timesteps, _interrupt, _sampler = None, 0, False, None
+    _guidance_scale, _num_timesteps, _interrupt, _log_snr = None, 0, False, None
 
     @property
     def sample_shape(self) -> tuple[int, int, int]:
@@ -246,9 +246,11 @@ class CFGPipeline(DiffusionPipeline):
         callback_on_step_end: Callable[["CFGPipeline", int, torch.Tensor, dict], dict | None] | None = None,
         callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
         classifier_guidance_scale: float | Sequence[float] | torch.Tensor | Callable[[float], Any] | None = None,
+        image: PipelineImageInput | None = None,
+        strength: float | None = None,
     ) -> ImagePipelineOutput | tuple:
         r"""
-        Generate images of the given classes.
+        Generate images of the given classes, or with `image` change that image towards them.
 
         Args:
             class_labels (`int`, `str`, `dict`, `list` or `torch.Tensor`): One label or a list of labels. A label is a
@@ -269,7 +271,7 @@ class CFGPipeline(DiffusionPipeline):
             generator (`torch.Generator` or `list[torch.Generator]`, *optional*): Source of all noise. With a list of
                 one generator per image, an image does not depend on the rest of its batch.
             latents (`torch.Tensor` of shape `(images, channels, height, width)`, *optional*): z at λ_min. By default
-                sampled from N(0, I).
+                sampled from N(0, I). With `image`, the noise that is added to it.
             negative_class_labels (`int`, `str`, `dict`, `list` or `torch.Tensor`, *optional*): Classes to guide away
                 from, one label for all images or one for each of `class_labels`. Defaults to the null class, or to
                 `class_labels` if the pipeline has a `guide_unet`.
@@ -297,6 +299,12 @@ class CFGPipeline(DiffusionPipeline):
                 classifier_guidance_scale=1 + w`. The gradient is taken once per step, in float32, for the images and
                 the steps with s ≠ 0 and in `guidance_interval`. A mix of classes has the weighted mean of their
                 log p(c | z), and that of `negative_class_labels` is subtracted.
+            image (`PIL.Image.Image`, `np.ndarray`, `torch.Tensor` or `list`, *optional*): Image to start from, of the
+                model's size: one for all images, one for each label or one for each image. Arrays `(images, height,
+                width, channels)` and tensors `(images, channels, height, width)` have values in [0, 1]. Sampling starts
+                from z = αx + σε at an intermediate step (SDEdit, Meng et al. 2021, arXiv 2108.01073).
+            strength (`float`, *optional*): Fraction of the steps that are taken, in (0, 1]. Defaults to 0.8. At
+                1 the result does not depend on `image`.
 
         Returns:
             `ImagePipelineOutput` or `tuple`: `images`, in the order of the labels.
@@ -311,6 +319,7 @@ class CFGPipeline(DiffusionPipeline):
         >>> pipe = CFGPipeline.from_pretrained("path/to/model")
         >>> images = pipe(class_labels=["three", 7], guidance_scale=2.0).images
         >>> images = pipe({"three": 0.7, "eight": 0.3}, guidance_scale=2.0, guidance_interval=(0.3, 5.0)).images
+        >>> changed = pipe(class_labels="five", image=images[0], strength=0.6).images
         ```
         """
         # 1. Check the components and arguments, and expand the labels to one per image
@@ -335,7 +344,9 @@ class CFGPipeline(DiffusionPipeline):
             return_dict=return_dict,
             callback_on_step_end=callback_on_step_end,
             callback_on_step_end_tensor_inputs=callback_on_step_end_tensor_inputs,
+            strength=strength,
         )
+        strength = self._checked_strength(image, strength)
         rescale = guidance_rescale or None
         self._check_type("guider", guider)
         self._check_guider(
@@ -358,7 +369,10 @@ class CFGPipeline(DiffusionPipeline):
         self._set_timesteps(scheduler, num_inference_steps)
         log_snr = self._log_snr_of(scheduler)
         self._check_noise_levels(scheduler, num_inference_steps, log_snr)
+        first = self._first_step(scheduler, num_inference_steps, strength)
+        log_snr = log_snr[first:]
         per_image = log_snr, num_images, num_images_per_label
+        pixels = None if image is None else self._pixels(image, num_images, num_images_per_label)
         interval = None if self._is_unconditional else guidance_interval  # w = 0 outside of it would be conditional
         scales = self._guidance_scales("guidance_scale", guidance_scale, interval, *per_image)
         self._check_guidance_scales(scales)
@@ -376,11 +390,15 @@ class CFGPipeline(DiffusionPipeline):
         scales = scales.view(*scales.shape, 1, 1, 1).to(device)  # (steps, images, 1, 1, 1)
         gradient_rows = classified[:, 1].to(device).split(num_classified)
         gradient_scales = classifier_scales[is_classified].to(device).split(num_classified)
-        sample = self._prepare_latents(latents, num_images, generator, device) * scheduler.init_noise_sigma
+        noise = self._prepare_latents(latents, num_images, generator, device)
+        sample = noise * scheduler.init_noise_sigma
+        if pixels is not None and first:
+            x = self.encode(2 * pixels.to(device) - 1, generator).float()
+            sample = scheduler.add_noise(x, noise, scheduler.timesteps[first : first + 1])
         step_kwargs = self._step_kwargs(scheduler, generator)
         dtype = self.unet.dtype  # read once: diffusers searches all modules for it
-        timesteps, classifier = scheduler.timesteps.to(device), self.classifier
-        self._sampler, self._num_timesteps, self._guidance_scale = scheduler, len(timesteps), guidance_scale
+        timesteps, classifier = scheduler.timesteps[first:].to(device), self.classifier
+        self._log_snr, self._num_timesteps, self._guidance_scale = log_snr, len(timesteps), guidance_scale
         self._interrupt, gradients_are_finite = False, []
 
         # 3. Algorithm 2
@@ -409,7 +427,7 @@ class CFGPipeline(DiffusionPipeline):
                 gradients_are_finite.append(guidance.isfinite().flatten(1).all(1))
                 pred = pred.index_add(0, rows, guidance)
             # DDIM and DDPM read the timestep, which is free on the CPU.
-            sample = scheduler.step(pred, scheduler.timesteps[i], sample, **step_kwargs).prev_sample
+            sample = scheduler.step(pred, scheduler.timesteps[first + i], sample, **step_kwargs).prev_sample
 
             if callback_on_step_end is not None:
                 self._check_gradients(gradients_are_finite, classified, log_snr)  # before it sees the latents
@@ -854,6 +872,7 @@ class CFGPipeline(DiffusionPipeline):
                 lambda kind: isinstance(kind, str) and kind in ("pil", "np", "pt", "latent"),
                 "'pil', 'np', 'pt' or 'latent'",
             ),
+            "strength": (lambda value: value is None or (self._is_number(value, 0, 1) and value > 0), "in (0, 1]"),
             "return_dict": (lambda value: isinstance(value, bool), "True or False"),
             "callback_on_step_end": (
                 lambda function: function is None or (callable(function) and not isinstance(function, type)),
@@ -1340,7 +1359,7 @@ class CFGPipeline(DiffusionPipeline):
 
     def log_snr(self) -> torch.Tensor:
         """Return λ = log(α²/σ²) at each timestep of the last call, float64 `(steps,)` on the CPU."""
-        return self._log_snr_of(self._sampler or self.scheduler)
+        return self._log_snr_of(self.scheduler) if self._log_snr is None else self._log_snr
 
     def _log_snr_of(self, scheduler: SchedulerMixin) -> torch.Tensor:
         """Return λ at each of a scheduler's timesteps, as in `log_snr`."""
@@ -1390,6 +1409,65 @@ class CFGPipeline(DiffusionPipeline):
         else:
             self._check_latents("latents", latents, shape)
         return latents.to(device=device, dtype=torch.float32)
+
+    def _checked_strength(self, image: Any, strength: Any) -> float | None:
+        """Return the strength, by default 0.8; `None` without an image."""
+        if image is None:
+            self._require("strength", strength, strength is None, "left out without image")
+            return None
+        return 0.8 if strength is None else float(strength)
+
+    @staticmethod
+    def _first_step(scheduler: SchedulerMixin, num_inference_steps: int, strength: float | None) -> int:
+        """Return the index of the first of a scheduler's timesteps that is used, and let the scheduler start there."""
+        if strength is None:
+            return 0
+        steps = int(num_inference_steps * strength)
+        if not steps:
+            raise ValueError(
+                f"strength {strength:g} leaves none of {num_inference_steps} steps. Use at least "
+                f"1/{num_inference_steps}, or more steps."
+            )
+        first = (num_inference_steps - steps) * scheduler.order
+        if hasattr(scheduler, "set_begin_index"):
+            scheduler.set_begin_index(first)
+        return first
+
+    def _pixels(self, image: Any, num_images: int, num_images_per_label: int) -> torch.Tensor:
+        """Convert images in any form to `(images, *image_shape)` in [0, 1], float32."""
+        listed = list(image) if isinstance(image, (list, tuple)) else [image]
+        transparent = {"LA", "La", "PA", "RGBA", "RGBa"}
+        modes = [item.mode for item in listed if getattr(item, "mode", None) in transparent]
+        self._require("The mode of image", modes and modes[0], not modes, "one without transparency; use image.convert")
+        channels, num_labels = self.image_shape[0], num_images // num_images_per_label
+        # Sizes are not changed: that would distort the image.
+        processor = VaeImageProcessor(
+            do_resize=False,
+            do_normalize=False,
+            do_convert_rgb=channels == 3,
+            do_convert_grayscale=channels == 1,
+            vae_latent_channels=0,  # no images are latents
+        )
+        try:
+            pixels = processor.preprocess(listed if isinstance(image, tuple) else image).float()
+        except (AttributeError, IndexError, RuntimeError, TypeError, ValueError) as error:
+            raise ValueError(
+                "image must be a PIL image, an array (images, height, width, channels), a tensor (images, channels, "
+                f"height, width) or a list of these, all of one size, but is {self._shown(image)}."
+            ) from error
+        if pixels.shape[1:] != self.image_shape:
+            raise ValueError(
+                f"image has the shape {tuple(pixels.shape[1:])} (channels, height, width), but this model needs "
+                f"{self.image_shape}. Resize or crop it."
+            )
+        values = pixels.min().item(), pixels.max().item()
+        self._require("The range of image", values, 0 <= values[0] <= values[1] <= 1, "in [0, 1]")
+        if len(pixels) not in (1, num_labels, num_images):
+            raise ValueError(
+                f"image contains {len(pixels)} images, but must contain one, one per label ({num_labels}) or one per "
+                f"image ({num_images})."
+            )
+        return pixels.repeat_interleave(num_images // len(pixels), 0)
 
     def _draw_latent(
         self, num_images: int, generator: torch.Generator | list[torch.Generator] | None, device: torch.device
