@@ -10,7 +10,7 @@ from diffusers_cfg import CFGPipeline
 from diffusers_cfg.evaluation.settings import GUIDANCE, format_number
 from diffusers_cfg.randomness import seeded_generator
 
-MAX_ROWS = 10
+MAX_ROWS = 20
 GAP, TOP, FONT_SIZE = 4, 26, 14  # in pixels
 
 
@@ -24,8 +24,9 @@ def sample_grid(
     guidance: str = "classifier_free",
 ) -> Image.Image:
     """
-    Generate a grid of samples with a row for each of the first ten classes and a column for each w. Images of a row
-    start from the same noise, so that the row shows the effect of w, except those with the same w.
+    Generate a grid of samples with a row for each class and a column for each w. Images of a row start from the same
+    noise, so that the row shows the effect of w, except those with the same w. Of more than `MAX_ROWS` classes the grid
+    shows the first, and says how many it leaves out.
 
     Args:
         pipeline (`CFGPipeline`): the pipeline, on the accelerator's device.
@@ -36,6 +37,8 @@ def sample_grid(
         seed (`int`): the seed of the noise; each row also depends on its class.
         guidance (`str`): the rule of guidance, one of `GUIDANCE`.
     """
+    left_out = len(classes) - MAX_ROWS
+    note = f"{left_out} of {len(classes)} classes are not shown" if left_out > 0 else None
     classes = classes[:MAX_ROWS]
     # The noise of repeated scales also depends on the number of the repetition.
     numbers = [guidance_scales[:column].count(w) for column, w in enumerate(guidance_scales)]
@@ -60,10 +63,13 @@ def sample_grid(
         images.unflatten(0, (len(classes), len(guidance_scales))),
         rows=[pipeline.id2label.get(class_id, str(class_id)) for class_id in classes],
         columns=[f"w = {format_number(w)}" for w in guidance_scales],
+        note=note,
     )
 
 
-def make_grid(images: torch.Tensor, rows: list[str], columns: list[str], min_size: int = 64) -> Image.Image:
+def make_grid(
+    images: torch.Tensor, rows: list[str], columns: list[str], min_size: int = 64, note: str | None = None
+) -> Image.Image:
     """
     Arrange images in a grid with captions.
 
@@ -71,6 +77,7 @@ def make_grid(images: torch.Tensor, rows: list[str], columns: list[str], min_siz
         images (`torch.Tensor` of shape `(rows, columns, channels, height, width)`): values in [0, 1], 1 or 3 channels.
         rows, columns (`list[str]`): the captions of the rows and columns.
         min_size (`int`): smaller images are enlarged by an integer factor to at least this size, in pixels.
+        note (`str`, *optional*): a line below the images.
     """
     scale = max(1, -(-min_size // images.shape[-1]))
     pixels = (images * 255).round().to(torch.uint8).movedim(2, -1)
@@ -79,8 +86,13 @@ def make_grid(images: torch.Tensor, rows: list[str], columns: list[str], min_siz
     height, width = (side * scale for side in images.shape[-2:])
     font = ImageFont.load_default(FONT_SIZE)
     left = 12 + max(int(font.getlength(name)) for name in rows)
-    canvas = Image.new("RGB", (left + len(columns) * (width + GAP), TOP + len(rows) * (height + GAP)), "white")
+    total, bottom = left + len(columns) * (width + GAP), TOP + len(rows) * (height + GAP)
+    if note is not None:
+        total = max(total, 12 + int(font.getlength(note)))
+    canvas = Image.new("RGB", (total, bottom + (TOP if note is not None else 0)), "white")
     draw = ImageDraw.Draw(canvas)
+    if note is not None:
+        draw.text((6, bottom + TOP / 2), note, "black", font, anchor="lm")
     for column, name in enumerate(columns):
         draw.text((left + column * (width + GAP) + width / 2, TOP / 2), name, "black", font, anchor="mm")
     for row, name in enumerate(rows):

@@ -183,7 +183,7 @@ class DenoisingDiffusionGAN(GuidedMethod):
         return self.label_gain(batches, error)
 
     def preview(self, accelerator: Accelerator) -> Image.Image:
-        """Return a grid of samples, with a row for each of the first ten present classes."""
+        """Return a grid of samples, with a row for each present class."""
         scales, seed = self.guidance_scales * PREVIEW_IMAGES, self.config.seed
         return sample_grid(self.pipeline, accelerator, self.present_classes, scales, self.num_inference_steps, seed)
 

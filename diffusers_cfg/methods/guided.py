@@ -41,7 +41,7 @@ class GuidedMethod(Method):
         return self.pipeline
 
     def preview(self, accelerator: Accelerator) -> Image.Image:
-        """Return a grid of samples, with a row for each of the first ten present classes and a column for each w."""
+        """Return a grid of samples, with a row for each present class and a column for each w."""
         return sample_grid(
             self.sampling_pipeline(),
             accelerator,

@@ -14,7 +14,7 @@ from diffusers_cfg.data.sources import Digits
 from diffusers_cfg.engine.method import Batch
 from diffusers_cfg.evaluation import in_training
 from diffusers_cfg.evaluation.class_labels import balanced_class_labels, choose_class_labels, parse_class_labels
-from diffusers_cfg.evaluation.grids import sample_grid
+from diffusers_cfg.evaluation.grids import make_grid, sample_grid
 from diffusers_cfg.evaluation.in_training import training_evaluation
 from diffusers_cfg.evaluation.settings import EvaluationConfig
 from diffusers_cfg.method_settings import CFGConfig
@@ -96,7 +96,24 @@ def test_grid_has_a_row_for_each_class_with_images(monkeypatch):
     captions = {}
     monkeypatch.setattr("diffusers_cfg.evaluation.grids.make_grid", lambda images, **names: captions.update(names))
     sample_grid(make_pipeline(), Accelerator(cpu=True), [2, 0], [0.0, 0.1234567, 0.1234568], 1, 0)
-    assert captions == {"rows": ["two", "zero"], "columns": ["w = 0", "w = 0.1234567", "w = 0.1234568"]}
+    columns = ["w = 0", "w = 0.1234567", "w = 0.1234568"]
+    assert captions == {"rows": ["two", "zero"], "columns": columns, "note": None}
+
+
+def test_grid_says_how_many_classes_it_leaves_out(monkeypatch):
+    captions = {}
+    pipeline = make_pipeline(make_unet(num_class_embeds=26), id2label=None)
+    with monkeypatch.context() as patch:
+        patch.setattr("diffusers_cfg.evaluation.grids.make_grid", lambda images, **names: captions.update(names))
+        sample_grid(pipeline, Accelerator(cpu=True), list(range(25)), [0.0], 1, 0)
+    assert captions["rows"] == [str(class_id) for class_id in range(20)]
+    assert captions["note"] == "5 of 25 classes are not shown"
+
+    images = torch.zeros(1, 1, 1, 8, 8)
+    without, with_note = (np.asarray(make_grid(images, ["0"], ["w"], note=note)) for note in (None, captions["note"]))
+    height, width, _ = without.shape
+    assert (with_note[:height, :width] == without).all()
+    assert (with_note[height:] != 255).any()
 
 
 def test_evaluation_during_training_draws_only_classes_with_images(digits, statistics_dir, monkeypatch):
