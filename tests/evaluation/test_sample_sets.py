@@ -135,6 +135,12 @@ def test_flipped_byte_in_a_shard_is_drawn_again(tmp_path, position):
     assert samples.has(range(4), np.arange(4), (8, 8)) == same
 
 
+def test_settings_of_a_command_that_drew_nothing_are_replaced(tmp_path):
+    claim_folder(tmp_path, {"seed": 1})
+    claim_folder(tmp_path, {"seed": 0})
+    assert json.loads((tmp_path / "settings.json").read_text()) == {"seed": 0}
+
+
 @pytest.mark.parametrize("content", [None, "", "{", "[1]", "3", '{"seed": 1}'])
 def test_samples_of_unknown_settings_are_drawn_again(tmp_path, content, caplog):
     samples = SampleSet(tmp_path / "w=1", 4)

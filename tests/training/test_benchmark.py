@@ -53,6 +53,7 @@ def test_benchmark_end_to_end(argv, tmp_path, monkeypatch, capsys):
         (["--training_steps", "-1"], "--training_steps must be at least 1, but is -1"),
         (["--busy", "0"], "--busy must be at least 1, but is 0"),
         (["--repeats", "0"], "--repeats must be at least 1, but is 0"),
+        (["--rates"], "--output is for the other measurements: --rates prints its JSON"),
         (["--output", "/dev/null/x"], "The folder of --output /dev/null cannot be a folder"),
         (["--output", "/dev"], "--output /dev is a folder. Pass a file"),
         (["--output_dir", "x"], "--output_dir is not a flag of this command"),
@@ -67,7 +68,7 @@ def test_invalid_flags_raise_before_the_first_measurement(argv, monkeypatch, fla
 
 
 def test_rates_are_printed_as_json(argv, capsys):
-    main([*argv, "--rates"])
+    main([*argv[: argv.index("--output")], "--rates"])
     rates = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert rates.keys() == {"threads", "training", "sampling"}
     assert min(rates.values()) > 0

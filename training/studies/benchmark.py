@@ -59,6 +59,8 @@ def parse_args(argv: list[str] | None = None) -> tuple[Namespace, CFGConfig]:
         "--rates", action="store_true", help="Print only images/s of training and of sampling instead, as JSON."
     )
     args, train_argv = parser.parse_known_args(argv)
+    if args.rates and args.output is not None:
+        raise UserError("--output is for the other measurements: --rates prints its JSON.")
     refuse_flags(train_argv, REFUSED)
     for name in ("batch_sizes", "sampling_steps", "training_steps", "repeats", "busy"):
         value = getattr(args, name)
