@@ -122,7 +122,7 @@ def check_residual(sigma_rel: float, residual: float, missing: Sequence[int]) ->
     )
     if residual > MAX_RESIDUAL:
         raise UserError(f"{text}; at most {MAX_RESIDUAL:.0%} are accepted. {advice}")
-    logger.warning("%s. The model is saved nevertheless. %s", text, advice)
+    logger.warning("%s, so its average is less exact. %s", text, advice)
 
 
 def combine(paths: Sequence[Path], coefficients: np.ndarray) -> dict[str, torch.Tensor]:
