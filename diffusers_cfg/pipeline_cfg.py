@@ -14,10 +14,12 @@ import operator
 import os
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from diffusers import (
     AutoencoderKL,
     DiffusionPipeline,
@@ -226,6 +228,7 @@ class CFGPipeline(DiffusionPipeline):
         scale = 2 ** (len(self.vae.config.block_out_channels) - 1)  # each level of the VAE but the last halves the size
         return self.vae.config.in_channels, scale * height, scale * width
 
+    @torch.inference_mode(False)  # inpainting takes gradients of what the call computes
     @torch.no_grad()
     def __call__(
         self,
@@ -248,9 +251,11 @@ class CFGPipeline(DiffusionPipeline):
         classifier_guidance_scale: float | Sequence[float] | torch.Tensor | Callable[[float], Any] | None = None,
         image: PipelineImageInput | None = None,
         strength: float | None = None,
+        mask_image: PipelineImageInput | None = None,
     ) -> ImagePipelineOutput | tuple:
         r"""
-        Generate images of the given classes, or with `image` change that image towards them.
+        Generate images of the given classes, or with `image` change that image towards them. With `mask_image`, change
+        only the part of it where the mask is white.
 
         Args:
             class_labels (`int`, `str`, `dict`, `list` or `torch.Tensor`): One label or a list of labels. A label is a
@@ -303,8 +308,11 @@ class CFGPipeline(DiffusionPipeline):
                 model's size: one for all images, one for each label or one for each image. Arrays `(images, height,
                 width, channels)` and tensors `(images, channels, height, width)` have values in [0, 1]. Sampling starts
                 from z = αx + σε at an intermediate step (SDEdit, Meng et al. 2021, arXiv 2108.01073).
-            strength (`float`, *optional*): Fraction of the steps that are taken, in (0, 1]. Defaults to 0.8. At
-                1 the result does not depend on `image`.
+            strength (`float`, *optional*): Fraction of the steps that are taken, in (0, 1]. Defaults to 0.8, or to 1
+                with `mask_image`. At 1 the result does not depend on `image` where the mask is white.
+            mask_image (`PIL.Image.Image`, `np.ndarray`, `torch.Tensor` or `list`, *optional*): Mask of the size of
+                `image`, in the same forms, with one channel. White (from 0.5) is generated, black is kept: see
+                `inpainting_guidance`. In the latents of a VAE, a position is kept if all of its pixels are black.
 
         Returns:
             `ImagePipelineOutput` or `tuple`: `images`, in the order of the labels.
@@ -346,7 +354,7 @@ class CFGPipeline(DiffusionPipeline):
             callback_on_step_end_tensor_inputs=callback_on_step_end_tensor_inputs,
             strength=strength,
         )
-        strength = self._checked_strength(image, strength)
+        strength = self._checked_strength(image, strength, mask_image)
         rescale = guidance_rescale or None
         self._check_type("guider", guider)
         self._check_guider(
@@ -372,7 +380,7 @@ class CFGPipeline(DiffusionPipeline):
         first = self._first_step(scheduler, num_inference_steps, strength)
         log_snr = log_snr[first:]
         per_image = log_snr, num_images, num_images_per_label
-        pixels = None if image is None else self._pixels(image, num_images, num_images_per_label)
+        pixels, mask = self._image_and_mask(image, mask_image, num_images, num_images_per_label)
         interval = None if self._is_unconditional else guidance_interval  # w = 0 outside of it would be conditional
         scales = self._guidance_scales("guidance_scale", guidance_scale, interval, *per_image)
         self._check_guidance_scales(scales)
@@ -392,14 +400,27 @@ class CFGPipeline(DiffusionPipeline):
         gradient_scales = classifier_scales[is_classified].to(device).split(num_classified)
         noise = self._prepare_latents(latents, num_images, generator, device)
         sample = noise * scheduler.init_noise_sigma
-        if pixels is not None and first:
+        inpainting = None
+        if pixels is not None and (first or mask is not None):
             x = self.encode(2 * pixels.to(device) - 1, generator).float()
-            sample = scheduler.add_noise(x, noise, scheduler.timesteps[first : first + 1])
+            inpainting = None if mask is None else (x, mask.to(device))
+            if first:
+                sample = scheduler.add_noise(x, noise, scheduler.timesteps[first : first + 1])
         step_kwargs = self._step_kwargs(scheduler, generator)
         dtype = self.unet.dtype  # read once: diffusers searches all modules for it
         timesteps, classifier = scheduler.timesteps[first:].to(device), self.classifier
         self._log_snr, self._num_timesteps, self._guidance_scale = log_snr, len(timesteps), guidance_scale
         self._interrupt, gradients_are_finite = False, []
+
+        def predict(z: torch.Tensor, t: torch.Tensor, i: int) -> torch.Tensor:
+            """Return the guided prediction of step i at z, float32."""
+            z = z.to(dtype)
+            latent = self._draw_latent(num_images, generator, device)
+            if guider is not None:
+                return self.guider_prediction(guider, z, t, i, len(timesteps), class_labels, guide_labels, latent)
+            w, needs = scales[i], (needs_cond[i], needs_uncond[i])
+            preds = self.predictions(z, t, class_labels, guide_labels, w, *needs, latent)
+            return self.guide(*preds, w, guidance_rescale)
 
         # 3. Algorithm 2
         for i, t in enumerate(self.progress_bar(timesteps)):  # pyright: ignore[reportCallIssue, reportArgumentType]
@@ -411,23 +432,20 @@ class CFGPipeline(DiffusionPipeline):
                     "pipe.classifier between calls. To guide some of the steps only, pass guidance_interval, or a "
                     "function of the log-SNR as classifier_guidance_scale."
                 )
-            z_float32 = scheduler.scale_model_input(sample, t)
-            z = z_float32.to(dtype)
-            latent = self._draw_latent(num_images, generator, device)
-            if guider is None:
-                w, needs = scales[i], (needs_cond[i], needs_uncond[i])
-                preds = self.predictions(z, t, class_labels, guide_labels, w, *needs, latent)
-                pred = self.guide(*preds, w, guidance_rescale)
+            z = scheduler.scale_model_input(sample, t)
+            if inpainting is None:
+                pred = predict(z, t, i)
             else:
-                inputs = class_labels, guide_labels, latent
-                pred = self.guider_prediction(guider, z, t, i, len(timesteps), *inputs)
+                pred = self.inpainting_guidance(partial(predict, t=t, i=i), z, *inpainting, log_snr[i].item())
             if num_classified[i]:
                 rows, s = gradient_rows[i], gradient_scales[i]
-                guidance = self.classifier_guidance(z_float32[rows], t, classes[rows], s, log_snr[i].item())
+                guidance = self.classifier_guidance(z[rows], t, classes[rows], s, log_snr[i].item())
                 gradients_are_finite.append(guidance.isfinite().flatten(1).all(1))
                 pred = pred.index_add(0, rows, guidance)
             # DDIM and DDPM read the timestep, which is free on the CPU.
             sample = scheduler.step(pred, scheduler.timesteps[first + i], sample, **step_kwargs).prev_sample
+            if inpainting is not None:
+                sample = self._keep(sample, *inpainting, noise, scheduler, first + i)
 
             if callback_on_step_end is not None:
                 self._check_gradients(gradients_are_finite, classified, log_snr)  # before it sees the latents
@@ -552,6 +570,75 @@ class CFGPipeline(DiffusionPipeline):
             log_prob = (classes * self.classifier(y, t).log_softmax(1)).sum()
             (gradient,) = torch.autograd.grad(log_prob, y)
         return scale.view(-1, 1, 1, 1) * factor[self.scheduler.config["prediction_type"]] * gradient
+
+    def inpainting_guidance(
+        self,
+        predict: Callable[[torch.Tensor], torch.Tensor],
+        z: torch.Tensor,
+        x: torch.Tensor,
+        mask: torch.Tensor,
+        log_snr: float,
+    ) -> torch.Tensor:
+        r"""
+        Return a prediction that is guided towards samples which equal x where the mask is 0.
+
+        ΠGDM (Song et al. 2023, "Pseudoinverse-Guided Diffusion Models for Inverse Problems") approximates p(x_kept | z)
+        by N(x̂_kept, r² I), where x̂ is the prediction of x. Its gradient changes x̂ by
+
+            σ²/α ∇_z log p(x_kept | z) = σ²/(α r²) (∂x̂/∂z)ᵀ (x - x̂)_kept,   r² = σ_d² σ² / (α² σ_d² + σ²).
+
+        r² is the variance of x given z if x ~ N(0, σ_d² I). σ_d is 0.5 for images (Karras et al. 2022) and 1 for
+        latents. Where σ/α > 10, z tells nothing about x, and the prediction is not changed.
+
+        Args:
+            predict (`Callable`): Function that returns the prediction at z.
+            z, x (`torch.Tensor` of shape `(batch, *sample_shape)`): Noisy and clean samples.
+            mask (`torch.Tensor` of shape `(batch, 1, height, width)`): 1 where the sample is generated.
+            log_snr (`float`): λ at the timestep.
+
+        Returns:
+            `torch.Tensor` of the shape of z, in float32.
+        """
+        if log_snr < -2 * math.log(10):
+            return predict(z)
+        alpha, sigma = (math.sqrt(1 / (1 + math.exp(-sign * log_snr))) for sign in (1, -1))
+        sigma_data = 0.5 if self.vae is None else 1.0
+        kind = self.scheduler.config["prediction_type"]
+        with torch.enable_grad():
+            z = z.clone().requires_grad_()
+            pred = predict(z)
+            x_pred = {"epsilon": (z - sigma * pred) / alpha, "v_prediction": alpha * z - sigma * pred, "sample": pred}[
+                kind
+            ]
+            error = ((1 - mask) * (x - x_pred)).detach()
+            (gradient,) = torch.autograd.grad((error * x_pred).sum(), z)
+        change = (alpha**2 + (sigma / sigma_data) ** 2) / alpha * gradient  # of x̂
+        return pred.detach() + {"epsilon": -alpha / sigma, "v_prediction": -1 / sigma, "sample": 1.0}[kind] * change
+
+    @staticmethod
+    def _keep(
+        sample: torch.Tensor,
+        x: torch.Tensor,
+        mask: torch.Tensor,
+        noise: torch.Tensor,
+        scheduler: SchedulerMixin,
+        index: int,
+    ) -> torch.Tensor:
+        """
+        Replace the kept part of z after a step by αx + σε at the noise level that the step has reached.
+
+        Args:
+            sample, x (`torch.Tensor` of shape `(images, *sample_shape)`): z and the clean sample.
+            mask (`torch.Tensor` of shape `(images, 1, height, width)`): 1 where the sample is generated.
+            noise (`torch.Tensor` of shape `(images, *sample_shape)`): ε, the same for all steps.
+            scheduler (`SchedulerMixin`): The scheduler that took the step.
+            index (`int`): Index of the timestep of the step.
+        """
+        is_last = index + 1 == len(scheduler.timesteps)
+        if not is_last and (index + 1) % scheduler.order:  # inside a step of a solver that takes several evaluations
+            return sample
+        kept = x if is_last else scheduler.add_noise(x, noise, scheduler.timesteps[index + 1 : index + 2])
+        return torch.where(mask > 0, sample, kept)
 
     def _check_gradients(self, are_finite: list[torch.Tensor], classified: torch.Tensor, log_snr: torch.Tensor) -> None:
         """
@@ -1416,12 +1503,14 @@ class CFGPipeline(DiffusionPipeline):
             self._check_latents("latents", latents, shape)
         return latents.to(device=device, dtype=torch.float32)
 
-    def _checked_strength(self, image: Any, strength: Any) -> float | None:
-        """Return the strength, by default 0.8; `None` without an image."""
+    def _checked_strength(self, image: Any, strength: Any, mask_image: Any) -> float | None:
+        """Return the strength, by default 0.8, or 1 with a mask; `None` without an image, which both need."""
         if image is None:
-            self._require("strength", strength, strength is None, "left out without image")
+            for name, value in (("strength", strength), ("mask_image", mask_image)):
+                self._require(name, value, value is None, "left out without image")
             return None
-        return 0.8 if strength is None else float(strength)
+        default = 0.8 if mask_image is None else 1.0
+        return default if strength is None else float(strength)
 
     @staticmethod
     def _first_step(scheduler: SchedulerMixin, num_inference_steps: int, strength: float | None) -> int:
@@ -1439,13 +1528,33 @@ class CFGPipeline(DiffusionPipeline):
             scheduler.set_begin_index(first)
         return first
 
-    def _pixels(self, image: Any, num_images: int, num_images_per_label: int) -> torch.Tensor:
-        """Convert images in any form to `(images, *image_shape)` in [0, 1], float32."""
+    def _image_and_mask(
+        self, image: Any, mask_image: Any, num_images: int, num_images_per_label: int
+    ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+        """
+        Convert an image and its mask.
+
+        Returns:
+            Pixels in [0, 1], `(images, *image_shape)`, and 1 where a sample is generated, else 0, `(images, 1, height,
+            width)` of the sample; both float32, or `None` without.
+        """
+        if image is None:
+            return None, None
+        pixels = self._pixels("image", image, self.image_shape[0], num_images, num_images_per_label)
+        if mask_image is None:
+            return pixels, None
+        is_generator = self._generator_steps is not None
+        self._require("mask_image", mask_image, not is_generator, "left out for a generator, whose steps are too few")
+        mask = self._pixels("mask_image", mask_image, 1, num_images, num_images_per_label)
+        return pixels, F.adaptive_max_pool2d((mask >= 0.5).float(), self.sample_shape[1:])
+
+    def _pixels(self, name: str, image: Any, channels: int, num_images: int, num_images_per_label: int) -> torch.Tensor:
+        """Convert images in any form to `(images, channels, height, width)` of `image_shape` in [0, 1], float32."""
         listed = list(image) if isinstance(image, (list, tuple)) else [image]
         transparent = {"LA", "La", "PA", "RGBA", "RGBa"}
         modes = [item.mode for item in listed if getattr(item, "mode", None) in transparent]
-        self._require("The mode of image", modes and modes[0], not modes, "one without transparency; use image.convert")
-        channels, num_labels = self.image_shape[0], num_images // num_images_per_label
+        required = f"one without transparency; use {name}.convert"
+        self._require(f"The mode of {name}", modes and modes[0], not modes, required)
         # Sizes are not changed: that would distort the image.
         processor = VaeImageProcessor(
             do_resize=False,
@@ -1458,19 +1567,20 @@ class CFGPipeline(DiffusionPipeline):
             pixels = processor.preprocess(listed if isinstance(image, tuple) else image).float()
         except (AttributeError, IndexError, RuntimeError, TypeError, ValueError) as error:
             raise ValueError(
-                "image must be a PIL image, an array (images, height, width, channels), a tensor (images, channels, "
+                f"{name} must be a PIL image, an array (images, height, width, channels), a tensor (images, channels, "
                 f"height, width) or a list of these, all of one size, but is {self._shown(image)}."
             ) from error
-        if pixels.shape[1:] != self.image_shape:
+        shape, num_labels = (channels, *self.image_shape[1:]), num_images // num_images_per_label
+        if pixels.shape[1:] != shape:
             raise ValueError(
-                f"image has the shape {tuple(pixels.shape[1:])} (channels, height, width), but this model needs "
-                f"{self.image_shape}. Resize or crop it."
+                f"{name} has the shape {tuple(pixels.shape[1:])} (channels, height, width), but this model needs "
+                f"{shape}. Resize or crop it."
             )
         values = pixels.min().item(), pixels.max().item()
-        self._require("The range of image", values, 0 <= values[0] <= values[1] <= 1, "in [0, 1]")
+        self._require(f"The range of {name}", values, 0 <= values[0] <= values[1] <= 1, "in [0, 1]")
         if len(pixels) not in (1, num_labels, num_images):
             raise ValueError(
-                f"image contains {len(pixels)} images, but must contain one, one per label ({num_labels}) or one per "
+                f"{name} contains {len(pixels)} images, but must contain one, one per label ({num_labels}) or one per "
                 f"image ({num_images})."
             )
         return pixels.repeat_interleave(num_images // len(pixels), 0)
