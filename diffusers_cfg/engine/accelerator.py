@@ -24,8 +24,8 @@ def make_accelerator(config: TrainConfig | None = None) -> Accelerator:
     Return an `Accelerator` for the processes and the device of the launcher, and configure logging.
 
     Args:
-        config (`TrainConfig`, *optional*): the settings of a training run. By default there are no trackers, as for
-            sampling.
+        config (`TrainConfig`, *optional*): the settings of a training run, or the output folder and the trackers of an
+            evaluation. By default there are no trackers, as for sampling.
 
     Raises:
         UserError: if a tracker is unknown or not installed, or the launcher would shard the network.
@@ -70,7 +70,10 @@ def make_accelerator(config: TrainConfig | None = None) -> Accelerator:
         # on a CPU, so most of the network would not learn. Reading this attribute makes torch import its compiler.
         torch._inductor.config.layout_optimization = False
     if missing := [str(name) for name in log_with if name not in (LoggerType.ALL, *accelerator.log_with)]:
-        raise UserError(f"--report_to {', '.join(missing)} is not installed. Install it, or pass --report_to none.")
+        raise UserError(
+            f"--report_to {', '.join(missing)} is not installed. Install it with `pip install {' '.join(missing)}`, or "
+            "pass --report_to none."
+        )
     return accelerator
 
 

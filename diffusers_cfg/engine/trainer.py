@@ -277,7 +277,8 @@ class Trainer:
             self.publisher = BackgroundPublisher(self.repo_id, config.hub_token)
         steps = range(state.step, plan.total_steps)
         self.batches = StepBatches(config, accelerator, self.dataset, method, steps, plan.accumulation)
-        trackers = Trackers(config, accelerator, state.trackers, state.step)
+        trackers = Trackers(config, accelerator, config.public())
+        trackers.start(state.trackers, state.step)
         self.log = Log(config, accelerator, trackers, method, state.step, plan.total_steps, plan.batch_size)
         self.any_process = make_vote(accelerator, config.ddp_timeout)
         self.started = time.perf_counter() - state.seconds

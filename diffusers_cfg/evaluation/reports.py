@@ -97,6 +97,30 @@ def sweep_table(record: dict[str, Any]) -> str:
     return f"{table(['w', *names.values(), *costs.values()], rows)}\n\n{caption(record)}\n"
 
 
+def sweep_curves(record: dict[str, Any], prefix: str = "") -> list[dict[str, float]]:
+    """
+    Return what was measured for each w as numbers by name, ordered by w.
+
+    Args:
+        record (`dict[str, Any]`): the contents of metrics.json.
+        prefix (`str`): text before each name. That of w is `w`.
+    """
+    rows = sorted(record["results"], key=lambda row: row["guidance_scale"])
+    left_out = {"guidance_scale", "gradients"} - cost_names(rows).keys()
+    names = [name for name, value in rows[0].items() if isinstance(value, (int, float)) and name not in left_out]
+    return [{f"{prefix}w": row["guidance_scale"], **{f"{prefix}{name}": row[name] for name in names}} for row in rows]
+
+
+def sweep_cells(record: dict[str, Any]) -> tuple[list[str], list[list[float | str | None]]]:
+    """Return the columns and the rows of `sweep_table` as numbers, with a column for each standard error."""
+    first = record["results"][0]
+    names = {metric: name for metric, name in record["metric_names"].items() if metric in first}
+    errors = {f"{metric}_error": f"{name}, standard error" for metric, name in names.items()}
+    columns = {**names, **{key: name for key, name in errors.items() if key in first}, **cost_names(record["results"])}
+    rows = [(format_number(row["guidance_scale"]), row) for row in record["results"]] + [("real", record["floor"])]
+    return ["w", *columns.values()], [[w, *(row.get(column) for column in columns)] for w, row in rows]
+
+
 def cost_names(rows: list[dict[str, Any]]) -> dict[str, str]:
     """Return the display names of the costs: network evaluations, and gradients of the classifier if there are any."""
     has_gradients = any(row.get("gradients") for row in rows)

@@ -187,6 +187,11 @@ class EvaluationConfig(SamplingConfig, EvaluatedDataConfig):
     )
     output_dir: str | None = flag(None, "Output folder; defaults to MODEL/evaluation, which the model card shows.")
     statistics_dir: str = flag(str(CACHE_DIR), "Folder that caches the statistics of the real images.")
+    report_to: str = flag(
+        "none", "Trackers that get the results, separated by commas: tensorboard, wandb, trackio, …, all or none."
+    )
+    tracker_project_name: str = flag("diffusers-cfg", "Name of the project in the trackers.")
+    run_name: str | None = flag(None, "Name of the run in the trackers; by default that of the model with -evaluation.")
 
     def check(self) -> None:
         super().check()

@@ -1,5 +1,6 @@
 """Evaluate a model over guidance scales w: generate samples for each w and compare them with the model's data."""
 
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -41,7 +42,9 @@ from diffusers_cfg.files import check_writable, refuse_data_folder, save_image
 SAMPLES = "samples"
 
 
-def run_sweep(config: EvaluationConfig, accelerator: Accelerator) -> dict[str, Any]:
+def run_sweep(
+    config: EvaluationConfig, accelerator: Accelerator, on_start: Callable[[], None] = lambda: None
+) -> dict[str, Any]:
     """
     Generate samples for each w, evaluate them, and write a report to `output_folder(config)`. Existing samples are
     reused, so that an interrupted sweep resumes.
@@ -49,6 +52,7 @@ def run_sweep(config: EvaluationConfig, accelerator: Accelerator) -> dict[str, A
     Args:
         config (`EvaluationConfig`): the settings of the command `evaluate_cfg.py`.
         accelerator (`Accelerator`): the processes that share the work.
+        on_start (`Callable[[], None]`): called on all processes after all checks, before any image is generated.
 
     Returns:
         On the main process the contents of metrics.json, whose `results` have a row of metrics for each w; on the other
@@ -66,6 +70,7 @@ def run_sweep(config: EvaluationConfig, accelerator: Accelerator) -> dict[str, A
         dataset, id2label, data_name = load_data(config.model, config.given_data, pipeline, accelerator.is_main_process)
     settings = {"class_labels": config.class_labels, **sampling_settings(config, pipeline)}
     with claimed(output_dir / SAMPLES, settings, accelerator):
+        on_start()
         real = RealStatistics(
             accelerator, dataset, id2label, config.feature_extractor, config.num_samples, Path(config.statistics_dir)
         )

@@ -119,6 +119,7 @@ def test_unknown_trackers_raise(report_to, tmp_path):
         ("wandb", {"name": "out", "resume": "allow"}, {"name": "out", "id": "run-1", "resume": "allow"}),
         ("trackio", {"name": "out", "resume": "never"}, {"name": "run-1", "resume": "allow"}),
         ("mlflow", {"run_name": "out", "run_id": None}, {"run_name": "out", "run_id": "run-1"}),
+        ("swanlab", {"experiment_name": "out"}, {"experiment_name": "out", "id": "run-1", "resume": "allow"}),
         ("comet_ml", {"experiment_key": None}, {"experiment_key": "run-1"}),
         ("aim", {"run_hash": None}, {"run_hash": "run-1"}),
         ("clearml", {"task_name": "out", "continue_last_task": False}, {"continue_last_task": "run-1"}),
@@ -177,7 +178,7 @@ def test_tensorboard_shows_one_curve_after_a_kill(tmp_path):
 
 def test_tracker_without_images_is_named_once(tmp_path, calls, caplog):
     train(tmp_path / "out", "--report_to", "dvclive", "--validation_steps", "1", "--max_train_steps", "2")
-    assert caplog.text.count("dvclive gets no images of samples, which are in") == 1
+    assert caplog.text.count("dvclive gets no images or tables, which are in") == 1
 
 
 @pytest.mark.parametrize("name", [str(name) for name in LoggerType if name != LoggerType.ALL])

@@ -191,7 +191,7 @@ def test_evaluations_during_training_guide_with_the_classifier(trained_model, tm
     flags = ["--max_train_steps", "1", "--eval_steps", "1", "--num_eval_samples", "20", "--report_to", "tensorboard"]
     train_classifier(tmp_path / "out", trained_model, *flags)
     assert calls == [(0.0, 0.0, 12), (0.0, 1.0, 12)]
-    assert {"recall/w=0", "recall/w=1"} < scalars(tmp_path / "out").keys()
+    assert {"recall/w_0", "recall/w_1"} < scalars(tmp_path / "out").keys()
 
 
 def test_other_runs_start_from_a_model_with_a_classifier(run, trained_model, tmp_path, caplog):
