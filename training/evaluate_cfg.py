@@ -15,12 +15,12 @@ sweep resumes from its existing samples. `--report_to` sends the results to trac
 """
 
 from diffusers_cfg.config import parse_config, run_command
-from diffusers_cfg.evaluation.settings import EvaluationConfig
+from diffusers_cfg.evaluation.settings import TrackedEvaluationConfig
 
 
 def main(argv: list[str] | None = None) -> None:
     """Run the command with `argv`, by default `sys.argv[1:]`."""
-    config = parse_config(EvaluationConfig, argv)
+    config = parse_config(TrackedEvaluationConfig, argv)
     # Imported here so that --help and flag errors do not wait for torch.
     from PIL import Image
 

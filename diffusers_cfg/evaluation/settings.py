@@ -162,7 +162,7 @@ class SampleConfig(SamplingConfig):
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluationConfig(SamplingConfig, EvaluatedDataConfig):
-    """The settings of `evaluate_cfg.py`."""
+    """The settings of a sweep over w, by `evaluate_cfg.py` and studies."""
 
     description: ClassVar[str] = (
         "Evaluate a trained model over guidance scales w, as in the paper's tables 1 and 2 and figure 4."
@@ -187,17 +187,25 @@ class EvaluationConfig(SamplingConfig, EvaluatedDataConfig):
     )
     output_dir: str | None = flag(None, "Output folder; defaults to MODEL/evaluation, which the model card shows.")
     statistics_dir: str = flag(str(CACHE_DIR), "Folder that caches the statistics of the real images.")
-    report_to: str = flag(
-        "none", "Trackers that get the results, separated by commas: tensorboard, wandb, trackio, …, all or none."
-    )
-    tracker_project_name: str = flag("diffusers-cfg", "Name of the project in the trackers.")
-    run_name: str | None = flag(None, "Name of the run in the trackers; by default that of the model with -evaluation.")
 
     def check(self) -> None:
         super().check()
         scales = self.guidance_scales or []
         if len(set(scales)) < len(scales):
             raise UserError(f"guidance_scales must not repeat a value, but is {scales}.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrackedEvaluationConfig(EvaluationConfig):
+    """The settings of `evaluate_cfg.py`."""
+
+    group = "trackers"
+
+    report_to: str = flag(
+        "none", "Trackers that get the results, separated by commas: tensorboard, wandb, trackio, …, all or none."
+    )
+    tracker_project_name: str = flag("diffusers-cfg", "Name of the project in the trackers.")
+    run_name: str | None = flag(None, "Name of the run in the trackers; by default that of the model with -evaluation.")
 
 
 @dataclass(frozen=True, kw_only=True)
