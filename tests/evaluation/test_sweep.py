@@ -18,7 +18,7 @@ from diffusers_cfg.config import UserError, parse_config
 from diffusers_cfg.data.sources import Digits
 from diffusers_cfg.evaluation import features, reports, sample_sets, sampling
 from diffusers_cfg.evaluation.class_labels import choose_class_labels
-from diffusers_cfg.evaluation.reports import metric_names, sweep_table
+from diffusers_cfg.evaluation.reports import metric_names, sweep_cells, sweep_curves, sweep_table
 from diffusers_cfg.evaluation.settings import EvaluationConfig
 from diffusers_cfg.evaluation.sweep import output_folder, run_sweep
 from tests.support.extractors import DINOV2, VIT, save_extractor
@@ -330,6 +330,23 @@ def test_rgb_model_is_evaluated_on_its_grayscale_data(tmp_path, evaluate):
     model = make_model(tmp_path / "model", in_channels=3, out_channels=3)
     (row,) = evaluate(model, tmp_path / "out", "--guidance_scales", "1")
     assert 0 <= row["class_accuracy"] <= 1
+
+
+def test_cells_and_curves_have_the_numbers_of_the_table(one_sweep):
+    record = json.loads((one_sweep / "metrics.json").read_text())
+    columns, rows = sweep_cells(record)
+    assert [row[0] for row in rows] == ["0", "1", "real"]
+    cells = {name: [row[i] for row in rows] for i, name in enumerate(columns)}
+    measured = [*record["results"], record["floor"]]
+    assert cells["Fréchet distance"] == [row["frechet_distance"] for row in measured]
+    assert cells["kernel distance, standard error"] == [row["kernel_distance_error"] for row in measured]
+    assert cells["evaluations"] == [2, 4, None]
+    assert "gradients" not in columns
+    record["results"].reverse()
+    curves = sweep_curves(record, "a/")
+    assert [point["a/w"] for point in curves] == [0, 1]
+    assert [point["a/frechet_distance"] for point in curves] == cells["Fréchet distance"][:2]
+    assert not {"a/gradients", "a/guidance_scale", "a/accuracy_by_class"} & curves[0].keys()
 
 
 def test_output_folder_defaults_to_the_models_folder(abc):
