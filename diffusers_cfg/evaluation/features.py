@@ -36,6 +36,9 @@ class FeatureExtractor(nn.Module):
         resize (`str`): how images are resized to its input size, for captions.
         num_features (`int`): the dimension of its features.
         num_classes (`int`): the number of its classes, 0 if it has none.
+        num_spatial_features (`int`): the dimension of its features for the sFID, 0 if it has none.
+        spatial_features (`torch.Tensor` of shape `(batch, num_spatial_features)`, *optional*): those of the images of
+            the last call.
         id2label (`dict[int, str]`, *optional*): the names of its classes.
         accuracy (`float`, *optional*): its accuracy on held-out real images, if known.
     """
@@ -44,8 +47,14 @@ class FeatureExtractor(nn.Module):
     resize: str
     num_features: int
     num_classes: int
+    num_spatial_features: int = 0
+    spatial_features: torch.Tensor | None = None
     id2label: dict[int, str] | None = None
     accuracy: float | None = None
+
+    def record(self) -> dict[str, Any]:
+        """Return the properties of the network, for JSON."""
+        return {name: getattr(self, name) for name in ("name", "resize", "num_features", "accuracy")}
 
     def forward(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
         """
@@ -175,6 +184,10 @@ class Inception(FeatureExtractor):
     The network of the FID and the inception score: TensorFlow's 2015 Inception with its bilinear resize, as ported by
     torch-fidelity. The features are the 2048 of pool3; the logits have no bias.
 
+    The spatial features are those of ADM's evaluator for the sFID (Nash et al. 2021, arXiv 2103.03841): the first 7
+    channels of TensorFlow's `mixed_6/conv`, which torch-fidelity calls `Mixed_6d.branch1x1`, at 17×17 positions. Their
+    order is TensorFlow's, channels last, in which ADM's reference statistics are stored.
+
     Raises:
         UserError: if torch-fidelity is not installed, or the weights cannot be downloaded.
     """
@@ -183,6 +196,7 @@ class Inception(FeatureExtractor):
     resize = "bilinear to 299×299, as in TensorFlow 1"
     num_features = 2048
     num_classes = 1008
+    num_spatial_features = 17 * 17 * 7
 
     def __init__(self) -> None:
         super().__init__()
@@ -202,6 +216,11 @@ class Inception(FeatureExtractor):
                 f"The weights of --feature_extractor {INCEPTION} cannot be downloaded ({error}). Check the connection, "
                 f"or use --feature_extractor {SMALL}, which needs no download."
             ) from error
+
+        self.network.Mixed_6d.branch1x1.register_forward_hook(self._store_spatial_features)
+
+    def _store_spatial_features(self, _layer: nn.Module, _inputs: tuple[torch.Tensor], output: torch.Tensor) -> None:
+        self.spatial_features = output[:, :7].movedim(1, -1).flatten(1)
 
     def forward(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         return self.network(images)

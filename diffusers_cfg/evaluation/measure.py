@@ -13,7 +13,7 @@ from diffusers_cfg.evaluation.metrics import (
     jackknife,
     precision_recall,
 )
-from diffusers_cfg.evaluation.statistics import BLOCKS, MAX_NEIGHBOURS, RealStatistics, Reference, Summary
+from diffusers_cfg.evaluation.statistics import BLOCKS, MAX_NEIGHBOURS, Gaussian, RealStatistics, Reference, Summary
 
 KERNEL_SUBSETS, KERNEL_SUBSET_SIZE = 100, 1000
 
@@ -29,24 +29,35 @@ def measure(summary: Summary, reference: Reference, id2label: dict[int, str] | N
 
     Returns:
         `dict[str, Any]`: a value for each metric, and standard errors, whose names end in `_error`. There is no
-        inception score if the extractor has no classes, and no class accuracy if it lacks the dataset's classes.
+        inception score if the extractor has no classes, no class accuracy if it lacks the dataset's classes, no sFID
+        without spatial features, and no metric of neighbours and kernels if the reference has no `neighbours`.
     """
     kept = min(summary.num_images, MAX_NEIGHBOURS)
     assert (summary.sums["count"].sum(), len(summary.features)) == (summary.num_images, kept), (
         f"The summary has {summary.sums['count'].sum():.0f} of {summary.num_images} images. Add each image once."
     )
 
-    def distance(blocks: torch.Tensor | slice = slice(None)) -> float:
-        return frechet_distance(reference.moments, summary.moments(blocks), reference.sqrt_covariance)
+    row: dict[str, Any] = {}
+    for name, real, spatial in (
+        ("frechet_distance", reference.features, False),
+        ("spatial_frechet_distance", reference.spatial_features, True),
+    ):
+        if real is None:
+            continue
 
-    row: dict[str, Any] = {"frechet_distance": distance()}
-    if summary.moment_blocks > 1:
-        row["frechet_distance_error"] = jackknife(distance, summary.moment_blocks)
-    real = reference.neighbours
-    fake = summary.features[: len(real)].to(real.device)
-    row["kernel_distance"], row["kernel_distance_error"] = kernel_distance(real, fake)
-    row["precision"], row["recall"] = precision_recall(real, fake)
-    row["density"], row["coverage"] = density_coverage(real, fake)
+        def distance(
+            blocks: torch.Tensor | slice = slice(None), real: Gaussian = real, spatial: bool = spatial
+        ) -> float:
+            return frechet_distance(real.moments, summary.moments(blocks, spatial), real.sqrt_covariance)
+
+        row[name] = distance()
+        if summary.moment_blocks > 1:
+            row[f"{name}_error"] = jackknife(distance, summary.moment_blocks)
+    if (real := reference.neighbours) is not None:
+        fake = summary.features[: len(real)].to(real.device)
+        row["kernel_distance"], row["kernel_distance_error"] = kernel_distance(real, fake)
+        row["precision"], row["recall"] = precision_recall(real, fake)
+        row["density"], row["coverage"] = density_coverage(real, fake)
     if summary.num_classes:
         splits = zip(*(summary.sums[n] for n in ("split_count", "probabilities", "negative_entropy")), strict=True)
         scores = torch.tensor([inception_score(*split) for split in splits])

@@ -11,7 +11,9 @@ from diffusers_cfg.evaluation.settings import format_number
 from diffusers_cfg.files import atomic_write
 
 METRICS_FILE, LIKELIHOOD_FILE = "metrics.json", "likelihood.json"
-LOWER_IS_BETTER = ("frechet_distance", "kernel_distance")
+LOWER_IS_BETTER = ("frechet_distance", "spatial_frechet_distance", "kernel_distance")
+# Metrics whose error is a standard error over blocks of images, shown as a 95 % interval.
+WITH_INTERVAL = ("frechet_distance", "spatial_frechet_distance", "class_accuracy")
 # Half the width of a 95 % interval, in standard errors.
 INTERVAL = 1.96
 # What w means by each rule of guidance but classifier-free guidance, whose formula is that of the paper.
@@ -20,7 +22,7 @@ RULES = {
     "conditional_classifier": "the conditional model and the classifier at the scale w",
     "both": "classifier-free guidance at w/2 and the classifier at the scale w/2",
 }
-DECIMALS = {"frechet_distance": 3, "kernel_distance": 4, "inception_score": 2}
+DECIMALS = {"kernel_distance": 4, "inception_score": 2}
 
 
 def table(header: list[str], rows: list[list[str]]) -> str:
@@ -63,12 +65,13 @@ def save_figure(figure: Figure, path: Path) -> None:
 
 
 def metric_names(feature_extractor: str) -> dict[str, str]:
-    """Return the display names of the metrics. Only Inception's features give an FID, KID or IS."""
+    """Return the display names of the metrics. Only Inception's features give an FID, KID, IS or sFID."""
     names = ["Fréchet distance", "kernel distance", "classifier score"]
     if feature_extractor == "inception":
         names = ["FID", "KID", "IS"]
     return {
         **dict(zip(("frechet_distance", "kernel_distance", "inception_score"), names, strict=True)),
+        "spatial_frechet_distance": "sFID",
         **{name: name for name in ("precision", "recall", "density", "coverage")},
         "class_accuracy": "class accuracy",
         "worst_class_accuracy": "worst class",
@@ -93,7 +96,8 @@ def sweep_table(record: dict[str, Any]) -> str:
     for row in record["results"]:
         cells = [cell(row, metric, record["best"]) for metric in names]
         rows.append([format_number(row["guidance_scale"]), *cells, *(f"{row[cost]:g}" for cost in costs)])
-    rows.append(["real", *(cell(record["floor"], metric) for metric in names), *("" for _ in costs)])
+    if record["floor"]:
+        rows.append(["real", *(cell(record["floor"], metric) for metric in names), *("" for _ in costs)])
     return f"{table(['w', *names.values(), *costs.values()], rows)}\n\n{caption(record)}\n"
 
 
@@ -145,7 +149,7 @@ def cell(row: dict[str, Any], metric: str, best: dict[str, float] | None = None)
     error = row.get(f"{metric}_error")
     if error is None:
         return value
-    return f"{value} ± {error * (INTERVAL if metric in ('frechet_distance', 'class_accuracy') else 1):.{decimals}f}"
+    return f"{value} ± {error * (INTERVAL if metric in WITH_INTERVAL else 1):.{decimals}f}"
 
 
 def caption(record: dict[str, Any], sampling: str | None = None) -> str:
@@ -170,12 +174,29 @@ def caption(record: dict[str, Any], sampling: str | None = None) -> str:
         f"{record['num_samples']} samples for each w ({record['class_labels']} labels, seed {record['seed']}), "
         f"{sampling}{guidance}. Evaluations are network evaluations per image{gradients}. Features: "
         f"{extractor['name']} ({extractor['num_features']} features; resize: {extractor['resize']}{accuracy_text}). "
-        f"Reference: {record['num_real']} real images; precision, recall, density, coverage and kernel distance "
-        f"compare {record['num_neighbours']} samples with {record['num_neighbours']} real images. Last row: "
-        f"{record['num_held_out']} held-out real images in place of samples, against the other real images. ± is a "
-        "95 % interval for the Fréchet distance and the accuracy (jackknife over ten blocks), and a standard deviation "
+        f"{reference_caption(record)} ± is a "
+        "95 % interval for Fréchet distances and the accuracy (jackknife over ten blocks), and a standard deviation "
         "for the score (over ten splits) and the kernel distance (over subsets)."
     )
+
+
+def reference_caption(record: dict[str, Any]) -> str:
+    """Describe the real images or the reference statistics that the samples of a sweep were compared with."""
+    number = record["num_neighbours"]
+    pairs = f"precision, recall, density, coverage and kernel distance compare {number} samples with {number}"
+    if "reference" not in record:
+        return (
+            f"Reference: {record['num_real']} real images; {pairs} real images. Last row: {record['num_held_out']} "
+            "held-out real images in place of samples, against the other real images."
+        )
+    file = record["reference"]
+    text = f"Reference: the statistics in {file['name']} (SHA-256 {file['sha256'][:12]}…), not the training data; "
+    text += (
+        f"{pairs} of its images."
+        if number
+        else "it has no images, and therefore no precision, recall, density, coverage or KID."
+    )
+    return text if file["has_spatial_features"] else f"{text} It has no spatial features, and therefore no sFID."
 
 
 def plot_curves(record: dict[str, Any], path: Path) -> None:
@@ -190,7 +211,8 @@ def plot_curves(record: dict[str, Any], path: Path) -> None:
         width = 1 if metric == "inception_score" else INTERVAL
         errors = [width * row.get(f"{metric}_error", 0.0) for row in results]
         axis.errorbar(w, [row[metric] for row in results], errors, marker="o", capsize=3)
-        axis.axhline(floor[metric], color="gray", linestyle=":", label="real images")
+        if metric in floor:
+            axis.axhline(floor[metric], color="gray", linestyle=":", label="real images")
         best = record["best"][metric]
         axis.axvline(best, color="tab:orange", linewidth=0.8, label=f"best: w = {format_number(best)}")
         axis.set(xlabel=xlabel, ylabel=names[metric])

@@ -182,8 +182,15 @@ class EvaluationConfig(SamplingConfig, EvaluatedDataConfig):
     )
     feature_extractor: str = flag(
         "small",
-        "Feature extractor: small (a classifier trained on the data), inception (needs torch-fidelity), dinov2, or an "
-        "image classifier on the Hub.",
+        "Feature extractor: small (a classifier trained on the data), inception (FID, sFID and IS; needs "
+        "torch-fidelity), dinov2, or an image classifier on the Hub.",
+    )
+    reference: str | None = flag(
+        None,
+        "Statistics of real images to compare with instead of the training data: a reference batch of ADM's evaluator, "
+        "or statistics of EDM, as an npz file with mu and sigma of Inception's features, and optionally mu_s and "
+        "sigma_s of its spatial features and images, arr_0. Needs --feature_extractor inception.",
+        relative=True,
     )
     output_dir: str | None = flag(None, "Output folder; defaults to MODEL/evaluation, which the model card shows.")
     statistics_dir: str = flag(str(CACHE_DIR), "Folder that caches the statistics of the real images.")
@@ -193,6 +200,26 @@ class EvaluationConfig(SamplingConfig, EvaluatedDataConfig):
         scales = self.guidance_scales or []
         if len(set(scales)) < len(scales):
             raise UserError(f"guidance_scales must not repeat a value, but is {scales}.")
+        if self.reference is not None:
+            self._check_reference()
+
+    def _check_reference(self) -> None:
+        """Raise UserError for settings that do not go with reference statistics."""
+        if self.feature_extractor != "inception":
+            raise UserError(
+                f"--reference {self.reference} has statistics of Inception's features, which cannot be compared with "
+                f"those of --feature_extractor {self.feature_extractor}. Pass --feature_extractor inception."
+            )
+        if given := [f"--{name}" for name in self.given_data]:
+            raise UserError(
+                f"{', '.join(given)} cannot be combined with --reference {self.reference}, which replaces the data. "
+                "Omit one of the two."
+            )
+        if self.class_labels == "data":
+            raise UserError(
+                f"--class_labels data needs the labels of the data, which --reference {self.reference} replaces. Pass "
+                "--class_labels balanced or random."
+            )
 
 
 @dataclass(frozen=True, kw_only=True)

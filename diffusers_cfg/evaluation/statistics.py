@@ -39,9 +39,17 @@ class Summary:
         num_images (`int`): the number of images in the whole set.
         num_features (`int`), num_classes (`int`): the numbers of features and classes of the extractor.
         moment_blocks (`int`): the number of consecutive blocks of images with separate sums of features.
+        num_spatial_features (`int`): the number of spatial features of the extractor.
     """
 
-    def __init__(self, num_images: int, num_features: int, num_classes: int, moment_blocks: int = BLOCKS) -> None:
+    def __init__(
+        self,
+        num_images: int,
+        num_features: int,
+        num_classes: int,
+        moment_blocks: int = BLOCKS,
+        num_spatial_features: int = 0,
+    ) -> None:
         self.num_images, self.num_classes, self.moment_blocks = num_images, num_classes, moment_blocks
         self.sums = {
             "count": torch.zeros(moment_blocks),
@@ -54,11 +62,19 @@ class Summary:
             "right": torch.zeros(BLOCKS, num_classes),
             "asked": torch.zeros(BLOCKS, num_classes),
         }
+        if num_spatial_features:
+            self.sums["spatial_total"] = torch.zeros(moment_blocks, num_spatial_features)
+            self.sums["spatial_outer"] = torch.zeros(moment_blocks, num_spatial_features, num_spatial_features)
         self.sums = {name: value.double() for name, value in self.sums.items()}
         self.kept: list[tuple[torch.Tensor, torch.Tensor]] = []
 
     def add(
-        self, indices: torch.Tensor, features: torch.Tensor, logits: torch.Tensor | None, class_labels: torch.Tensor
+        self,
+        indices: torch.Tensor,
+        features: torch.Tensor,
+        logits: torch.Tensor | None,
+        class_labels: torch.Tensor,
+        spatial_features: torch.Tensor | None = None,
     ) -> None:
         """
         Add images to the statistics.
@@ -68,12 +84,17 @@ class Summary:
             features (`torch.Tensor` of shape `(images, features)`): the features of the images.
             logits (`torch.Tensor` of shape `(images, classes)`, *optional*): the class logits of the images.
             class_labels (`torch.Tensor` of shape `(images,)`): the requested classes as ids of the extractor, or -1.
+            spatial_features (`torch.Tensor` of shape `(images, spatial features)`, *optional*): the spatial features
+                of the images.
 
         Raises:
             UserError: if some features are not finite.
         """
-        if not torch.isfinite(features).all():
-            count = int((~torch.isfinite(features)).any(1).sum())
+        finite = torch.isfinite(features).all(1)
+        if spatial_features is not None:
+            finite &= torch.isfinite(spatial_features).all(1)
+        if not finite.all():
+            count = int((~finite).sum())
             raise UserError(
                 f"The feature extractor returned values that are not finite for {count} of {len(features)} images. Use "
                 "a different --feature_extractor."
@@ -82,10 +103,14 @@ class Summary:
         kept = indices < MAX_NEIGHBOURS
         if kept.any():
             self.kept.append((indices[kept], features[kept].float()))
+        moments = {"": features}
+        if spatial_features is not None:
+            moments["spatial_"] = spatial_features.double().cpu()
         for block, rows in self._blocks(indices, self.moment_blocks):
             self.sums["count"][block] += len(rows)
-            self.sums["total"][block] += features[rows].sum(0)
-            self.sums["outer"][block] += features[rows].T @ features[rows]
+            for kind, values in moments.items():
+                self.sums[f"{kind}total"][block] += values[rows].sum(0)
+                self.sums[f"{kind}outer"][block] += values[rows].T @ values[rows]
         if logits is None:
             return
         log_probabilities = logits.double().cpu().log_softmax(1)
@@ -116,9 +141,19 @@ class Summary:
         indices, features = (torch.cat(column) for column in zip(*self.kept, strict=True))
         return features[indices.argsort()]
 
-    def moments(self, blocks: torch.Tensor | slice = slice(None)) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return the mean and the covariance of the features over the selected blocks, by default all."""
-        return mean_and_covariance(*(self.sums[name][blocks].sum(0) for name in ("count", "total", "outer")))
+    def moments(
+        self, blocks: torch.Tensor | slice = slice(None), spatial: bool = False
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """
+        Return the mean and the covariance of the features, or of the spatial features, over the selected blocks, by
+        default all.
+        """
+        return mean_and_covariance(*(self.sums[name][blocks].sum(0) for name in moment_names(spatial)))
+
+
+def moment_names(spatial: bool) -> tuple[str, str, str]:
+    """Return the names in `Summary.sums` of the sums that give the moments of the features or the spatial features."""
+    return ("count", "spatial_total", "spatial_outer") if spatial else ("count", "total", "outer")
 
 
 class Summarizer:
@@ -139,7 +174,10 @@ class Summarizer:
 
     def new_summary(self, num_images: int, moment_blocks: int = BLOCKS) -> Summary:
         """Return an empty summary with the extractor's numbers of features and classes."""
-        return Summary(num_images, self.extractor.num_features, self.extractor.num_classes, moment_blocks)
+        extractor = self.extractor
+        return Summary(
+            num_images, extractor.num_features, extractor.num_classes, moment_blocks, extractor.num_spatial_features
+        )
 
     @torch.no_grad()
     def add(self, summary: Summary, indices: torch.Tensor, images: torch.Tensor, class_labels: torch.Tensor) -> None:
@@ -154,15 +192,28 @@ class Summarizer:
         """
         for rows in torch.arange(len(indices)).split(BATCH_SIZE):
             features, logits = self.extractor(images[rows].to(self.device))
-            summary.add(indices[rows], features, logits, self.class_map[class_labels[rows]])
+            labels = self.class_map[class_labels[rows]]
+            summary.add(indices[rows], features, logits, labels, self.extractor.spatial_features)
+
+
+class Gaussian(NamedTuple):
+    """The moments of the features of real images."""
+
+    moments: tuple[torch.Tensor, torch.Tensor]  # mean (features,) and covariance (features, features)
+    sqrt_covariance: torch.Tensor  # (features, features)
+
+    @classmethod
+    def from_moments(cls, moments: tuple[torch.Tensor, torch.Tensor]) -> "Gaussian":
+        """Return the moments with the square root of the covariance."""
+        return cls(moments, matrix_sqrt(moments[1]))
 
 
 class Reference(NamedTuple):
     """Statistics of the real images that samples are compared with."""
 
-    moments: tuple[torch.Tensor, torch.Tensor]  # mean (features,) and covariance (features, features)
-    sqrt_covariance: torch.Tensor  # (features, features)
-    neighbours: torch.Tensor  # (images, features), for the metrics of neighbours and kernels
+    features: Gaussian
+    spatial_features: Gaussian | None  # for the sFID
+    neighbours: torch.Tensor | None  # (images, features), for the metrics of neighbours and kernels
 
 
 def labelled_images(dataset: Dataset, num_samples: int) -> torch.Tensor:
@@ -172,6 +223,17 @@ def labelled_images(dataset: Dataset, num_samples: int) -> torch.Tensor:
         if number < low:
             raise UserError(f"{number} {kind} are too few for the metrics. Use at least {low}.")
     return labelled
+
+
+def warn_if_rank_deficient(extractor: FeatureExtractor, numbers: dict[str, int]) -> None:
+    """Warn of kinds of images whose number does not exceed the number of features."""
+    for kind, number in numbers.items():
+        if number <= extractor.num_features:
+            logger.warning(
+                "There are only %d %s for the %d features of %s. The covariance does not have full rank, and the "
+                "Fréchet distance is far too large. Use more images, or an extractor with fewer features.",
+                *(number, kind, extractor.num_features, extractor.name),
+            )
 
 
 class RealStatistics:
@@ -221,7 +283,7 @@ class RealStatistics:
                 self.extractor = small_classifier(dataset, data_name, id2label, statistics_dir)
         else:
             self.extractor = pretrained_extractor(feature_extractor)
-        self._warn_if_rank_deficient()
+        warn_if_rank_deficient(self.extractor, {"samples": num_samples, "real images": self.num_real})
         self.summarizer = Summarizer(self.extractor, id2label, accelerator.device)
 
         order = labelled[stratified_order(dataset.class_labels[labelled])]
@@ -238,15 +300,6 @@ class RealStatistics:
                 write_summaries(path, identity, summaries)
         accelerator.wait_for_everyone()
         self.held_out, self.others = summaries["held_out"], summaries["others"]
-
-    def _warn_if_rank_deficient(self) -> None:
-        for kind, number in (("samples", self.num_samples), ("real images", self.num_real)):
-            if number <= self.extractor.num_features:
-                logger.warning(
-                    "There are only %d %s for the %d features of %s. The covariance does not have full rank, and the "
-                    "Fréchet distance is far too large. Use more images, or an extractor with fewer features.",
-                    *(number, kind, self.extractor.num_features, self.extractor.name),
-                )
 
     def _summarize(self, dataset: Dataset, indices: torch.Tensor, summary: Summary) -> None:
         rank, world_size = self.accelerator.process_index, self.accelerator.num_processes
@@ -265,26 +318,27 @@ class RealStatistics:
     @cached_property
     def reference(self) -> Reference:
         """The reference for samples: all real images."""
-        names = ("count", "total", "outer")
-        moments = mean_and_covariance(*((self.others.sums[n] + self.held_out.sums[n]).sum(0) for n in names))
-        return Reference(moments, matrix_sqrt(moments[1]), self.neighbours)
+        return self._reference(self.others, self.held_out)
 
     @property
     def reference_without_held_out(self) -> Reference:
         """The reference for the held-out images: the other images."""
-        moments = self.others.moments()
-        return Reference(moments, matrix_sqrt(moments[1]), self.neighbours)
+        return self._reference(self.others)
+
+    def _reference(self, *summaries: Summary) -> Reference:
+        def gaussian(spatial: bool) -> Gaussian:
+            names = moment_names(spatial)
+            sums = (torch.cat([summary.sums[name] for summary in summaries]).sum(0) for name in names)
+            return Gaussian.from_moments(mean_and_covariance(*sums))
+
+        spatial = gaussian(True) if self.extractor.num_spatial_features else None
+        return Reference(gaussian(False), spatial, self.neighbours)
 
     def record(self) -> dict[str, Any]:
         """Return the settings of the measurement, for JSON. Metrics are comparable if these settings are equal."""
         return {
             "num_samples": self.num_samples,
-            "feature_extractor": {
-                "name": self.extractor.name,
-                "resize": self.extractor.resize,
-                "num_features": self.extractor.num_features,
-                "accuracy": self.extractor.accuracy,
-            },
+            "feature_extractor": self.extractor.record(),
             "num_real": self.num_real,
             "num_neighbours": len(self.neighbours),
             "num_held_out": self.num_held_out,

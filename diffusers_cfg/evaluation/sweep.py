@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from accelerate import Accelerator
@@ -14,14 +14,15 @@ from diffusers_cfg import CFGPipeline
 from diffusers_cfg.config import UserError
 from diffusers_cfg.data.datasets import training_dataset
 from diffusers_cfg.data.images import LabelledImages
-from diffusers_cfg.data.labels import first_names
+from diffusers_cfg.data.labels import UNLABELLED, first_names
 from diffusers_cfg.data.naming import local_name
 from diffusers_cfg.data.sources import load_labelled_images
-from diffusers_cfg.evaluation.class_labels import choose_class_labels, classes_of
+from diffusers_cfg.evaluation.class_labels import choose_class_labels, classes_of, parse_class_labels
 from diffusers_cfg.evaluation.grids import make_grid
 from diffusers_cfg.evaluation.guidance_rules import check_guidance, is_unconditional
 from diffusers_cfg.evaluation.measure import measure, measure_floor
 from diffusers_cfg.evaluation.records import data_config, names_data, recorded_data
+from diffusers_cfg.evaluation.reference import ReferenceFile, ReferenceStatistics, read_reference
 from diffusers_cfg.evaluation.reports import LIKELIHOOD_FILE, METRICS_FILE, write_report
 from diffusers_cfg.evaluation.sample_sets import SETTINGS_FILE, SampleSet, claimed
 from diffusers_cfg.evaluation.sampling import (
@@ -66,28 +67,63 @@ def run_sweep(
     check_sampling(config, pipeline)
     output_dir = output_folder(config)
     check_folders(config, {**(recorded_data(config.model, pipeline) or {}), **config.given_data})
-    with accelerator.main_process_first():
-        dataset, id2label, data_name = load_data(config.model, config.given_data, pipeline, accelerator.is_main_process)
+    data = real_data(config, pipeline, accelerator)
     settings = {"class_labels": config.class_labels, **sampling_settings(config, pipeline)}
     with claimed(output_dir / SAMPLES, settings, accelerator):
         on_start()
-        real = RealStatistics(
-            accelerator, dataset, id2label, config.feature_extractor, config.num_samples, Path(config.statistics_dir)
-        )
-        floor = measure_floor(real) if accelerator.is_main_process else {}
-        class_labels = choose_class_labels(config, dataset.class_labels)
+        real = real_statistics(config, data, accelerator)
+        floor = {}
+        if accelerator.is_main_process and isinstance(real, RealStatistics):
+            floor = measure_floor(real)
+        class_labels = choose_class_labels(config, data.class_labels)
         sets = {w: sample_set(config, w) for w in guidance_scales(config, pipeline)}
         draw_sets(config, accelerator, pipeline, sets, class_labels)
         results = measure_sets(accelerator, real, sets)
         if not accelerator.is_main_process:
             return {}
-        record = {"dataset": data_name, **real.record(), "floor": floor, **sampling_record(config, pipeline)}
+        record = {"dataset": data.name, **real.record(), "floor": floor, **sampling_record(config, pipeline)}
         record = write_report(output_dir, {**record, "results": results}, config.feature_extractor)
-        columns = [id2label[class_id] for class_id in class_labels[: min(len(classes_of(class_labels)), 10)].tolist()]
+        columns = [
+            data.id2label[class_id] for class_id in class_labels[: min(len(classes_of(class_labels)), 10)].tolist()
+        ]
         rows = [samples.first_images(len(columns)) for samples in sets.values()]
         grid = make_grid(torch.stack(rows), [f"w = {format_number(w)}" for w in sets], columns)
         save_image(grid, output_dir / "grid.png")
     return record
+
+
+class RealData(NamedTuple):
+    """What samples are compared with: the images of a dataset, or reference statistics."""
+
+    images: Dataset | ReferenceFile
+    id2label: dict[int, str]
+    class_labels: torch.Tensor  # (images,), -1 for unlabelled; of reference statistics one label of each class
+    name: str
+
+
+def real_data(config: EvaluationConfig, pipeline: CFGPipeline, accelerator: Accelerator) -> RealData:
+    """Read the reference statistics, or load the images of the data. Raise UserError if they do not fit the model."""
+    if config.reference is None:
+        with accelerator.main_process_first():
+            dataset, id2label, name = load_data(config.model, config.given_data, pipeline, accelerator.is_main_process)
+        return RealData(dataset, id2label, dataset.class_labels, name)
+    classes = parse_class_labels(None, pipeline)
+    if classes == [UNLABELLED]:
+        raise UserError(f"{config.model} was trained without classes, for which this evaluation draws samples.")
+    file = read_reference(Path(config.reference), pipeline.image_shape[-1])
+    return RealData(file, pipeline.id2label, torch.tensor(classes), file.path.name)
+
+
+def real_statistics(
+    config: EvaluationConfig, data: RealData, accelerator: Accelerator
+) -> RealStatistics | ReferenceStatistics:
+    """Return the statistics of the real images, which are computed or read from the cache."""
+    num_samples, statistics_dir = config.num_samples, Path(config.statistics_dir)
+    if isinstance(data.images, ReferenceFile):
+        return ReferenceStatistics(accelerator, data.images, data.id2label, num_samples, statistics_dir)
+    return RealStatistics(
+        accelerator, data.images, data.id2label, config.feature_extractor, num_samples, statistics_dir
+    )
 
 
 def check_sampling(config: EvaluationConfig, pipeline: CFGPipeline) -> None:
@@ -127,7 +163,9 @@ def sample_set(config: EvaluationConfig, w: float) -> SampleSet:
     return SampleSet(output_folder(config) / SAMPLES / f"w={format_number(w)}", config.num_samples)
 
 
-def measure_sets(accelerator: Accelerator, real: RealStatistics, sets: dict[float, SampleSet]) -> list[dict[str, Any]]:
+def measure_sets(
+    accelerator: Accelerator, real: RealStatistics | ReferenceStatistics, sets: dict[float, SampleSet]
+) -> list[dict[str, Any]]:
     """Return a row of metrics for each w, on the main process only. The processes share the shards."""
     results = []
     for w, samples in tqdm(

@@ -1,17 +1,26 @@
 """Test the feature extractors: the small classifier, networks from the Hub, and Inception."""
 
+import importlib
 import sys
-import types
 
 import pytest
 import torch
+import torch.nn.functional as F
 from safetensors import safe_open
 from transformers import Dinov2Model, ResNetConfig, ResNetForImageClassification, ViTForImageClassification
 
 from diffusers_cfg.config import UserError
 from diffusers_cfg.evaluation import features as feature_extractors
-from diffusers_cfg.evaluation.features import Dinov2, SmallClassifier, pretrained_extractor, small_classifier
-from tests.support.extractors import CLASSES, DINOV2, LABELS, VIT, save_extractor
+from diffusers_cfg.evaluation.features import Dinov2, Inception, SmallClassifier, pretrained_extractor, small_classifier
+from tests.support.extractors import (
+    CLASSES,
+    DINOV2,
+    LABELS,
+    VIT,
+    mock_torch_fidelity,
+    save_extractor,
+    use_tiny_inception,
+)
 
 RESNET = ResNetConfig(embedding_size=8, hidden_sizes=[8, 24], depths=[1, 1], layer_type="basic", **LABELS)
 
@@ -89,33 +98,43 @@ def test_unknown_extractor_raises(tmp_path):
         pretrained_extractor("/nowhere/at/all")
 
 
-def mock_torch_fidelity(monkeypatch, network) -> None:
-    package = types.ModuleType("torch_fidelity")
-    module = types.ModuleType("torch_fidelity.feature_extractor_inceptionv3")
-    module.FeatureExtractorInceptionV3 = network
-    monkeypatch.setitem(sys.modules, "torch_fidelity", package)
-    monkeypatch.setitem(sys.modules, "torch_fidelity.feature_extractor_inceptionv3", module)
-
-
 def test_inception_without_torch_fidelity_raises(monkeypatch):
-    monkeypatch.setitem(sys.modules, "torch_fidelity", None)
+    for name in ("torch_fidelity", "torch_fidelity.feature_extractor_inceptionv3"):
+        monkeypatch.setitem(sys.modules, name, None)
     with pytest.raises(UserError, match="pip install torch-fidelity torchvision, or use --feature_extractor small"):
         pretrained_extractor("inception")
 
 
-def test_inception_requests_the_features_of_the_fid(monkeypatch):
-    class Network(torch.nn.Module):
-        def __init__(self, name, features_list):
-            super().__init__()
-            assert (name, features_list) == ("inception-v3-compat", ["2048", "logits_unbiased"])
+def test_inception_gives_the_features_of_the_fid_and_the_sfid(monkeypatch):
+    use_tiny_inception(monkeypatch)
+    extractor = pretrained_extractor("inception")
+    features, logits = extractor(images())
+    assert (features.shape, logits.shape) == ((4, 16), (4, 5))
+    pixels = F.adaptive_avg_pool2d(images().float() / 255, 2)
+    layer = extractor.network.Mixed_6d.branch1x1
+    expected = layer(pixels).permute(0, 2, 3, 1)[..., :7].reshape(4, -1)  # in TensorFlow's order
+    assert torch.equal(extractor.spatial_features, expected)
 
-        def forward(self, x):
-            assert x.dtype == torch.uint8
-            return torch.ones(len(x), 2048), torch.zeros(len(x), 1008)
 
-    mock_torch_fidelity(monkeypatch, Network)
-    features, logits = pretrained_extractor("inception")(images())
-    assert (features.shape, logits.shape) == ((4, 2048), (4, 1008))
+def test_inception_of_torch_fidelity(monkeypatch):
+    """Run torch-fidelity's network with random weights in place of the download."""
+    try:
+        module = importlib.import_module("torch_fidelity.feature_extractor_inceptionv3")
+    except (ImportError, RuntimeError) as error:  # torchvision raises RuntimeError if it does not match torch
+        pytest.skip(f"needs torch-fidelity and torchvision ({error})")
+    monkeypatch.setattr(module, "load_state_dict_from_url", lambda *_, **__: {})
+    monkeypatch.setattr(module.FeatureExtractorInceptionV3, "load_state_dict", lambda *_: None)
+    extractor = pretrained_extractor("inception")
+    assert isinstance(extractor, Inception)
+    blocks = []
+    extractor.network.Mixed_6d.register_forward_hook(lambda _layer, _inputs, output: blocks.append(output))
+    features, logits = extractor(images(2, 32))
+    assert (features.shape, logits.shape) == ((2, extractor.num_features), (2, extractor.num_classes))
+    # The block starts with the output of its 1×1 convolution, after normalization and ReLU.
+    assert blocks[0].shape == (2, 768, 17, 17)
+    expected = blocks[0].permute(0, 2, 3, 1)[..., :7].reshape(2, -1)
+    assert expected.shape == (2, extractor.num_spatial_features)
+    assert torch.equal(extractor.spatial_features, expected)
 
 
 def test_failed_inception_download_raises(monkeypatch):

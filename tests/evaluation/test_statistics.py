@@ -16,7 +16,7 @@ from diffusers_cfg.config import UserError
 from diffusers_cfg.data.datasets import CachedImages
 from diffusers_cfg.evaluation import features, measure, statistics
 from diffusers_cfg.evaluation.measure import measure_floor
-from diffusers_cfg.evaluation.statistics import RealStatistics, Reference, Summary, stratified_order
+from diffusers_cfg.evaluation.statistics import Gaussian, RealStatistics, Reference, Summary, stratified_order
 from tests.support.runs import assert_same_tensors
 
 DIGIT_NAMES = {i: str(i) for i in range(10)}
@@ -63,7 +63,7 @@ def test_summary_size_is_bounded_and_metrics_still_work(monkeypatch):
     assert torch.equal(summary.features, features[:20])
     assert sum(value.numel() for value in summary.sums.values()) == 10 * (1 + 6 + 36 + 1 + 3 + 1 + 3 + 3)
     moments = summary.moments()
-    reference = Reference(moments, features.new_zeros(6, 6).double(), features[500:520])
+    reference = Reference(Gaussian.from_moments(moments), None, features[500:520])
     assert measure.measure(summary, reference, {0: "a", 1: "b", 2: "c"})["recall"] > 0
     summary.add(torch.tensor([3]), features[3:4], None, torch.tensor([-1]))
     with pytest.raises(AssertionError, match="has 1001 of 1000 images"):
@@ -124,7 +124,7 @@ def test_real_images_score_like_the_floor_and_noise_scores_worse(digits, real_40
 
 def test_reference_contains_all_real_images(digits, real_400):
     features, _ = real_400.extractor(digits.images.expand(-1, 3, -1, -1))
-    mean, covariance = real_400.reference.moments
+    mean, covariance = real_400.reference.features.moments
     torch.testing.assert_close(mean, features.double().mean(0), rtol=1e-6, atol=1e-6)
     torch.testing.assert_close(covariance, features.double().T.cov(), rtol=1e-5, atol=1e-6)
 
@@ -149,7 +149,7 @@ def test_statistics_are_cached(digits, tmp_path, monkeypatch):
     monkeypatch.setattr(features, "train_classifier", again)
     second = real_statistics(digits, tmp_path)
     assert measure_floor(second) == measure_floor(first)
-    assert torch.equal(second.reference.moments[1], first.reference.moments[1])
+    assert torch.equal(second.reference.features.moments[1], first.reference.features.moments[1])
     assert torch.equal(second.neighbours, first.neighbours)
     with pytest.raises(AssertionError, match="computed again"):
         real_statistics(digits, tmp_path, num_samples=300)  # a different held-out set

@@ -96,6 +96,8 @@ def configs_of(args: Namespace, evaluation_argv: list[str]) -> list[EvaluationCo
     for name in ("scheduler", "num_inference_steps"):
         if getattr(base, name) is not None:
             raise UserError(f"--{name} is not a flag of this command. Set samplers and their steps with --samplers.")
+    if base.reference is not None:
+        raise UserError("--reference is not a flag of this command, which compares with the training data.")
     model_configs = [replace(base, model=model) for model in args.model]
     if len({config.model_name for config in model_configs}) < len(model_configs):
         raise UserError(

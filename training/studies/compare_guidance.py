@@ -20,7 +20,7 @@ from argparse import ArgumentDefaultsHelpFormatter, ArgumentParser, Namespace
 from dataclasses import replace
 from pathlib import Path
 
-from diffusers_cfg.config import parse_config, run_command
+from diffusers_cfg.config import UserError, parse_config, run_command
 from diffusers_cfg.evaluation.settings import GUIDANCE, EvaluationConfig, refuse_flags
 
 # Flags of evaluate_cfg.py that this command sets itself.
@@ -82,6 +82,8 @@ def configs_of(args: Namespace, evaluation_argv: list[str]) -> list[EvaluationCo
     """Return the evaluation settings of each rule. Raise `UserError` for invalid flags."""
     refuse_flags(evaluation_argv, REFUSED)
     base = parse_config(EvaluationConfig, [*evaluation_argv, "--model", args.model])
+    if base.reference is not None:
+        raise UserError("--reference is not a flag of this command, which compares with the training data.")
     return [
         replace(base, guidance=rule, guidance_scales=args.guidance_scales, output_dir=str(Path(args.output_dir) / rule))
         for rule in GUIDANCE
