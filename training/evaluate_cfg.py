@@ -9,6 +9,8 @@
 
 accelerate launch training/evaluate_cfg.py --model cfg-model
 accelerate launch training/evaluate_cfg.py --model me/cfg-imagenet64 --num_samples 50000 --feature_extractor inception
+accelerate launch training/evaluate_cfg.py --model cfg-imagenet64 --num_samples 50000 --feature_extractor inception \
+    --reference VIRTUAL_imagenet64_labeled.npz
 
 For each w the command generates labelled samples and compares them with the training data of the model. An interrupted
 sweep resumes from its existing samples. `--report_to` sends the results to trackers.
