@@ -16,7 +16,7 @@ from huggingface_hub.utils import yaml_dump
 from . import pipeline_cfg
 from .loading import (
     HUB_ARGUMENTS,
-    CompleteAutoencoderKL,
+    CompleteAutoencoder,
     check_components,
     check_index,
     check_pipeline_folder,
@@ -142,7 +142,7 @@ class CFGPipeline(pipeline_cfg.CFGPipeline):
         check_index(index, source)
         index = super()._with_installed_classes(index, source)
         if index.get("vae", [None])[0]:
-            index["vae"] = [CompleteAutoencoderKL.__module__, CompleteAutoencoderKL.__name__]
+            index["vae"] = [CompleteAutoencoder.__module__, CompleteAutoencoder.__name__]
         return index
 
     def save_pretrained(self, save_directory: str | os.PathLike, push_to_hub: bool = False, **kwargs: Any) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import diffusers
-from diffusers import AutoencoderKL, ModelMixin, SchedulerMixin  # noqa: F401 (diffusers looks for ModelMixin here)
+from diffusers import AutoencoderDC, AutoencoderKL, ModelMixin, SchedulerMixin
 from diffusers.guiders import BaseGuidance
 from huggingface_hub import constants, get_token, snapshot_download
 from huggingface_hub.errors import (
@@ -26,14 +26,14 @@ from .unet_2d_cfg import UNet2DCFGModel
 
 HUB_ARGUMENTS = ("revision", "token", "cache_dir", "local_files_only", "force_download")
 WEIGHTS = ("diffusion_pytorch_model.safetensors", "diffusion_pytorch_model-*.safetensors", "*.safetensors.index.json")
-# The class of each component of a pipeline. A component of diffusers may have a subclass.
-CLASSES = {
-    "unet": UNet2DCFGModel,
-    "scheduler": SchedulerMixin,
-    "vae": AutoencoderKL,
-    "guide_unet": UNet2DCFGModel,
-    "guider": BaseGuidance,
-    "classifier": NoisyClassifier2DModel,
+# The classes of each component of a pipeline. A component of diffusers may have a subclass.
+CLASSES: dict[str, tuple[type, ...]] = {
+    "unet": (UNet2DCFGModel,),
+    "scheduler": (SchedulerMixin,),
+    "vae": (AutoencoderKL, AutoencoderDC),
+    "guide_unet": (UNet2DCFGModel,),
+    "guider": (BaseGuidance,),
+    "classifier": (NoisyClassifier2DModel,),
 }
 OWN_CLASSES = {cls.__name__: cls for cls in (UNet2DCFGModel, LogSNRScheduler, NoisyClassifier2DModel)}
 # The config files of components, the names of which differ by kind.
@@ -147,19 +147,22 @@ def check_index(index: Any, source: str) -> None:
     if index.get("_class_name") in ([], None):
         raise ValueError(f"{INDEX} in {source} names no pipeline in _class_name.")
     for name in {**CLASSES, **index}:
-        kind, value = CLASSES.get(name), index.get(name, [None, None])
-        is_setting = kind is None and not isinstance(value, list)
+        kinds, value = CLASSES.get(name), index.get(name, [None, None])
+        is_setting = kinds is None and not isinstance(value, list)
         is_absent = value == [None, None] and name not in ("unet", "scheduler")
         if is_setting or is_absent:
             continue
         if not (isinstance(value, list) and len(value) == 2 and all(isinstance(part, str) for part in value)):
-            expected = f"the module and the class of the {name}" if kind else f"no list as {name}"
+            expected = f"the module and the class of the {name}" if kinds else f"no list as {name}"
             raise ValueError(f"{INDEX} in {source} must contain {expected}, but contains {json.dumps(value)}.")
         module, class_name = value
         # `load_config` refuses unknown modules.
-        found = getattr(diffusers, class_name, None) if module == "diffusers" else OWN_CLASSES.get(class_name, kind)
-        if kind and not (isinstance(found, type) and issubclass(found, kind)):
-            raise ValueError(f"{source} has {class_name} of {module} as its {name}, not a kind of {kind.__name__}.")
+        if kinds is None:
+            continue
+        found = getattr(diffusers, class_name, None) if module == "diffusers" else OWN_CLASSES.get(class_name, kinds[0])
+        if not (isinstance(found, type) and issubclass(found, kinds)):
+            expected = " or ".join(kind.__name__ for kind in kinds)
+            raise ValueError(f"{source} has {class_name} of {module} as its {name}, not a kind of {expected}.")
 
 
 def check_components(
@@ -202,11 +205,13 @@ def check_weights(folder: Path) -> list[str]:
     return names
 
 
-class CompleteAutoencoderKL(AutoencoderKL):
-    """A loader of an `AutoencoderKL` that refuses other autoencoders, and missing or unexpected weights."""
+class CompleteAutoencoder(ModelMixin):
+    """A loader of an autoencoder that refuses kinds that are not supported, and missing or unexpected weights."""
 
     @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs: Any) -> AutoencoderKL:
+    def from_pretrained(
+        cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs: Any
+    ) -> AutoencoderKL | AutoencoderDC:
         """
         Load an autoencoder from a folder. The arguments are those of `AutoencoderKL.from_pretrained`.
 
@@ -215,11 +220,12 @@ class CompleteAutoencoderKL(AutoencoderKL):
         """
         folder = Path(pretrained_model_name_or_path, kwargs.pop("subfolder", None) or "")
         class_name = read_object(folder / "config.json").get("_class_name")
-        if class_name != AutoencoderKL.__name__:
-            raise ValueError(f"{folder} contains a {class_name}. The only supported autoencoder is AutoencoderKL.")
+        kinds = {kind.__name__: kind for kind in (AutoencoderKL, AutoencoderDC)}
+        if class_name not in kinds:
+            raise ValueError(f"{folder} contains a {class_name}. The supported autoencoders are {' and '.join(kinds)}.")
         check_weights(folder)
         try:
-            loaded: Any = AutoencoderKL.from_pretrained(
+            loaded: Any = kinds[class_name].from_pretrained(
                 folder, **{**kwargs, "use_safetensors": True, "output_loading_info": True}
             )
         except Exception as error:  # files and configs that are damaged raise exceptions of many types
@@ -237,14 +243,14 @@ def check_loaded(folder: Path, info: Mapping[str, Sequence[str]]) -> None:
         raise ValueError(f"The weights in {folder} are not those of its config.json. Tensors: {', '.join(wrong)}.")
 
 
-def load_autoencoder(name_or_path: str) -> AutoencoderKL:
-    """Load an `AutoencoderKL` from a folder or from the Hub. Raise OSError or ValueError if that fails."""
+def load_autoencoder(name_or_path: str) -> AutoencoderKL | AutoencoderDC:
+    """Load an autoencoder from a folder or from the Hub. Raise OSError or ValueError if that fails."""
     folder = find_folder(name_or_path, ["config.json", *WEIGHTS])
     if not (folder / "config.json").is_file():
         raise ValueError(
             f"{name_or_path} has no config.json, so it is not an autoencoder. Of a pipeline, pass the folder vae."
         )
-    return CompleteAutoencoderKL.from_pretrained(folder)
+    return CompleteAutoencoder.from_pretrained(folder)
 
 
 def load_guide_unet(name_or_path: str) -> UNet2DCFGModel:

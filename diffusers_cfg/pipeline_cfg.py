@@ -21,6 +21,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from diffusers import (
+    AutoencoderDC,
     AutoencoderKL,
     DiffusionPipeline,
     ImagePipelineOutput,
@@ -53,7 +54,7 @@ class CFGPipeline(DiffusionPipeline):
             config. It must have the noise process that the network was trained with, `unet.noise_process`; of a
             network that records none, this scheduler states it. For a generator (`unet.latent_dim` is set), a
             `DDPMScheduler` with the `trained_betas` of its steps, which samples their posterior exactly.
-        vae (`AutoencoderKL`, *optional*): Autoencoder for a model that was trained on latents.
+        vae (`AutoencoderKL` or `AutoencoderDC`, *optional*): Autoencoder for a model that was trained on latents.
         id2label (`dict`, *optional*): Name of each class id. Keys may be strings, as in JSON.
         conditioning_dropout_prob (`float`, *optional*): The p_uncond that the model was trained with.
         guide_unet (`UNet2DCFGModel`, *optional*): Weaker network for the same classes. Its predictions replace those
@@ -118,7 +119,7 @@ class CFGPipeline(DiffusionPipeline):
         self,
         unet: UNet2DModel,
         scheduler: SchedulerMixin,
-        vae: AutoencoderKL | None = None,
+        vae: AutoencoderKL | AutoencoderDC | None = None,
         id2label: dict[int, str] | dict[str, str] | None = None,
         conditioning_dropout_prob: float | None = None,
         guide_unet: UNet2DModel | None = None,
@@ -225,8 +226,10 @@ class CFGPipeline(DiffusionPipeline):
         if self.vae is None:
             return self.sample_shape
         _, height, width = self.sample_shape
-        scale = 2 ** (len(self.vae.config.block_out_channels) - 1)  # each level of the VAE but the last halves the size
-        return self.vae.config.in_channels, scale * height, scale * width
+        config = self.vae.config
+        # Each level of the encoder but the last halves the size.
+        scale = 2 ** (len(config.get("encoder_block_out_channels") or config["block_out_channels"]) - 1)
+        return config.in_channels, scale * height, scale * width
 
     @torch.inference_mode(False)  # inpainting takes gradients of what the call computes
     @torch.no_grad()
@@ -720,7 +723,8 @@ class CFGPipeline(DiffusionPipeline):
         """
         if self.vae is None:
             return images
-        return self.draw_latents(self.vae.encode(images.to(self.vae.dtype)).latent_dist.parameters, generator)
+        encoded = self.vae.encode(images.to(self.vae.dtype))
+        return self.draw_latents(encoded.latent_dist.parameters if self._has_posterior else encoded.latent, generator)
 
     def draw_latents(
         self, moments: torch.Tensor, generator: torch.Generator | list[torch.Generator] | None = None
@@ -729,15 +733,19 @@ class CFGPipeline(DiffusionPipeline):
         Sample latents from the VAE's posterior, as in `encode`.
 
         Args:
-            moments (`torch.Tensor` of shape `(batch, 2 * channels, height, width)`): Mean and log-variance.
+            moments (`torch.Tensor` of shape `(batch, 2 * channels, height, width)`): Mean and log-variance; the
+                latents themselves, `(batch, channels, height, width)`, if the VAE is an `AutoencoderDC`, which has no
+                posterior.
             generator (`torch.Generator` or `list[torch.Generator]`, *optional*): Source of the noise. A list has one
                 generator per image.
 
         Returns:
             `torch.Tensor` of shape `(batch, *sample_shape)`.
         """
-        posterior = DiagonalGaussianDistribution(moments)
-        latents = posterior.sample(generator)  # pyright: ignore[reportArgumentType] takes lists too
+        latents = moments
+        if self._has_posterior:
+            posterior = DiagonalGaussianDistribution(moments)
+            latents = posterior.sample(generator)  # pyright: ignore[reportArgumentType] takes lists too
         return (latents - self._vae_shift) * self.vae.config.scaling_factor
 
     def decode(self, latents: torch.Tensor) -> torch.Tensor:
@@ -746,6 +754,11 @@ class CFGPipeline(DiffusionPipeline):
             return latents
         latents = latents.to(self.vae.dtype) / self.vae.config.scaling_factor + self._vae_shift
         return self.vae.decode(latents).sample
+
+    @property
+    def _has_posterior(self) -> bool:
+        """Whether the VAE encodes an image as a distribution of latents."""
+        return isinstance(getattr(self.vae, "_orig_mod", self.vae), AutoencoderKL)
 
     @property
     def _vae_shift(self) -> float:
@@ -817,8 +830,8 @@ class CFGPipeline(DiffusionPipeline):
             "guide_unet": (is_network or is_none, "a UNet2DCFGModel or None"),
             "scheduler": (isinstance(component, SchedulerMixin), "a scheduler object, not a class"),
             "vae": (
-                isinstance(getattr(component, "_orig_mod", component), AutoencoderKL) or is_none,
-                "an AutoencoderKL or None",
+                isinstance(getattr(component, "_orig_mod", component), (AutoencoderKL, AutoencoderDC)) or is_none,
+                "an AutoencoderKL, an AutoencoderDC or None",
             ),
             "guider": (isinstance(component, BaseGuidance) or is_none, "a diffusers guider object or None"),
             "classifier": ((has_process and not is_network) or is_none, "a NoisyClassifier2DModel or None"),

@@ -148,7 +148,7 @@ class ModelConfig(Config):
         None, "Pipeline on the Hub or in a folder whose network, noise process and autoencoder the run starts from."
     )
     pretrained_vae_model_name_or_path: str | None = recorded(
-        None, "AutoencoderKL on the Hub or in a folder; the network is trained on its latents."
+        None, "AutoencoderKL or AutoencoderDC on the Hub or in a folder; the network is trained on its latents."
     )
     cache_latents: bool = recorded(
         False, "Encode every image once before the first step and cache the latents on disk."

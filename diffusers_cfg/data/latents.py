@@ -7,11 +7,11 @@ import shutil
 from collections.abc import Iterator, Sequence
 from itertools import chain, islice
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from accelerate import Accelerator
-from diffusers import AutoencoderKL
+from diffusers import AutoencoderDC, AutoencoderKL
 from torch.utils.data import BatchSampler, DataLoader, Dataset
 from tqdm.auto import tqdm
 
@@ -38,7 +38,7 @@ class LatentBatch(NamedTuple):
     """A batch of posteriors."""
 
     # (batch, views, 2 · channels, height, width): mean and log-variance of the image and, with two views, of its mirror
-    # image
+    # image; of an AutoencoderDC, (batch, views, channels, height, width), the latents themselves
     moments: torch.Tensor
     class_labels: torch.Tensor  # (batch,), int64; -1 means unlabelled
     unreadable: list[str]  # always empty: unreadable images are counted during encoding
@@ -80,7 +80,7 @@ def cache_latents(
     config: TrainConfig,
     accelerator: Accelerator,
     dataset: Dataset,
-    vae: AutoencoderKL | None,
+    vae: AutoencoderKL | AutoencoderDC | None,
     sample_shape: tuple[int, int, int],
 ) -> CachedLatents:
     """
@@ -93,7 +93,7 @@ def cache_latents(
         config (`TrainConfig`): the settings.
         accelerator (`accelerate.Accelerator`): the processes, all of which must call this function.
         dataset (`Dataset`): the images, `CachedImages` or `LazyImages`.
-        vae (`AutoencoderKL`, *optional*): the autoencoder.
+        vae (`AutoencoderKL` or `AutoencoderDC`, *optional*): the autoencoder.
         sample_shape (`tuple[int, int, int]`): channels, height and width of a latent.
 
     Raises:
@@ -151,12 +151,16 @@ def is_intact(path: Path, identity: dict[str, str]) -> bool:
 
 
 def check_disk_space(
-    config: TrainConfig, vae: AutoencoderKL, sample_shape: tuple[int, int, int], folder: Path, num_images: int
+    config: TrainConfig,
+    vae: AutoencoderKL | AutoencoderDC,
+    sample_shape: tuple[int, int, int],
+    folder: Path,
+    num_images: int,
 ) -> None:
     """Raise UserError if the latents of `num_images` images do not fit on the disk."""
-    values_per_image = (
-        2 * math.prod(sample_shape) * (2 if config.random_flip else 1)
-    )  # mean and log-variance of each view
+    # Mean and log-variance, or the latent, of each view
+    values_per_view = (2 if isinstance(vae, AutoencoderKL) else 1) * math.prod(sample_shape)
+    values_per_image = values_per_view * (2 if config.random_flip else 1)
     needed = num_images * values_per_image * vae.dtype.itemsize
     folder.mkdir(parents=True, exist_ok=True)
     free = shutil.disk_usage(folder).free
@@ -168,7 +172,11 @@ def check_disk_space(
 
 
 def encode(
-    config: TrainConfig, accelerator: Accelerator, dataset: Dataset, vae: AutoencoderKL, files: list[list[int]]
+    config: TrainConfig,
+    accelerator: Accelerator,
+    dataset: Dataset,
+    vae: AutoencoderKL | AutoencoderDC,
+    files: list[list[int]],
 ) -> Iterator[tuple[dict[str, torch.Tensor], list[str]]]:
     """Yield the content of each file: moments and class labels of its rows, and the names of unreadable images."""
     batches = [list(BatchSampler(rows, config.train_batch_size, drop_last=False)) for rows in files]
@@ -187,9 +195,15 @@ def encode(
                 images = batch.training_input(accelerator.device).to(vae.dtype)
                 views = [images, images.flip(-1)] if config.random_flip else [images]
                 with torch.no_grad():
-                    parameters = [vae.encode(view).latent_dist.parameters for view in views]
+                    parameters = [encode_view(vae, view) for view in views]
                 moments.append(torch.stack(parameters, dim=1).cpu())
                 class_labels.append(batch.class_labels)
                 unreadable += batch.unreadable
                 progress.update(len(images))
             yield {"moments": torch.cat(moments), "class_labels": torch.cat(class_labels)}, unreadable
+
+
+def encode_view(vae: AutoencoderKL | AutoencoderDC, images: torch.Tensor) -> torch.Tensor:
+    """Return the mean and log-variance of the latents of images, or the latents if the autoencoder has no posterior."""
+    encoded: Any = vae.encode(images)
+    return encoded.latent_dist.parameters if isinstance(vae, AutoencoderKL) else encoded.latent

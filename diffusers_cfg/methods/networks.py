@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from diffusers import AutoencoderKL, DPMSolverMultistepScheduler, SchedulerMixin
+from diffusers import AutoencoderDC, AutoencoderKL, DPMSolverMultistepScheduler, SchedulerMixin
 
 from diffusers_cfg import CFGPipeline, LogSNRScheduler, UNet2DCFGModel
 from diffusers_cfg.config import UserError
@@ -66,7 +66,7 @@ def new_pipeline(
     config: DiffusionConfig,
     unet: UNet2DCFGModel,
     scheduler: LogSNRScheduler,
-    vae: AutoencoderKL | None,
+    vae: AutoencoderKL | AutoencoderDC | None,
     id2label: dict[int, str],
     solver: type[SchedulerMixin] = SOLVER,
     num_inference_steps: int = NUM_INFERENCE_STEPS,
@@ -188,7 +188,7 @@ def replace_classes(unet: UNet2DCFGModel, old: dict[int, str], new: dict[int, st
 
 def build_unet(
     config: TrainConfig,
-    vae: AutoencoderKL | None,
+    vae: AutoencoderKL | AutoencoderDC | None,
     channels: int,
     num_classes: int,
     latent_dim: int | None = None,
@@ -200,7 +200,7 @@ def build_unet(
 
     Args:
         config (`TrainConfig`): resolution, seed and network settings.
-        vae (`AutoencoderKL`, *optional*): the autoencoder whose latents the network models.
+        vae (`AutoencoderKL` or `AutoencoderDC`, *optional*): the autoencoder whose latents the network models.
         channels (`int`): channels of the images, used without an autoencoder.
         num_classes (`int`): number of real classes; the network has one more, the null class.
         latent_dim (`int`, *optional*): size of the latent vector of a generator; by default no generator.
@@ -286,7 +286,7 @@ def normalization(block_out_channels: list[int]) -> dict[str, Any]:
     return {"norm_num_groups": groups}
 
 
-def load_vae(config: ModelConfig) -> AutoencoderKL | None:
+def load_vae(config: ModelConfig) -> AutoencoderKL | AutoencoderDC | None:
     """Load the frozen autoencoder whose latents the network models, or return None if the settings name none."""
     name_or_path = config.pretrained_vae_model_name_or_path
     if name_or_path is None:
@@ -298,14 +298,16 @@ def load_vae(config: ModelConfig) -> AutoencoderKL | None:
     return vae.eval().requires_grad_(False)
 
 
-def sample_size(config: TrainConfig, vae: AutoencoderKL | None) -> int:
+def sample_size(config: TrainConfig, vae: AutoencoderKL | AutoencoderDC | None) -> int:
     """Return the height and width of the UNet's samples: images of the run's resolution, or their latents."""
     return config.resolution // pixels_per_latent(vae)
 
 
-def pixels_per_latent(vae: AutoencoderKL | None) -> int:
-    """Return the pixels per latent in each direction: each level of an autoencoder but the last halves the image."""
-    return 1 if vae is None else 2 ** (len(vae.config.block_out_channels) - 1)
+def pixels_per_latent(vae: AutoencoderKL | AutoencoderDC | None) -> int:
+    """Return the pixels per latent in each direction: each level of an encoder but the last halves the image."""
+    if vae is None:
+        return 1
+    return 2 ** (len(vae.config.get("encoder_block_out_channels") or vae.config["block_out_channels"]) - 1)
 
 
 def check_sample_size(block_out_channels: Sequence[int], size: int) -> int:

@@ -139,7 +139,7 @@ DAMAGED = {
         entry("unet/config.json", "num_class_embeds", 11),
         "model/unet cannot be loaded.*expected sh",
     ),
-    "other kind": (entry("vae/config.json", "_class_name", "AutoencoderDC"), "vae contains a AutoencoderDC. The only"),
+    "other kind": (entry("vae/config.json", "_class_name", "VQModel"), "vae contains a VQModel. The supported"),
 }
 
 
@@ -278,7 +278,7 @@ def test_flags_name_the_path_that_does_not_exist(saved, tmp_path, setting, messa
 
 
 AUTOENCODERS = {
-    "other kind": (entry("config.json", "_class_name", "AutoencoderTiny"), "contains a AutoencoderTiny. The only supp"),
+    "other kind": (entry("config.json", "_class_name", "AutoencoderTiny"), "contains a AutoencoderTiny. The suppo"),
     "unet": (entry("config.json", "_class_name", "UNet2DCFGModel"), "contains a UNet2DCFGModel"),
     "no kind": (text("config.json", "{}"), "contains a None"),
     "config is a list": (text("config.json", "[]"), "config.json must contain a JSON object"),

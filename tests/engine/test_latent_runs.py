@@ -4,13 +4,16 @@ import shutil
 from pathlib import Path
 
 import pytest
+import torch
+from diffusers import AutoencoderDC, DiffusionPipeline
 from safetensors.torch import load_file
 
+from diffusers_cfg import CFGPipeline
 from diffusers_cfg.config import UserError
 from diffusers_cfg.data import datasets, latents, sources
 from diffusers_cfg.evaluation import features, in_training
 from tests.support.images import save_folder_with_broken_image
-from tests.support.latents import CLOSE, count_encoded, few_digits, vae_flags
+from tests.support.latents import CLOSE, count_encoded, few_digits, make_deterministic_vae, vae_flags
 from tests.support.runs import TINY, WEIGHTS, assert_same_tensors, launch, train
 
 WEIGHTS = Path("unet") / WEIGHTS
@@ -50,6 +53,31 @@ def test_training_is_the_same_with_and_without_the_cache(tmp_path, encoded, argv
     train(tmp_path / "again", *flags, "--cache_latents")
     assert encoded == []
     assert_same_tensors(tmp_path / "with" / WEIGHTS, tmp_path / "again" / WEIGHTS)
+
+
+def test_latents_without_a_posterior(tmp_path, folder):
+    """An AutoencoderDC has latents instead of a mean and a log-variance."""
+    make_deterministic_vae().save_pretrained(tmp_path / "vae")
+    flags = ["--pretrained_vae_model_name_or_path", str(tmp_path / "vae"), "--optimizer", "adamw", "--random_flip"]
+    train(tmp_path / "without", *flags)
+    train(tmp_path / "with", *flags, "--cache_latents")
+    assert_same_tensors(tmp_path / "without" / WEIGHTS, tmp_path / "with" / WEIGHTS, **CLOSE)
+    moments = load_file(next(folder.rglob("0-39.safetensors")))["moments"]
+    assert moments.shape == (40, 2, 2, 4, 4)  # images, views, channels, height, width
+    pipe = CFGPipeline.from_pretrained(tmp_path / "with")
+    assert type(pipe.vae) is AutoencoderDC
+    assert pipe.image_shape == (1, 8, 8)
+    images = torch.rand(3, 1, 8, 8, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    torch.testing.assert_close(pipe.encode(images), pipe.vae.encode(images).latent * 0.5)
+    torch.testing.assert_close(pipe.decode(pipe.encode(images)), pipe.vae.decode(pipe.vae.encode(images).latent).sample)
+    drawn = pipe([0, 1], num_inference_steps=2, generator=torch.Generator().manual_seed(0), output_type="pt").images
+    assert drawn.shape == (2, 1, 8, 8)
+    # Saved again, the folder loads with plain diffusers and its own code.
+    pipe.save_pretrained(tmp_path / "again")
+    plain = DiffusionPipeline.from_pretrained(tmp_path / "again", trust_remote_code=True)
+    assert type(plain.vae) is AutoencoderDC
+    generator = torch.Generator().manual_seed(0)
+    assert torch.equal(plain([0, 1], num_inference_steps=2, generator=generator, output_type="pt").images, drawn)
 
 
 @pytest.mark.parametrize("cache", [[], ["--cache_latents"]])

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import AutoencoderKL
+from diffusers import AutoencoderDC, AutoencoderKL
 
 from diffusers_cfg.data.sources import Digits
 
@@ -32,6 +32,25 @@ def make_vae(seed: int = 0) -> AutoencoderKL:
     }
     vae = AutoencoderKL(
         in_channels=1, out_channels=1, norm_num_groups=4, latent_channels=2, scaling_factor=0.5, **levels
+    )
+    return vae.eval().requires_grad_(False)
+
+
+def make_deterministic_vae(in_channels: int = 1, levels: int = 2, channels: int = 2) -> AutoencoderDC:
+    """Return a frozen deep compression autoencoder with random weights, which halves images `levels - 1` times."""
+    torch.manual_seed(0)
+    widths, layers, scales = (8,) * levels, (1,) * levels, ((),) * levels
+    vae = AutoencoderDC(
+        in_channels=in_channels,
+        latent_channels=channels,
+        attention_head_dim=8,
+        encoder_block_out_channels=widths,
+        decoder_block_out_channels=widths,
+        encoder_layers_per_block=layers,
+        decoder_layers_per_block=layers,
+        encoder_qkv_multiscales=scales,
+        decoder_qkv_multiscales=scales,
+        scaling_factor=0.5,
     )
     return vae.eval().requires_grad_(False)
 
