@@ -3,7 +3,7 @@
 import logging
 import zipfile
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
@@ -87,11 +87,9 @@ def read_reference(path: Path, resolution: int) -> ReferenceFile:
         check_headers(path, headers, resolution)
         # Only the arrays that were checked are read.
         with np.load(path, allow_pickle=False) as arrays:
-            moments = read_moments(path, arrays[MEAN], arrays[COVARIANCE], MEAN, COVARIANCE)
-            spatial = None
+            moments, spatial = read_moments(path, arrays, MEAN, COVARIANCE), None
             if SPATIAL_MEAN in headers:
-                names = (SPATIAL_MEAN, SPATIAL_COVARIANCE)
-                spatial = read_moments(path, *(arrays[name] for name in names), *names)
+                spatial = read_moments(path, arrays, SPATIAL_MEAN, SPATIAL_COVARIANCE)
         sha256 = checksum(path)
     except UserError:  # a ValueError itself
         raise
@@ -128,7 +126,8 @@ def open_array(archive: zipfile.ZipFile, name: str) -> Iterator[tuple[Header, IO
         readers = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
         if version not in readers:
             raise ValueError(f"{name} has the unknown format {version}")
-        yield Header(*readers[version](file)), file
+        shape, fortran_order, dtype = readers[version](file)
+        yield Header(shape, fortran_order, dtype), file
 
 
 def read_header(archive: zipfile.ZipFile, name: str) -> Header:
@@ -180,13 +179,12 @@ def check_headers(path: Path, headers: dict[str, Header], resolution: int) -> No
             raise UserError(f"--reference {path} has {shape[0]} images in {IMAGES}. At least {MIN_SAMPLES} are needed.")
 
 
-def read_moments(path: Path, mean: np.ndarray, covariance: np.ndarray, mean_name: str, covariance_name: str) -> Moments:
+def read_moments(path: Path, arrays: Mapping[str, np.ndarray], mean_name: str, covariance_name: str) -> Moments:
     """Return a mean and a covariance in float64. Raise UserError if they cannot be those of real numbers."""
-    moments = torch.from_numpy(mean.astype(np.float64)), torch.from_numpy(covariance.astype(np.float64))
-    for name, values in zip((mean_name, covariance_name), moments, strict=True):
+    mean, matrix = (torch.from_numpy(arrays[name].astype(np.float64)) for name in (mean_name, covariance_name))
+    for name, values in ((mean_name, mean), (covariance_name, matrix)):
         if not torch.isfinite(values).all():
             raise UserError(f"--reference {path} has values in {name} that are not finite. Download it again.")
-    matrix = moments[1]
     if (matrix - matrix.T).abs().max() > TOLERANCE * matrix.abs().max():
         raise UserError(f"--reference {path} has a {covariance_name} that is not symmetric: it is no covariance.")
     eigenvalues = torch.linalg.eigvalsh(matrix)
@@ -195,7 +193,7 @@ def read_moments(path: Path, mean: np.ndarray, covariance: np.ndarray, mean_name
             f"--reference {path} has a {covariance_name} with eigenvalues from {eigenvalues[0]:.3g} to "
             f"{eigenvalues[-1]:.3g}, but those of a covariance are positive."
         )
-    return moments
+    return mean, matrix
 
 
 def read_images(path: Path, rows: torch.Tensor) -> torch.Tensor:

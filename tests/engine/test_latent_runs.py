@@ -2,6 +2,7 @@
 
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -70,11 +71,13 @@ def test_latents_without_a_posterior(tmp_path, folder):
     images = torch.rand(3, 1, 8, 8, generator=torch.Generator().manual_seed(0)) * 2 - 1
     torch.testing.assert_close(pipe.encode(images), pipe.vae.encode(images).latent * 0.5)
     torch.testing.assert_close(pipe.decode(pipe.encode(images)), pipe.vae.decode(pipe.vae.encode(images).latent).sample)
-    drawn = pipe([0, 1], num_inference_steps=2, generator=torch.Generator().manual_seed(0), output_type="pt").images
+    drawn: Any = pipe(
+        [0, 1], num_inference_steps=2, generator=torch.Generator().manual_seed(0), output_type="pt"
+    ).images
     assert drawn.shape == (2, 1, 8, 8)
     # Saved again, the folder loads with plain diffusers and its own code.
     pipe.save_pretrained(tmp_path / "again")
-    plain = DiffusionPipeline.from_pretrained(tmp_path / "again", trust_remote_code=True)
+    plain: Any = DiffusionPipeline.from_pretrained(tmp_path / "again", trust_remote_code=True)
     assert type(plain.vae) is AutoencoderDC
     generator = torch.Generator().manual_seed(0)
     assert torch.equal(plain([0, 1], num_inference_steps=2, generator=generator, output_type="pt").images, drawn)

@@ -111,8 +111,11 @@ def test_inception_gives_the_features_of_the_fid_and_the_sfid(monkeypatch):
     features, logits = extractor(images())
     assert (features.shape, logits.shape) == ((4, 16), (4, 5))
     pixels = F.adaptive_avg_pool2d(images().float() / 255, 2)
-    layer = extractor.network.Mixed_6d.branch1x1
-    expected = layer(pixels).permute(0, 2, 3, 1)[..., :7].reshape(4, -1)  # in TensorFlow's order
+    assert isinstance(extractor, Inception)
+    expected = (
+        extractor.network.Mixed_6d.branch1x1(pixels).permute(0, 2, 3, 1)[..., :7].reshape(4, -1)
+    )  # in TensorFlow's order
+    assert extractor.spatial_features is not None
     assert torch.equal(extractor.spatial_features, expected)
 
 
@@ -134,6 +137,7 @@ def test_inception_of_torch_fidelity(monkeypatch):
     assert blocks[0].shape == (2, 768, 17, 17)
     expected = blocks[0].permute(0, 2, 3, 1)[..., :7].reshape(2, -1)
     assert expected.shape == (2, extractor.num_spatial_features)
+    assert extractor.spatial_features is not None
     assert torch.equal(extractor.spatial_features, expected)
 
 

@@ -2,6 +2,7 @@
 
 import importlib
 from types import ModuleType
+from typing import Any
 
 import numpy as np
 import pytest
@@ -71,7 +72,7 @@ def test_neighbours_match_prdc(real, fake, k):
 
 
 def test_distance_and_score_match_torchmetrics(real, fake, logits, row):
-    network = torch.nn.Identity()
+    network: Any = torch.nn.Identity()
     network.num_features = FEATURES
     distance = FrechetInceptionDistance(feature=network).set_dtype(torch.float64)
     distance.update(real, real=True)

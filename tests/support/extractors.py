@@ -54,14 +54,13 @@ class TinyInception(nn.Module):
         assert (name, features_list) == ("inception-v3-compat", ["2048", "logits_unbiased"])
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
-            self.Mixed_6d = nn.Module()
-            self.Mixed_6d.branch1x1 = nn.Conv2d(3, 9, 1)
+            self.Mixed_6d = nn.ModuleDict({"branch1x1": nn.Conv2d(3, 9, 1)})
             self.features, self.fc = nn.Linear(3 * 4 * 4, self.num_features), nn.Linear(self.num_features, 5)
 
     def forward(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         assert images.dtype == torch.uint8
         pixels = images.float() / 255
-        self.Mixed_6d.branch1x1(F.adaptive_avg_pool2d(pixels, 2))
+        self.Mixed_6d["branch1x1"](F.adaptive_avg_pool2d(pixels, 2))
         features = self.features(F.adaptive_avg_pool2d(pixels, 4).flatten(1)).relu()
         return features, self.fc(features)
 
