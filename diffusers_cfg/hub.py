@@ -229,25 +229,20 @@ def publish(
     variant: str | None = None,
     overwrite: bool = False,
     verify: bool = True,
+    space: str | None = None,
 ) -> str:
     """
     Publish a saved pipeline, such as the output folder of a training run, in one commit. Arguments, return value and
-    errors are those of `CFGPipeline.push_to_hub`. `verify=False` skips the pictures of classes and the final check.
+    errors are those of `CFGPipeline.push_to_hub`. `verify=False` skips the pictures of classes and the final check. The
+    card links to `space`, a Space with a demo of the model.
     """
-    folder = Path(folder)
-    if not folder.is_dir():
-        problem = f"{folder} is a file" if folder.exists() else f"The folder {folder} does not exist"
-        raise PublishError(f"{problem}. Pass the output folder of a training run.")
-    try:
-        check_pipeline_folder(folder, str(folder))
-    except FileNotFoundError as error:
-        raise PublishError(str(error)) from error
+    folder = checked_folder(folder)
     try:
         repo_id = prepare_repository(repo_id, private, token, overwrite, create_pr=create_pr)
         # Generated before the upload, so that a model that cannot generate is not published.
         images = example_images(folder, variant) if verify else {}
         pictures = {label: png(image) for label, image in images.items() if image.shape[1] in (1, 3)}
-        card = model_card(folder, repo_id, read_card(repo_id, token), pictures)
+        card = model_card(folder, repo_id, read_card(repo_id, token), pictures, space)
         operations = [CommitOperationAdd(str(path.relative_to(folder)), path) for path in allowed_files(folder)]
         operations.append(CommitOperationAdd("README.md", card.encode()))
         if config := read_json(folder / RUN).get("config"):
@@ -268,6 +263,19 @@ def publish(
         revision = commit.pr_revision if create_pr else commit.oid
         verify_published(next(iter(images.items())), folder, repo_id, revision, token, variant)
     return commit.commit_url
+
+
+def checked_folder(folder: str | os.PathLike) -> Path:
+    """Return the path of a folder with a saved pipeline. Raise `PublishError` if it is none."""
+    folder = Path(folder)
+    if not folder.is_dir():
+        problem = f"{folder} is a file" if folder.exists() else f"The folder {folder} does not exist"
+        raise PublishError(f"{problem}. Pass the output folder of a training run.")
+    try:
+        check_pipeline_folder(folder, str(folder))
+    except FileNotFoundError as error:
+        raise PublishError(str(error)) from error
+    return folder
 
 
 def allowed_files(folder: Path) -> list[Path]:

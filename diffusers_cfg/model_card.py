@@ -47,9 +47,17 @@ METRIC_TYPES = {"FID": "fid", "KID": "kid", "IS": "inception_score", "Fréchet d
 # are recognized by END and by the first words of BEGIN, so neither may change.
 BEGIN = "<!-- Written by diffusers-cfg and replaced at every push. Add your own text below the end marker. -->"
 END = "<!-- End of what diffusers-cfg writes. -->"
+# Published cards are also searched for this link.
+DEMO = "Try it in the browser: [demo]("
 
 
-def model_card(folder: Path, repo_id: str, existing: str | None = None, pictured: Collection[int] = ()) -> str:
+def model_card(
+    folder: Path,
+    repo_id: str,
+    existing: str | None = None,
+    pictured: Collection[int] = (),
+    space: str | None = None,
+) -> str:
     """
     Return the model card of a saved pipeline.
 
@@ -59,6 +67,7 @@ def model_card(folder: Path, repo_id: str, existing: str | None = None, pictured
         existing (`str`, *optional*): Current card of the repository. The text outside the markers is kept, and so is
             metadata that this function does not write.
         pictured (`Collection[int]`): Classes of which the repository has a `class_picture`.
+        space (`str`, *optional*): Space with a demo of the model. By default the one that `existing` links to.
 
     Returns:
         `str`: The card: YAML metadata and Markdown. Unknown facts are omitted.
@@ -89,6 +98,7 @@ def model_card(folder: Path, repo_id: str, existing: str | None = None, pictured
     data = card_metadata(repo_id, run, evaluation, likelihood, widget, tags)
     sections = [
         introduction(repo_id, index, unet, classifier, run, has_samples, kind),
+        demo_section(space or linked_space(existing)),
         usage_section(repo_id, index, unet, run, kind),
         guidance_section(index, unet, scheduler, run),
         classes_section(index),
@@ -113,6 +123,17 @@ def model_card(folder: Path, repo_id: str, existing: str | None = None, pictured
         before, after = "", card.text
     text = f"{before.strip()}\n\n{body}\n\n{after.strip()}".strip()
     return f"---\n{data.to_yaml()}\n---\n\n{text}\n"
+
+
+def demo_section(space: str | None) -> str:
+    """Return a link to the Space with a demo of the model; empty without one."""
+    return f"{DEMO}https://huggingface.co/spaces/{space})." if space else ""
+
+
+def linked_space(card: str | None) -> str | None:
+    """Return the Space that a card links to by `demo_section`, if it does."""
+    match = re.search(rf"{re.escape(DEMO)}https://huggingface\.co/spaces/([\w.-]+/[\w.-]+)\)", card or "")
+    return match[1] if match else None
 
 
 def card_metadata(

@@ -1,4 +1,4 @@
-"""Check the token, the rights and the contents of a repository on the Hub before publishing to it."""
+"""Check the token, the rights and the contents of a model repository or a Space on the Hub before publishing to it."""
 
 import logging
 import time
@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import HfApi, hf_hub_download
+from huggingface_hub import HfApi, RepoCard, hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, LocalTokenNotFoundError, RepositoryNotFoundError
 
 from .loading import check_token, first_line
@@ -15,6 +15,8 @@ from .model_files import INDEX, read_object
 logger = logging.getLogger(__name__)
 
 MAX_TRIES = 5
+# The tag of what this package publishes
+TAG = "diffusers-cfg"
 
 
 class PublishError(RuntimeError):
@@ -28,6 +30,7 @@ def prepare_repository(
     overwrite: bool,
     create: bool = True,
     create_pr: bool = False,
+    space_sdk: str | None = None,
 ) -> str:
     """
     Check the token and the repository, and create the repository if it does not exist.
@@ -37,6 +40,8 @@ def prepare_repository(
             `CFGPipeline.push_to_hub`.
         create (`bool`): Whether to create a missing repository.
         create_pr (`bool`): Whether a pull request is opened, for which the token needs no write access.
+        space_sdk (`str`, *optional*): SDK of a Space, such as `"gradio"` or `"static"`. By default the repository is
+            one of a model.
 
     Returns:
         `str`: Full name of the repository.
@@ -44,7 +49,7 @@ def prepare_repository(
     Raises:
         PublishError: If the token is missing or invalid or cannot write, or the repository has other contents.
     """
-    api = HfApi(token=token)
+    api, repo_type = HfApi(token=token), "model" if space_sdk is None else "space"
     try:
         check_token(token)
         user = retry(api.whoami)
@@ -56,16 +61,21 @@ def prepare_repository(
         repo_id = f"{user['name']}/{repo_id}"
     try:
         try:
-            files = set(retry(lambda: api.list_repo_files(repo_id)))
+            files = set(retry(lambda: api.list_repo_files(repo_id, repo_type=repo_type)))
         except RepositoryNotFoundError:
             check_can_create(user, repo_id)
             if not create:
                 return repo_id
-            repo_id = retry(lambda: api.create_repo(repo_id, private=private, exist_ok=True)).repo_id
+            settings: dict[str, Any] = {"private": private, "repo_type": repo_type, "space_sdk": space_sdk}
+            repo_id = retry(lambda: api.create_repo(repo_id, exist_ok=True, **settings)).repo_id
             files = set()
         if not create_pr:
-            retry(lambda: api.auth_check(repo_id, write=True))
-        is_ours = overwrite or not files - {".gitattributes", "README.md"} or holds_pipeline(repo_id, files, token)
+            retry(lambda: api.auth_check(repo_id, repo_type=repo_type, write=True))
+        is_empty = not files - {".gitattributes", "README.md"}
+        if space_sdk is None:
+            is_ours = overwrite or is_empty or holds_pipeline(repo_id, files, token)
+        else:
+            is_ours = overwrite or not files or holds_space(repo_id, space_sdk, None if is_empty else TAG, token)
     except PublishError:
         raise
     except Exception as error:
@@ -76,8 +86,9 @@ def prepare_repository(
             ) from error
         raise PublishError(f"{repo_id} cannot be created or read: {first_line(error)}") from error
     if not is_ours:
+        content = "a CFGPipeline" if space_sdk is None else f"a {space_sdk} Space of diffusers-cfg"
         raise PublishError(
-            f"{repo_id} exists and does not contain a CFGPipeline ({', '.join(sorted(files)[:5])}, …). Choose a "
+            f"{repo_id} exists and does not contain {content} ({', '.join(sorted(files)[:5])}, …). Choose a "
             "different name or pass overwrite."
         )
     return repo_id
@@ -138,10 +149,18 @@ def holds_pipeline(repo_id: str, files: set[str], token: str | None) -> bool:
     return index.get("_class_name") == ["pipeline_cfg", "CFGPipeline"]
 
 
-def read_card(repo_id: str, token: str | None) -> str | None:
-    """Download the text of the repository's model card; `None` if there is no card."""
+def holds_space(repo_id: str, sdk: str, tag: str | None, token: str | None) -> bool:
+    """Return whether a Space has an SDK and, if one is given, a tag."""
+    text = read_card(repo_id, token, "space")
+    data = RepoCard(text, ignore_metadata_errors=True).data.to_dict() if text else {}
+    return data.get("sdk") == sdk and (tag is None or tag in (data.get("tags") or []))
+
+
+def read_card(repo_id: str, token: str | None, repo_type: str = "model") -> str | None:
+    """Download the text of the card of a repository, its README.md; `None` if there is no card."""
     try:
-        path = retry(lambda: hf_hub_download(repo_id, "README.md", token=token, force_download=True))
+        arguments: dict[str, Any] = {"repo_type": repo_type, "token": token, "force_download": True}
+        path = retry(lambda: hf_hub_download(repo_id, "README.md", **arguments))
     except EntryNotFoundError:
         return None
     return Path(path).read_text(encoding="utf-8")

@@ -8,6 +8,7 @@
 """Publish the output folder of a training run to the Hub, with its code and a model card.
 
 python training/publish.py cfg-model --repo_id me/cfg-model
+python training/publish.py cfg-model --space me/demo
 """
 
 from diffusers_cfg.config import CommandParser, run_command
@@ -18,8 +19,11 @@ def main(argv: list[str] | None = None) -> None:
     parser = CommandParser(description="Publish the output folder of a training run to the Hub, with a model card.")
     parser.add_argument("folder", help="The output folder of a training run, or any saved pipeline.")
     parser.add_argument(
-        "--repo_id", required=True, help="The repository, NAMESPACE/NAME, which is created if it does not exist."
+        "--repo_id",
+        help="The repository, NAMESPACE/NAME, which is created if it does not exist. With --space it defaults to the "
+        "name of the folder in the namespace of the Space.",
     )
+    parser.add_argument("--space", help="A Gradio Space, NAMESPACE/NAME, to publish too, which shows the model.")
     parser.add_argument("--private", action="store_true", help="Create a private repository.")
     parser.add_argument("--token", help="A token with write access; defaults to the token of `hf auth login`.")
     parser.add_argument("--commit_message", help="The commit message; defaults to 'Upload CFGPipeline'.")
@@ -27,27 +31,33 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument(
         "--overwrite",
         action="store_true",
-        help="Publish even if the repository contains something other than a pipeline.",
+        help="Publish even if the repository or the Space contains something else.",
     )
     args = parser.parse_args(argv)
+    if args.repo_id is None and args.space is None:
+        parser.error("one of the arguments --repo_id, --space is required")
+    if args.space is not None and (args.private or args.create_pr):
+        parser.error("--space needs a public model, and cannot be combined with --private or --create_pr")
     # Imported here so that --help and flag errors do not wait for torch.
     from diffusers_cfg.engine.publishing import NotPublished
     from diffusers_cfg.hub import publish
     from diffusers_cfg.repository import PublishError
+    from diffusers_cfg.space import publish_with_demo
 
+    common = {"commit_message": args.commit_message, "token": args.token, "overwrite": args.overwrite}
+    space = None
     try:
-        url = publish(
-            args.folder,
-            args.repo_id,
-            args.commit_message,
-            private=args.private or None,
-            token=args.token,
-            create_pr=args.create_pr,
-            overwrite=args.overwrite,
-        )
+        if args.space is not None:
+            url, space = publish_with_demo(args.folder, args.repo_id, args.space, **common)
+        else:
+            url = publish(
+                args.folder, args.repo_id, private=args.private or None, create_pr=args.create_pr, **common
+            )
     except PublishError as error:
         raise NotPublished(f"publish.py: error: {error}") from error
     print(f"Published, and verified that the published model generates the same image: {url}")
+    if space is not None:
+        print(f"Published a demo, which starts in a few minutes: {space}")
 
 
 if __name__ == "__main__":

@@ -1,6 +1,5 @@
 """Run a training job from its settings to a saved and published model, for any `Method`."""
 
-import json
 import logging
 import time
 from collections import Counter
@@ -33,7 +32,14 @@ from diffusers_cfg.engine.checkpoint import (
 from diffusers_cfg.engine.history import check_resumed, identity_of, settings_of
 from diffusers_cfg.engine.log import Log, is_due
 from diffusers_cfg.engine.method import Batch, Method, Objective, check_method, check_terms
-from diffusers_cfg.engine.output import check_output_dir, prepare_output_dir, saved_together, unfinished_error
+from diffusers_cfg.engine.output import (
+    check_output_dir,
+    describe_demo,
+    describe_saved,
+    prepare_output_dir,
+    saved_together,
+    unfinished_error,
+)
 from diffusers_cfg.engine.plan import check_disk, describe_plan, make_plan
 from diffusers_cfg.engine.posthoc_ema import save_snapshot
 from diffusers_cfg.engine.preemption import NotSaved, Preempted, Preemption
@@ -382,19 +388,14 @@ class Trainer:
                 for name, component in component_names(method).items():
                     save_variants(self.state, name, folder / component)
                 write_run_record(folder, config, accelerator, method, self.state, self.plan.num_images)
-            shown = json.dumps(config.output_dir, ensure_ascii=False)
-            say(
-                f"\nSaved the pipeline to {config.output_dir}, and samples to {config.output_dir}/samples. Generate an "
-                "image with:\n\n"
-                "from diffusers import DiffusionPipeline\n\n"
-                f"pipe = DiffusionPipeline.from_pretrained({shown}, trust_remote_code=True)\n"
-                f"{method.example()}"
-            )
+            say(describe_saved(config.output_dir, method.example()))
         accelerator.wait_for_everyone()  # until the model is saved, but not until it is uploaded
 
     def _publish(self) -> None:
-        """Publish the saved pipeline if requested."""
+        """Publish the saved pipeline if requested, and print how to open its demo."""
         if self.publisher is not None:
             self.publisher.close()
         if self.repo_id is not None:
             publish_run(self.config, self.repo_id)
+        if self.accelerator.is_main_process:
+            say(describe_demo(self.config.output_dir))

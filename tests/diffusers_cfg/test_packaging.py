@@ -11,7 +11,7 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
 def test_lowest_txt_pins_the_lower_bounds():
     project = PROJECT["project"]
     extras = project["optional-dependencies"]
-    requirements = [*project["dependencies"], *extras["train"], *extras["test"]]
+    requirements = [*project["dependencies"], *extras["train"], *extras["demo"], *extras["test"]]
     bounds = {}
     for text in requirements:
         if not text.startswith("diffusers-cfg["):

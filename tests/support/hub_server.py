@@ -1,6 +1,6 @@
 """
 Serve a stand-in for the Hub on localhost, with the endpoints that the real `huggingface_hub` client needs to create,
-write and read model repositories. Supports private repositories, tokens, revisions and injected faults. All data is in
+write and read model repositories and Spaces. Supports private repositories, tokens, revisions and injected faults. All data is in
 memory.
 """
 
@@ -59,6 +59,7 @@ class Hub:
         self.tokens = {"hf_writer": "write", "hf_reader": "read", "hf_fine": "fineGrained"}
         # The namespaces and repositories that the token hf_fine can write to
         self.writable: list[str] = []
+        # By name; those of Spaces have the prefix "spaces/", as in addresses
         self.repositories: dict[str, Repository] = {}
         self.uploads: dict[str, bytes] = {}
         self.faults: list[Fault] = []
@@ -142,7 +143,10 @@ class Handler(BaseHTTPRequestHandler):
         for pattern, handler in ROUTES:
             match = re.fullmatch(pattern, line)
             if match:
-                return handler(self, **match.groupdict())
+                arguments = match.groupdict()
+                if arguments.pop("space", None):
+                    arguments["repo_id"] = f"spaces/{arguments['repo_id']}"
+                return handler(self, **arguments)
         self.answer(404, {"error": f"no such endpoint: {line}"})
 
     do_GET = do_HEAD = do_POST = do_PUT = handle_any
@@ -171,7 +175,8 @@ class Handler(BaseHTTPRequestHandler):
 
     def can_write(self, repo_id: str) -> bool:
         """Return whether the request's token can write to a repository."""
-        scoped = {repo_id, repo_id.split("/")[0]} & {*self.hub.writable}
+        name = repo_id.removeprefix("spaces/")
+        scoped = {name, name.split("/")[0]} & {*self.hub.writable}
         return self.role == "write" or (self.role == "fineGrained" and bool(scoped))
 
     def find(self, repo_id: str, revision: str = "main", write: bool = False) -> tuple[Repository, Commit] | None:
@@ -204,11 +209,15 @@ class Handler(BaseHTTPRequestHandler):
     def create_repo(self) -> None:
         request = json.loads(self.body)
         repo_id = f"{request.get('organization') or 'me'}/{request['name']}"
+        is_space = request.get("type") == "space"
+        if is_space and request.get("sdk") not in ("gradio", "static", "docker"):
+            return self.answer(400, {"error": "a Space needs an SDK"})
+        repo_id = f"spaces/{repo_id}" if is_space else repo_id
         if not self.can_write(repo_id):
             return self.answer(401 if self.role is None else 403, {"error": "no"})
         url = f"http://{self.headers['Host']}/{repo_id}"
         if repo_id in self.hub.repositories:
-            return self.answer(409, {"error": "You already created this model repo", "url": url})
+            return self.answer(409, {"error": "You already created this repo", "url": url})
         private = request.get("private") or request.get("visibility") == "private"
         self.hub.create(repo_id, private=bool(private))
         self.answer(200, {"url": url, "name": repo_id, "id": repo_id})
@@ -221,7 +230,7 @@ class Handler(BaseHTTPRequestHandler):
             repository, commit = found
             siblings = [{"rfilename": name} for name in sorted(commit.files)]
             self.answer(
-                200, {"id": repo_id, "sha": commit.oid, "private": repository.private, "siblings": siblings, "tags": []}
+                200, {"id": repo_id.removeprefix("spaces/"), "sha": commit.oid, "private": repository.private, "siblings": siblings, "tags": []}
             )
 
     def auth_check(self, repo_id: str) -> None:
@@ -318,17 +327,18 @@ def git_oid(data: bytes) -> str:
 
 
 REPO, REVISION = r"(?P<repo_id>[^/]+/[^/]+)", r"(?P<revision>[^/]+)"
+API, FILES = rf"/api/(?:models|(?P<space>spaces))/{REPO}", rf"/(?P<space>spaces/)?{REPO}"
 ROUTES = [
     (r"GET /api/whoami-v2", Handler.whoami),
     (r"POST /api/repos/create", Handler.create_repo),
     (r"POST /api/validate-yaml", Handler.validate_yaml),
-    (rf"GET /api/models/{REPO}", Handler.info),
-    (rf"GET /api/models/{REPO}/revision/{REVISION}", Handler.info),
-    (rf"GET /api/models/{REPO}/auth-check/write", Handler.auth_check),
-    (rf"GET /api/models/{REPO}/tree/{REVISION}", Handler.tree),
-    (rf"POST /api/models/{REPO}/preupload/{REVISION}", Handler.preupload),
-    (rf"POST /api/models/{REPO}/commit/{REVISION}", Handler.commit),
-    (rf"POST /{REPO}\.git/info/lfs/objects/batch", Handler.lfs_batch),
+    (rf"GET {API}", Handler.info),
+    (rf"GET {API}/revision/{REVISION}", Handler.info),
+    (rf"GET {API}/auth-check/write", Handler.auth_check),
+    (rf"GET {API}/tree/{REVISION}", Handler.tree),
+    (rf"POST {API}/preupload/{REVISION}", Handler.preupload),
+    (rf"POST {API}/commit/{REVISION}", Handler.commit),
+    (rf"POST {FILES}\.git/info/lfs/objects/batch", Handler.lfs_batch),
     (r"PUT /lfs/(?P<oid>[0-9a-f]+)", Handler.lfs_put),
-    (rf"(?:GET|HEAD) /{REPO}/resolve/{REVISION}/(?P<file>.+)", Handler.resolve),
+    (rf"(?:GET|HEAD) {FILES}/resolve/{REVISION}/(?P<file>.+)", Handler.resolve),
 ]
