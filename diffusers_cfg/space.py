@@ -4,24 +4,25 @@ import re
 from collections.abc import Mapping
 from importlib.metadata import requires, version
 from pathlib import Path
+from typing import Any
 
 import diffusers
 from huggingface_hub import CommitOperationAdd, HfApi, RepoCard, SpaceCardData, constants
 
-from . import demo as demo_module
-from .demo import Demo
+from .demo.generation import Demo
 from .hub import CFGPipeline, checked_folder, publish
 from .model_files import RUN, read_json
 from .repository import TAG, PublishError, prepare_repository, read_card, retry
 from .scheduling_log_snr import LogSNRScheduler
 
-# The name of demo.py in a Space
-PAGE = "cfg_demo.py"
+# This folder is copied to Spaces, under the name that app.py imports it by.
+DEMO_FOLDER = Path(__file__).parent / "demo"
 APP = """\"\"\"Generate images with {repo_id}.\"\"\"
 
 from diffusers import DiffusionPipeline
 
-from cfg_demo import Demo, launch
+from cfg_demo.generation import Demo
+from cfg_demo.page import launch
 
 # The repository's code is run, and the revision is pinned, so that later changes to it are not.
 arguments = {{"revision": "{revision}"}}
@@ -91,7 +92,7 @@ def publish_space(
         card = f"---\n{SpaceCardData(**metadata, ignore_metadata_errors=True).to_yaml()}\n---\n\n{text}"
         operations = [CommitOperationAdd(name, content) for name, content in files.items()]
         operations.append(CommitOperationAdd("README.md", card.encode()))
-        arguments = {"repo_type": "space", "commit_message": "Upload the demo"}
+        arguments: dict[str, Any] = {"repo_type": "space", "commit_message": "Upload the demo"}
         retry(lambda: HfApi(token=token).create_commit(repo_id, operations, **arguments))
     except Exception as error:  # network errors have many types
         raise PublishError(f"The Space {repo_id} could not be published: {error}") from error
@@ -103,21 +104,20 @@ def publish_with_demo(
     repo_id: str | None,
     space: str,
     commit_message: str | None = None,
-    private: bool | None = None,
     token: str | None = None,
     overwrite: bool = False,
 ) -> tuple[str, str]:
     """
-    Publish a saved pipeline and a Gradio Space that shows it. The model card links to the Space, and the Space loads the
-    revision of the model that was published with it.
+    Publish a saved pipeline and a Gradio Space that shows it. The model card links to the Space, and the Space loads
+    the revision of the model that was published with it.
 
     Args:
         folder (`str`): As in `publish`.
         repo_id (`str`, *optional*): Repository of the model. By default it has the name of the folder and the namespace
             of the Space.
         space (`str`): Repository of the Space, `namespace/name` or a name in your own namespace.
-        commit_message (`str`, *optional*), private (`bool`, *optional*), token (`str`, *optional*), overwrite (`bool`,
-            *optional*, defaults to `False`): As in `publish`.
+        commit_message (`str`, *optional*), token (`str`, *optional*), overwrite (`bool`, *optional*, defaults to
+            `False`): As in `publish`.
 
     Returns:
         The URL of the model's commit and the URL of the Space.
@@ -126,8 +126,6 @@ def publish_with_demo(
         PublishError: If the model cannot be shown, a repository cannot be written, or publishing failed. Both
             repositories are checked before anything is uploaded.
     """
-    if private:
-        raise PublishError("A Space cannot read a private model without a token of yours. Publish a public model.")
     try:
         absent = load_demo(str(checked_folder(folder))).absent  # which checks that the page can show it
     except (OSError, ValueError) as error:
@@ -146,7 +144,7 @@ def publish_with_demo(
     title, facts = space.split("/")[1], {"repo_id": repo_id, "revision": revision}
     files = {
         "app.py": APP.format(absent=sorted(absent), **facts),
-        PAGE: Path(demo_module.__file__).read_text(encoding="utf-8"),
+        **{f"cfg_demo/{path.name}": path.read_text(encoding="utf-8") for path in DEMO_FOLDER.glob("*.py")},
         "requirements.txt": "".join(f"{requirement}\n" for requirement in space_requirements()),
     }
     gradio = next(text.partition("==")[2] for text in space_requirements() if text.startswith("gradio=="))

@@ -18,10 +18,11 @@ RULES = {
     "denoising_gan": set(),
     "noise_schedule": set(),
     "variational_bound": set(),
+    "demo": set(),  # is copied to Spaces
     "run_settings": {"config"},
     "settings": {"config", "run_settings"},
     "method_settings": {"config", "run_settings", "settings"},
-    "R": {"R"},
+    "R": {"R", "demo"},
     "data": {"config", "randomness", "files", "settings"},
     "evaluation": {
         "data",
@@ -57,6 +58,7 @@ RULES = {
         "engine",
         "evaluation",
         "methods",
+        "demo",
         "config",
         "randomness",
         "files",
@@ -108,6 +110,13 @@ def test_remote_code_imports_only_torch_and_diffusers(name):
     # diffusers searches for imports with this pattern, in docstrings too.
     found = re.findall(r"^\s*(?:import\s+(\S+)\s*$|from\s+(\S+)\s+import)", path.read_text(), flags=re.MULTILINE)
     assert {(a or b).split(".")[0] for a, b in found} <= top_level(imported(path))
+
+
+def test_the_demo_runs_in_a_space():
+    paths = (PACKAGE / "demo").glob("*.py")
+    libraries = top_level(set().union(*map(imported, paths))) - set(sys.stdlib_module_names)
+    assert libraries == {"PIL", "diffusers", "diffusers_cfg", "gradio", "torch"}
+    assert edges()["demo"] == set()  # only its own modules of this package
 
 
 @pytest.mark.parametrize(
@@ -166,6 +175,7 @@ def test_no_module_imports_a_command():
 def test_imports_are_at_the_top_of_the_file():
     """Exceptions are imports that are optional, or slow and not always needed."""
     allowed = {"config": {"transformers.hf_argparser"}, "sources": {"sklearn.datasets"}, "files": {"fcntl"}}
+    allowed["page"] = {"gradio"}
     allowed["features"] = {"torch_fidelity.feature_extractor_inceptionv3"}
     for name, path in modules().items():
         nested = imported(path) - imported(path, nested=False)
@@ -189,7 +199,7 @@ def test_no_module_changes_sys_path():
     [
         ("accelerate", r"diffusers_cfg\.(engine|evaluation|methods)\..*|diffusers_cfg\.data\.latents"),
         ("datasets", r"diffusers_cfg\.data\..*"),
-        ("huggingface_hub", r"diffusers_cfg\.(hub|loading|model_card|model_files|repository)"),
+        ("huggingface_hub", r"diffusers_cfg\.(hub|loading|model_card|model_files|repository|space)"),
         ("torchvision", "-"),
     ],
 )

@@ -22,7 +22,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--port", type=int, help="The port of the page; by default the first free one from 7860.")
     args = parser.parse_args(argv)
     # Imported here so that --help and flag errors do not wait for torch.
-    from diffusers_cfg.demo import check_gradio, check_port, launch
+    from diffusers_cfg.demo.page import check_gradio, check_port, launch
     from diffusers_cfg.space import load_demo
 
     try:

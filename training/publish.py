@@ -11,6 +11,8 @@ python training/publish.py cfg-model --repo_id me/cfg-model
 python training/publish.py cfg-model --space me/demo
 """
 
+from typing import Any
+
 from diffusers_cfg.config import CommandParser, run_command
 
 
@@ -34,7 +36,7 @@ def main(argv: list[str] | None = None) -> None:
         help="Publish even if the repository or the Space contains something else.",
     )
     args = parser.parse_args(argv)
-    if args.repo_id is None and args.space is None:
+    if not (args.repo_id or args.space):
         parser.error("one of the arguments --repo_id, --space is required")
     if args.space is not None and (args.private or args.create_pr):
         parser.error("--space needs a public model, and cannot be combined with --private or --create_pr")
@@ -44,20 +46,18 @@ def main(argv: list[str] | None = None) -> None:
     from diffusers_cfg.repository import PublishError
     from diffusers_cfg.space import publish_with_demo
 
-    common = {"commit_message": args.commit_message, "token": args.token, "overwrite": args.overwrite}
-    space = None
+    common: dict[str, Any] = {"commit_message": args.commit_message, "token": args.token, "overwrite": args.overwrite}
+    demo = None
     try:
         if args.space is not None:
-            url, space = publish_with_demo(args.folder, args.repo_id, args.space, **common)
+            url, demo = publish_with_demo(args.folder, args.repo_id, args.space, **common)
         else:
-            url = publish(
-                args.folder, args.repo_id, private=args.private or None, create_pr=args.create_pr, **common
-            )
+            url = publish(args.folder, args.repo_id, private=args.private or None, create_pr=args.create_pr, **common)
     except PublishError as error:
         raise NotPublished(f"publish.py: error: {error}") from error
     print(f"Published, and verified that the published model generates the same image: {url}")
-    if space is not None:
-        print(f"Published a demo, which starts in a few minutes: {space}")
+    if demo is not None:
+        print(f"Published a demo, which starts in a few minutes: {demo}")
 
 
 if __name__ == "__main__":

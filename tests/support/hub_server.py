@@ -1,7 +1,7 @@
 """
 Serve a stand-in for the Hub on localhost, with the endpoints that the real `huggingface_hub` client needs to create,
-write and read model repositories and Spaces. Supports private repositories, tokens, revisions and injected faults. All data is in
-memory.
+write and read model repositories and Spaces. Supports private repositories, tokens, revisions and injected faults. All
+data is in memory.
 """
 
 import base64
@@ -229,9 +229,9 @@ class Handler(BaseHTTPRequestHandler):
         if found := self.find(repo_id, revision):
             repository, commit = found
             siblings = [{"rfilename": name} for name in sorted(commit.files)]
-            self.answer(
-                200, {"id": repo_id.removeprefix("spaces/"), "sha": commit.oid, "private": repository.private, "siblings": siblings, "tags": []}
-            )
+            name, private = repo_id.removeprefix("spaces/"), repository.private
+            facts = {"id": name, "sha": commit.oid, "private": private, "siblings": siblings, "tags": []}
+            self.answer(200, facts)
 
     def auth_check(self, repo_id: str) -> None:
         if self.find(repo_id, write=True):

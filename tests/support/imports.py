@@ -84,7 +84,7 @@ def layer(module: str) -> str:
     parts = module.split(".")
     if parts[0] != "diffusers_cfg" or len(parts) == 1:
         return parts[0]
-    around = ("citations", "hub", "loading", "model_card", "model_card_sections", "model_files", "repository")
+    around = ("citations", "hub", "loading", "model_card", "model_card_sections", "model_files", "repository", "space")
     return "R" if parts[1] in (*REMOTE, *around) else parts[1]
 
 

@@ -1,13 +1,6 @@
-"""
-Show a pipeline in a web page with Gradio: controls for the classes and the guidance, a gallery, and code that generates
-the same images.
+"""Generate the images that a visitor of the page asks for, and the code that generates them too."""
 
-A Gradio Space contains a copy of this file, so it imports nothing of this package.
-"""
-
-import importlib.util
 import math
-import socket
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -22,14 +15,6 @@ AS_SAVED = "as saved"
 MAX_IMAGES = 64
 # The page passes numbers as float64, which is exact up to here.
 MAX_SEED = 2**53 - 1
-# Images are enlarged by the largest whole factor that keeps their sides at most this long, in pixels.
-GALLERY_SIZE = 256
-# Local fonts, and pixels that the browser does not blur when it fits a picture to the window
-FONTS = {"font": ["system-ui", "sans-serif"], "font_mono": ["ui-monospace", "monospace"]}
-CSS = """
-.gradio-container { max-width: 1200px !important; margin: auto; }
-.gallery-item img, .thumbnail-item img, .preview img { image-rendering: pixelated; }
-"""
 
 
 class Range(NamedTuple):
@@ -186,8 +171,8 @@ def mix_weights(request: Request) -> list[float]:
     total = sum(weights)
     if len(weights) != len(request.class_ids) or not all(w >= 0 for w in weights) or not 0 < total < math.inf:
         raise ValueError(
-            f"The weights {request.weights!r} do not fit {len(request.class_ids)} classes. Enter a number of at least 0 "
-            "for each class, separated by spaces, or nothing for equal weights."
+            f"The weights {request.weights!r} do not fit {len(request.class_ids)} classes. Enter a number of at least "
+            "0 for each class, separated by spaces, or nothing for equal weights."
         )
     return [weight / total for weight in weights]
 
@@ -216,7 +201,7 @@ def seeds_of(request: Request) -> list[int]:
 
 
 def sampling_pipeline(demo: Demo, request: Request) -> DiffusionPipeline:
-    """Return the pipeline with the sampler of a request. The demo's own is not changed, since others may be using it."""
+    """Return the pipeline with the sampler of a request. The demo's own is not changed: other visitors may use it."""
     if not demo.sampler_classes or request.sampler == AS_SAVED:
         return demo.pipe
     scheduler_class, saved = demo.sampler_classes[request.sampler], demo.pipe.scheduler
@@ -300,121 +285,3 @@ def code_of(demo: Demo, request: Request) -> str:
 def keywords(arguments: Mapping[str, Any]) -> list[str]:
     """Return arguments as they are written in a call."""
     return [f"{name}={value!r}" for name, value in arguments.items()]
-
-
-def enlarged(image: Image.Image) -> Image.Image:
-    """Enlarge an image by a whole factor, so that all its pixels are squares of one size."""
-    factor = max(1, GALLERY_SIZE // max(image.size))
-    return image.resize((image.width * factor, image.height * factor), Image.Resampling.NEAREST)
-
-
-def check_gradio() -> None:
-    """Raise `ImportError` that says how to install Gradio, if it is missing."""
-    if importlib.util.find_spec("gradio") is None:
-        raise ImportError('The demo needs Gradio, which is not installed: pip install "diffusers-cfg[demo]"')
-
-
-def check_port(port: int) -> None:
-    """Raise `OSError` if a port of this machine cannot be used."""
-    try:
-        socket.create_server(("127.0.0.1", port)).close()
-    except OSError as error:
-        raise OSError(
-            f"Port {port} cannot be used ({error.strerror}). Stop the program that uses it, or choose another port."
-        ) from error
-
-
-def describe(demo: Demo) -> str:
-    """Return the heading of the page."""
-    channels, height, width = demo.pipe.image_shape
-    kind = "grayscale" if channels == 1 else "colour"
-    text = f"# {demo.source.rstrip('/').split('/')[-1]}\n\n{height}×{width} {kind} images"
-    if demo.guidance is not None:
-        text += (
-            ". *w* is the scale of [classifier-free guidance](https://arxiv.org/abs/2207.12598): 0 follows the class "
-            "without guidance, larger values are closer to the class and less varied"
-        )
-        text += "." if demo.guidance.low == 0 else ", and −1 ignores the class."
-    elif demo.pipe.guider is not None:
-        text += f". The guidance is that of {type(demo.pipe.guider).__name__}."
-    return text
-
-
-def build_page(demo: Demo) -> Any:
-    """Return the page of a demo, a `gradio.Blocks`. Raise `ImportError` if Gradio is missing."""
-    check_gradio()
-    import gradio as gr
-
-    def slider(label: str, limits: Range | None, step: float, **settings: Any) -> gr.Slider:
-        low, high, default = limits or Range(0, 1, 0)
-        return gr.Slider(low, high, default, step=step, label=label, visible=limits is not None, **settings)
-
-    classes, saved = demo.classes, type(demo.pipe.scheduler).__name__
-    samplers = [(f"{AS_SAVED} ({saved})", AS_SAVED), *[(name, name) for name in demo.sampler_classes]]
-    with gr.Blocks(title=f"{demo.source} · diffusers-cfg", analytics_enabled=False) as page:
-        gr.Markdown(describe(demo))
-        with gr.Row():
-            with gr.Column(scale=2, min_width=300):
-                class_ids = gr.Dropdown(
-                    [(name, class_id) for class_id, name in classes.items()],
-                    value=[next(iter(classes))],
-                    multiselect=True,
-                    label="Classes",
-                    visible=len(classes) > 1,
-                    elem_id="classes",
-                )
-                mix = gr.Checkbox(label="Mix the classes in each image", visible=len(classes) > 1, elem_id="mix")
-                weights = gr.Textbox(
-                    label="Weights of the mix", placeholder="equal, or for example: 0.7 0.3", visible=False
-                )
-                w = slider("w (s = 1 + w)", demo.guidance, 0.1, elem_id="w")
-                scale = slider("s of the classifier", demo.classifier_guidance, 0.1, elem_id="classifier")
-                steps = slider("Steps", demo.steps, 1, elem_id="steps")
-                sampler = gr.Dropdown(
-                    samplers, value=AS_SAVED, label="Sampler", visible=bool(demo.sampler_classes), elem_id="sampler"
-                )
-                with gr.Row():
-                    seed = gr.Number(0, label="Seed", precision=0, minimum=0, maximum=MAX_SEED, elem_id="seed")
-                    per_class = "Images per class" if len(classes) > 1 else "Images"
-                    num_images = gr.Number(4, label=per_class, precision=0, minimum=1, maximum=MAX_IMAGES)
-                button = gr.Button("Generate", variant="primary", elem_id="generate")
-            with gr.Column(scale=4, min_width=320):
-                # PNG keeps the pixels; the default format changes them.
-                gallery = gr.Gallery(
-                    label="Images", columns=4, format="png", object_fit="scale-down", height="auto", elem_id="images"
-                )
-                code = gr.Code(label="The same images in Python", language="python", interactive=False, elem_id="code")
-
-        # Gradio finds the progress bar by the default of a positional parameter.
-        def run(progress: gr.Progress = gr.Progress(), *values: Any) -> tuple[list, str]:  # noqa: B008
-            names = ("class_ids", "mix", "weights", "guidance_scale", "classifier_guidance_scale")
-            names += ("num_inference_steps", "sampler", "seed", "num_images")
-            request = Request(**dict(zip(names, values, strict=True)))
-            try:
-                images, captions = generate(demo, request, lambda step, steps: progress((step, steps), unit="steps"))
-                return [*zip(map(enlarged, images), captions, strict=True)], code_of(demo, request)
-            except (ValueError, FloatingPointError) as error:
-                raise gr.Error(str(error), duration=None, print_exception=False) from error
-            except torch.OutOfMemoryError as error:
-                raise gr.Error("Out of memory. Generate fewer images at once.", print_exception=False) from error
-
-        mix.change(lambda mixed: gr.update(visible=mixed), mix, weights, show_progress="hidden")
-        inputs = [class_ids, mix, weights, w, scale, steps, sampler, seed, num_images]
-        button.click(run, inputs, [gallery, code], show_progress_on=gallery, api_name="generate")
-    return page
-
-
-def launch(demo: Demo, **settings: Any) -> Any:
-    """
-    Move the pipeline to the GPU, if there is one, and serve the page of a demo until the process is interrupted.
-
-    Args:
-        demo (`Demo`): the pipeline.
-        **settings: Arguments of `gradio.Blocks.launch`, such as `server_port`.
-    """
-    page = build_page(demo)
-    import gradio as gr
-
-    if torch.accelerator.is_available():
-        demo.pipe.to(torch.accelerator.current_accelerator())
-    return page.launch(theme=gr.themes.Default(**FONTS), css=CSS, ssr_mode=False, **settings)
