@@ -274,9 +274,10 @@ def code_of(demo: Demo, request: Request) -> str:
         "",
         loaded,
         *setting,
+        f"seeds = {repeated}",
         "images = pipe(",
         *[f"    {argument}," for argument in keywords(arguments)],
-        f"    generator=[torch.Generator().manual_seed(seed) for seed in {repeated}],",
+        "    generator=[torch.Generator().manual_seed(seed) for seed in seeds],",
         ").images",
     ]
     return "\n".join(lines)

@@ -17,7 +17,7 @@ CSS = """
 .gradio-container { max-width: 1200px !important; margin: auto; }
 #images img { image-rendering: pixelated; }
 #images .grid-wrap { max-height: none; min-height: 0; padding: 12px; overflow: visible; }
-#images .grid-container { padding: 0; }
+#images .grid-container { padding: 0; grid-template-columns: repeat(auto-fill, minmax(160px, 1fr)); }
 #images .thumbnail-lg { aspect-ratio: auto; height: auto; border: none; box-shadow: none; background: none; }
 #images .thumbnail-lg img { width: auto; height: auto; max-width: 100%; margin: auto; }
 #images .caption-label { position: static; max-width: 100%; padding: 4px 0; text-align: center; }

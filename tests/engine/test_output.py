@@ -23,6 +23,7 @@ from diffusers_cfg.engine.output import (
     check_inputs,
     check_output_dir,
     delete_run,
+    describe_demo,
     saved_together,
 )
 from diffusers_cfg.files import locked, remove
@@ -292,7 +293,13 @@ def test_full_disk_at_the_end_can_be_resumed(tmp_path, monkeypatch, capsys):
     assert not (tmp_path / "out" / "unet").exists()
     train(tmp_path / "out", "--resume_from_checkpoint", "latest")
     assert (tmp_path / "out" / "unet" / WEIGHTS).is_file()
-    assert "Saved the pipeline" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "Saved the pipeline" in printed
+    assert printed.endswith(f"\npython training/demo.py --model {tmp_path / 'out'}\n")
+
+
+def test_the_command_of_the_demo_can_be_pasted_into_a_shell():
+    assert describe_demo("my model").endswith("\npython training/demo.py --model 'my model'")
 
 
 def test_disk_error_during_the_run_says_what_is_safe(tmp_path, monkeypatch):

@@ -42,6 +42,7 @@ def test_train_publish_and_fine_tune(hub, script, tmp_path):
     )  # fmt: skip
     assert result.returncode == 0, result.stderr
     assert "The published model generates the same image" in result.stdout
+    assert result.stdout.endswith("\npython training/demo.py --model out\n")
     assert "HTTP Request" not in result.stderr
     repository = hub.repositories["me/digits"]
     assert repository.private
