@@ -76,7 +76,7 @@ def build_page(demo: Demo) -> Any:
 
     classes, saved = demo.classes, type(demo.pipe.scheduler).__name__
     samplers = [(f"{AS_SAVED} ({saved})", AS_SAVED), *[(name, name) for name in demo.sampler_classes]]
-    with gr.Blocks(title=f"{demo.source} · diffusers-cfg", analytics_enabled=False) as page:
+    with gr.Blocks(title=f"{demo.source} · diffusers-cfg", analytics_enabled=False, fill_width=True) as page:
         gr.Markdown(describe(demo))
         with gr.Row():
             with gr.Column(scale=2, min_width=300):
