@@ -37,6 +37,7 @@ RULES = {
         "noise_schedule",
         "variational_bound",
     },
+    "export": {"evaluation", "R", "config", "files"},
     "engine": {"data", "R", "config", "randomness", "files", "settings"},
     "methods": {
         "engine",
@@ -57,6 +58,7 @@ RULES = {
         "data",
         "engine",
         "evaluation",
+        "export",
         "methods",
         "demo",
         "config",

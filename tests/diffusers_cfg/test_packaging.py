@@ -11,7 +11,8 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
 def test_lowest_txt_pins_the_lower_bounds():
     project = PROJECT["project"]
     extras = project["optional-dependencies"]
-    requirements = [*project["dependencies"], *extras["train"], *extras["demo"], *extras["test"]]
+    chosen = ("train", "demo", "export", "test")
+    requirements = [*project["dependencies"], *(text for name in chosen for text in extras[name])]
     bounds = {}
     for text in requirements:
         if not text.startswith("diffusers-cfg["):
@@ -29,4 +30,6 @@ def test_wheel_contains_every_module():
     assert PROJECT["tool"]["setuptools"]["packages"]["find"]["include"] == ["diffusers_cfg", "diffusers_cfg.*"]
     folders = {path.parent for path in (ROOT / "diffusers_cfg").rglob("*.py")}
     assert [folder for folder in folders if not (folder / "__init__.py").is_file()] == []
-    assert (ROOT / "diffusers_cfg" / "py.typed").is_file()
+    data = PROJECT["tool"]["setuptools"]["package-data"]["diffusers_cfg"]
+    assert {*data} == {"py.typed", "export/page.html"}
+    assert all((ROOT / "diffusers_cfg" / name).is_file() for name in data)

@@ -81,7 +81,7 @@ def test_commands_are_short(name):
     assert len(blocks) <= 1
     (block,) = re.findall(r"^# /// script\n((?:#.*\n)+?)# ///$", source, flags=re.MULTILINE)
     metadata = tomllib.loads("".join(f"{line[2:]}\n" for line in block.splitlines()))
-    extra = {"gpu_check": "test", "demo": "demo"}.get(path.stem, "train")  # the first runs tests
+    extra = {"gpu_check": "test", "demo": "demo", "export": "export"}.get(path.stem, "train")  # the first runs tests
     assert metadata["dependencies"] == [f"diffusers-cfg[{extra}]"]
     assert metadata["requires-python"] == ">=3.11"
     source_of_package = Path(path.parent, metadata["tool"]["uv"]["sources"]["diffusers-cfg"]["path"]).resolve()

@@ -1,0 +1,1 @@
+"""Test the export to ONNX and to a page."""
