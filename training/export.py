@@ -23,7 +23,7 @@ def main(argv: list[str] | None = None) -> None:
     from diffusers_cfg.export.export import export_model
 
     for path in export_model(config):
-        print(f"Wrote {path} ({path.stat().st_size / 1e6:.1f} MB).")
+        print(f"Wrote {path} ({path.stat().st_size / 1e6:.2f} MB).")
 
 
 if __name__ == "__main__":

@@ -91,6 +91,9 @@ def export_graph(pipeline: CFGPipeline, batch_size: int) -> bytes:
 
     Returns:
         `bytes`: the model, with the inputs of `GuidedPrediction.forward` and the output `prediction`.
+
+    Raises:
+        UserError: if the network has an operation that ONNX lacks.
     """
     module = GuidedPrediction(pipeline).eval()
     loggers = [logging.getLogger(name) for name in ("torch.onnx", "onnxscript", "onnx_ir")]
@@ -108,6 +111,9 @@ def export_graph(pipeline: CFGPipeline, batch_size: int) -> bytes:
                 dynamo=True,
                 verbose=False,
             )
+        except torch.onnx.OnnxExporterError as error:
+            problem = str(error).strip().partition("\n")[0]
+            raise UserError(f"PyTorch cannot export the network of this model to ONNX: {problem}") from error
         finally:
             for logger, level in zip(loggers, levels, strict=True):
                 logger.setLevel(level)

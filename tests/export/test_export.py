@@ -109,6 +109,17 @@ def test_a_failed_check_leaves_no_file(saved, tmp_path, monkeypatch):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_an_operation_without_onnx_is_reported(monkeypatch):
+    def fail(*_, **__) -> None:
+        raise torch.onnx.OnnxExporterError("\nNo conversion for aten.sinc.\nA long report follows.")
+
+    monkeypatch.setattr(torch.onnx, "export", fail)
+    with pytest.raises(
+        UserError, match=r"cannot export the network of this model to ONNX: No conversion for aten.sinc.$"
+    ):
+        graph.export_graph(small(), 2)
+
+
 @pytest.mark.parametrize(
     ("argv", "message"),
     [

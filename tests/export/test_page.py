@@ -46,7 +46,7 @@ def picture(browser) -> str:
 
 def test_the_page_draws_the_images_of_the_pipeline(pipeline, tmp_path):
     if not DIST.is_dir():
-        pytest.skip(f"no onnxruntime-web in {DIST}. Run npm install --no-save onnxruntime-web@{page.VERSION}")
+        pytest.skip(f"no onnxruntime-web in {DIST}. Run npm install onnxruntime-web@{page.VERSION}")
     keys = pytest.importorskip("selenium.webdriver.common.keys", reason="selenium is not installed").Keys
     path = export_page(pipeline, tmp_path, onnxruntime_web=str(DIST))
     noise = torch.randn(6, *pipeline.sample_shape, generator=torch.Generator().manual_seed(0))
