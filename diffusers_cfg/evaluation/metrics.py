@@ -87,6 +87,25 @@ def jackknife(statistic: Callable[[torch.Tensor], float], blocks: int) -> float:
     return ((blocks - 1) * without.var(correction=0)).sqrt().item()
 
 
+def polynomial_mmd(real: torch.Tensor, fake: torch.Tensor) -> float:
+    """
+    Compute the unbiased estimate of the squared MMD with the cubic kernel (x·y/d + 1)³ over all pairs (Bińkowski et al.
+    2018, arXiv 1801.01401, equation 4), which can be negative. It suits sets of a few images.
+
+    Args:
+        real (`torch.Tensor` of shape `(n, d)`), fake (`torch.Tensor` of shape `(m, d)`): two or more features each.
+    """
+
+    def kernel(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+        return (a @ b.T / a.shape[1] + 1) ** 3
+
+    def mean_of_pairs(a: torch.Tensor) -> torch.Tensor:
+        values = kernel(a, a)
+        return (values.sum() - values.trace()) / (len(a) * (len(a) - 1))
+
+    return (mean_of_pairs(real) + mean_of_pairs(fake) - 2 * kernel(real, fake).mean()).item()
+
+
 def precision_recall(real: torch.Tensor, fake: torch.Tensor, k: int = 3) -> tuple[float, float]:
     """
     Compute improved precision and recall (Kynkäänniemi et al. 2019, arXiv 1904.06991, equations 1 and 2): the fraction

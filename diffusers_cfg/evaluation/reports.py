@@ -14,6 +14,8 @@ METRICS_FILE, LIKELIHOOD_FILE = "metrics.json", "likelihood.json"
 LOWER_IS_BETTER = ("frechet_distance", "spatial_frechet_distance", "kernel_distance")
 # Metrics whose error is a standard error over blocks of images, shown as a 95 % interval.
 WITH_INTERVAL = ("frechet_distance", "spatial_frechet_distance", "class_accuracy")
+# Metrics of which neither a high nor a low value is better.
+NOT_RANKED = ("close_to_training",)
 # Half the width of a 95 % interval, in standard errors.
 INTERVAL = 1.96
 # What w means by each rule of guidance but classifier-free guidance, whose formula is that of the paper.
@@ -75,6 +77,7 @@ def metric_names(feature_extractor: str) -> dict[str, str]:
         **{name: name for name in ("precision", "recall", "density", "coverage")},
         "class_accuracy": "class accuracy",
         "worst_class_accuracy": "worst class",
+        "close_to_training": "close to training",
     }
 
 
@@ -82,7 +85,7 @@ def best_scales(results: list[dict[str, Any]], names: dict[str, str]) -> dict[st
     """Return the w with the best value of each metric."""
     best = {}
     for metric in names:
-        if metric in results[0]:
+        if metric in results[0] and metric not in NOT_RANKED:
             choose = min if metric in LOWER_IS_BETTER else max
             best[metric] = choose(results, key=lambda row, metric=metric: row[metric])["guidance_scale"]
     return best
@@ -98,7 +101,13 @@ def sweep_table(record: dict[str, Any]) -> str:
         rows.append([format_number(row["guidance_scale"]), *cells, *(f"{row[cost]:g}" for cost in costs)])
     if record["floor"]:
         rows.append(["real", *(cell(record["floor"], metric) for metric in names), *("" for _ in costs)])
-    return f"{table(['w', *names.values(), *costs.values()], rows)}\n\n{caption(record)}\n"
+    text = f"{table(['w', *names.values(), *costs.values()], rows)}
+
+{caption(record)}
+"
+    return text + (f"
+{record['memorisation']}
+" if "memorisation" in record else "")
 
 
 def sweep_curves(record: dict[str, Any], prefix: str = "") -> list[dict[str, float]]:

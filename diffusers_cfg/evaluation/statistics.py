@@ -257,6 +257,7 @@ class RealStatistics:
     Attributes:
         summarizer (`Summarizer`): the feature extractor, to add samples to summaries.
         held_out (`Summary`), others (`Summary`): the statistics of the held-out set and of the other images.
+        class_labels (`dict[str, torch.Tensor]`): the classes of the images of both whose features are stored.
         num_real (`int`), num_held_out (`int`): the numbers of all images and of held-out images.
 
     Raises:
@@ -288,6 +289,7 @@ class RealStatistics:
 
         order = labelled[stratified_order(dataset.class_labels[labelled])]
         subsets = {"held_out": order[: self.num_held_out], "others": order[self.num_held_out :]}
+        self.class_labels = {name: dataset.class_labels[rows[:MAX_NEIGHBOURS]] for name, rows in subsets.items()}
         summaries = {
             name: self.summarizer.new_summary(len(indices), moment_blocks=1) for name, indices in subsets.items()
         }

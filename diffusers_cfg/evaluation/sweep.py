@@ -17,13 +17,15 @@ from diffusers_cfg.data.images import LabelledImages
 from diffusers_cfg.data.labels import UNLABELLED, first_names
 from diffusers_cfg.data.naming import local_name
 from diffusers_cfg.data.sources import load_labelled_images
+from diffusers_cfg.evaluation.by_class import class_table, measure_classes
 from diffusers_cfg.evaluation.class_labels import choose_class_labels, classes_of, parse_class_labels
 from diffusers_cfg.evaluation.grids import make_grid
 from diffusers_cfg.evaluation.guidance_rules import check_guidance, is_unconditional
 from diffusers_cfg.evaluation.measure import measure, measure_floor
+from diffusers_cfg.evaluation.pictures import class_grid, nearest_grid
 from diffusers_cfg.evaluation.records import data_config, names_data, recorded_data
 from diffusers_cfg.evaluation.reference import ReferenceFile, ReferenceStatistics, read_reference
-from diffusers_cfg.evaluation.reports import LIKELIHOOD_FILE, METRICS_FILE, write_report
+from diffusers_cfg.evaluation.reports import LIKELIHOOD_FILE, METRICS_FILE, write_report, write_text
 from diffusers_cfg.evaluation.sample_sets import SETTINGS_FILE, SampleSet, claimed
 from diffusers_cfg.evaluation.sampling import (
     call_arguments,
@@ -37,6 +39,7 @@ from diffusers_cfg.evaluation.sampling import (
 )
 from diffusers_cfg.evaluation.settings import GUIDANCE, EvaluationConfig, LikelihoodConfig, format_number
 from diffusers_cfg.evaluation.statistics import RealStatistics
+from diffusers_cfg.evaluation.training_images import TrainingImages, load_training_images
 from diffusers_cfg.files import check_writable, refuse_data_folder, save_image
 
 # The folder of the samples in the output folder.
@@ -78,17 +81,21 @@ def run_sweep(
         class_labels = choose_class_labels(config, data.class_labels)
         sets = {w: sample_set(config, w) for w in guidance_scales(config, pipeline)}
         draw_sets(config, accelerator, pipeline, sets, class_labels)
-        results = measure_sets(accelerator, real, sets)
+        results = measure_sets(accelerator, real, sets, class_labels, data.id2label)
         if not accelerator.is_main_process:
             return {}
+        if isinstance(real, RealStatistics):
+            held_out = real.held_out.features, real.class_labels["held_out"]
+            floor["by_class"] = measure_classes(*held_out, real, data.id2label)
         record = {"dataset": data.name, **real.record(), "floor": floor, **sampling_record(config, pipeline)}
-        record = write_report(output_dir, {**record, "results": results}, config.feature_extractor)
-        columns = [
-            data.id2label[class_id] for class_id in class_labels[: min(len(classes_of(class_labels)), 10)].tolist()
-        ]
-        rows = [samples.first_images(len(columns)) for samples in sets.values()]
-        grid = make_grid(torch.stack(rows), [f"w = {format_number(w)}" for w in sets], columns)
-        save_image(grid, output_dir / "grid.png")
+        record["results"] = results
+        evaluated = None if isinstance(data.images, ReferenceFile) else data.images
+        training = load_training_images(config, pipeline, evaluated, accelerator.device)
+        training.compare(sets, record)
+        record = write_report(output_dir, record, config.feature_extractor)
+        if isinstance(real, RealStatistics):
+            write_text(class_table(record), output_dir / "classes.md")
+        save_pictures(output_dir, record, sets, class_labels, data.id2label, training)
     return record
 
 
@@ -163,10 +170,56 @@ def sample_set(config: EvaluationConfig, w: float) -> SampleSet:
     return SampleSet(output_folder(config) / SAMPLES / f"w={format_number(w)}", config.num_samples)
 
 
+def save_pictures(
+    output_dir: Path,
+    record: dict[str, Any],
+    sets: dict[float, SampleSet],
+    class_labels: torch.Tensor,
+    id2label: dict[int, str],
+    training: TrainingImages,
+) -> None:
+    """
+    Write the pictures of a sweep: grid.png with all w, and at the w with the best Fréchet distance classes.png, with
+    samples of each class, and nearest.png, with the samples that are closest to training images.
+
+    Args:
+        output_dir (`Path`): the folder.
+        record (`dict[str, Any]`): the contents of metrics.json.
+        sets (`dict[float, SampleSet]`), class_labels (`torch.Tensor`), id2label (`dict[int, str]`): as in
+            `measure_sets`.
+        training (`TrainingImages`): the training images.
+    """
+    classes = classes_of(class_labels).tolist()
+    columns = [id2label[class_id] for class_id in class_labels[: min(len(classes), 10)].tolist()]
+    rows = [samples.first_images(len(columns)) for samples in sets.values()]
+    save_image(
+        make_grid(torch.stack(rows), [f"w = {format_number(w)}" for w in sets], columns), output_dir / "grid.png"
+    )
+    w = record["best"]["frechet_distance"]
+    names = [id2label[class_id] for class_id in classes]
+    save_image(class_grid(sets[w], classes, names, w), output_dir / "classes.png")
+    if training.dataset is not None:
+        nearest = nearest_grid(training.nearest(sets[w]), training.held_out_neighbours, w)
+        save_image(nearest, output_dir / "nearest.png")
+
+
 def measure_sets(
-    accelerator: Accelerator, real: RealStatistics | ReferenceStatistics, sets: dict[float, SampleSet]
+    accelerator: Accelerator,
+    real: RealStatistics | ReferenceStatistics,
+    sets: dict[float, SampleSet],
+    class_labels: torch.Tensor,
+    id2label: dict[int, str],
 ) -> list[dict[str, Any]]:
-    """Return a row of metrics for each w, on the main process only. The processes share the shards."""
+    """
+    Return a row of metrics for each w, on the main process only. The processes share the shards.
+
+    Args:
+        accelerator (`Accelerator`): the processes.
+        real (`RealStatistics` or `ReferenceStatistics`): the statistics of the real images.
+        sets (`dict[float, SampleSet]`): the samples of each w.
+        class_labels (`torch.Tensor` of shape `(images,)`): the classes of the samples, the same for each w.
+        id2label (`dict[int, str]`): the names of the classes.
+    """
     results = []
     for w, samples in tqdm(
         sets.items(), "Measuring", leave=False, disable=None if accelerator.is_main_process else True
@@ -181,6 +234,9 @@ def measure_sets(
             row = measure(summary, real.reference, real.extractor.id2label)
             first = samples.load(samples.shards[0])
             cost = {"network_evaluations": first.network_evaluations, "gradients": first.gradients}
+            if isinstance(real, RealStatistics):
+                features = summary.features
+                row["by_class"] = measure_classes(features, class_labels[: len(features)], real, id2label)
             results.append({"guidance_scale": w, **cost, **row})
     return results
 

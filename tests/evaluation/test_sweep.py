@@ -100,7 +100,7 @@ def test_sweep_writes_its_report(trained_model, tmp_path, statistics_dir):
     assert [row["guidance_scale"] for row in rows] == [0, 1, 2.5]
     assert [row["network_evaluations"] for row in rows] == [2, 4, 4]
     assert sorted(path.name for path in out.iterdir()) == [
-        *("curves.png", "grid.png", "metrics.json", "metrics.md", "samples")
+        *("classes.md", "classes.png", "curves.png", "grid.png", "metrics.json", "metrics.md", "nearest.png", "samples")
     ]
     assert json.loads((out / "metrics.json").read_text()) == record
     assert (record["num_samples"], record["num_real"], record["num_neighbours"]) == (20, 1797, 20)
