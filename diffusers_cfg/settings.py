@@ -49,7 +49,10 @@ class DataConfig(Config):
         None, "Folder with one subfolder of images for each class, named after the class."
     )
     train_val_split: float = fixed(
-        0.0, "Fraction of the images that is held out from training, for evaluate_cfg.py and evaluate_likelihood.py.", at_least=0, below=1
+        0.0,
+        "Fraction of the images that is held out from training, for evaluate_cfg.py and evaluate_likelihood.py.",
+        at_least=0,
+        below=1,
     )
     stack: Literal[1, 3] = fixed(
         1,

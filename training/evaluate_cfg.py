@@ -44,7 +44,7 @@ def main(argv: list[str] | None = None) -> None:
     record = run_sweep(config, accelerator, on_start=trackers.start)
     if accelerator.is_main_process:
         print(f"\n{config.model}, evaluated on {record['dataset']}\n\n{sweep_table(record)}")
-        print(f"The table, the metrics, the curves and the sample grid are in {folder}.")
+        print(f"The tables, the metrics, the curves and the pictures are in {folder}.")
         curves = sweep_curves(record, "evaluation/")
         last = len(curves) - 1
         trackers.log_curves("evaluation/w", curves)

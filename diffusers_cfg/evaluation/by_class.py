@@ -31,11 +31,12 @@ def measure_classes(
         `kernel_distance`, with its standard error `kernel_distance_error` from 20 images on.
     """
     others, other_labels = real.others.features.double(), real.class_labels["others"]
-    rows = {}
+    rows: dict[str, dict[str, Any]] = {}
     for class_id, name in id2label.items():
         own = features[class_labels == class_id][:MAX_OF_CLASS].double().cpu()
         other = others[other_labels == class_id][:MAX_OF_CLASS]
-        rows[name] = row = {"num_images": len(own)}
+        row: dict[str, Any] = {"num_images": len(own)}
+        rows[name] = row
         if min(len(own), len(other)) < 2:
             continue
         row["kernel_distance"] = polynomial_mmd(other, own)

@@ -62,7 +62,8 @@ class TrainingImages:
         return find_nearest(*self.held_out, self.dataset, self.flips, self.device)
 
     def nearest(self, samples: SampleSet) -> Neighbours:
-        """Find the nearest training images of the first `MAX_COMPARED` samples."""
+        """Find the nearest training images of the first `MAX_COMPARED` samples. The dataset must be at hand."""
+        assert self.dataset is not None
         if samples.folder not in self._nearest:
             shards = [samples.load(shard) for shard in samples.shards if shard.start < MAX_COMPARED]
             images = torch.cat([torch.from_numpy(shard.images) for shard in shards]).movedim(-1, 1)[:MAX_COMPARED]
@@ -82,7 +83,7 @@ class TrainingImages:
         """
         if self.dataset is not None:
             record["training_images"] = self.class_counts
-        if self.held_out_neighbours is None:
+        if self.dataset is None or self.held_out_neighbours is None:
             record["memorisation"] = f"Memorisation is not measured: {self.missing}"
             return
         shares = [close_share(self.nearest(samples), self.held_out_neighbours) for samples in sets.values()]
