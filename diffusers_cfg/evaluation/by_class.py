@@ -68,7 +68,9 @@ def class_table(record: dict[str, Any]) -> str:
         row, real = best["by_class"][name], record["floor"]["by_class"][name]
         cells = [name, *([f"{counts[name]:,}"] if counts else []), f"{row['num_images']:,}"]
         cells += [f"{accuracy[name]:.3f}" if name in accuracy else ""] if accuracy else []
-        errors = {"kernel_distance_error": INTERVAL * row["kernel_distance_error"]} if len(row) > 2 else {}
+        errors = (
+            {"kernel_distance_error": INTERVAL * row["kernel_distance_error"]} if "kernel_distance_error" in row else {}
+        )
         rows.append([*cells, cell({**row, **errors}, "kernel_distance"), cell(real, "kernel_distance")])
     caption = (
         f"Samples at w = {format_number(w)}. The kernel distance (unbiased, a 95 % jackknife interval from "

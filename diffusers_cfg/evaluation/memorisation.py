@@ -133,10 +133,10 @@ def close_share(samples: Neighbours, held_out: Neighbours) -> dict[str, Any] | s
         samples (`Neighbours`), held_out (`Neighbours`): the samples at one w, and the held-out images.
 
     Returns:
-        `dict[str, Any]`: the share `close_to_training`, its floor `close_to_training_floor`, the 95 % interval of the
-        floor `close_to_training_interval`, and the numbers `num_close_samples` and `num_close_held_out` of compared
-        images. Why it cannot be measured, if fewer than `MIN_HELD_OUT` images can be compared, or if more than half of
-        them are equally close, such as images that were trained on after all.
+        `dict[str, Any]`: the share `close_to_training`, its `floor`, the 95 % `interval` of the floor, and the numbers
+        `num_samples` and `num_held_out` of compared images. `str`: why it is not measured, if fewer than `MIN_HELD_OUT`
+        held-out images can be compared, or more than half of them are equally close, such as images that were trained
+        on after all.
     """
     shared = samples.class_labels.unique()
     shared = shared[torch.isin(shared, held_out.class_labels)]
@@ -167,8 +167,8 @@ def close_share(samples: Neighbours, held_out: Neighbours) -> dict[str, Any] | s
     shares = (sample_draws <= limits[:, None]).double().mean(1)
     return {
         "close_to_training": close.double().mean().item(),
-        "close_to_training_floor": floor.item(),
-        "close_to_training_interval": shares.quantile(torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist(),
-        "num_close_samples": num_samples,
-        "num_close_held_out": num_held_out,
+        "floor": floor.item(),
+        "interval": shares.quantile(torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist(),
+        "num_samples": num_samples,
+        "num_held_out": num_held_out,
     }

@@ -101,13 +101,8 @@ def sweep_table(record: dict[str, Any]) -> str:
         rows.append([format_number(row["guidance_scale"]), *cells, *(f"{row[cost]:g}" for cost in costs)])
     if record["floor"]:
         rows.append(["real", *(cell(record["floor"], metric) for metric in names), *("" for _ in costs)])
-    text = f"{table(['w', *names.values(), *costs.values()], rows)}
-
-{caption(record)}
-"
-    return text + (f"
-{record['memorisation']}
-" if "memorisation" in record else "")
+    text = f"{table(['w', *names.values(), *costs.values()], rows)}\n\n{caption(record)}\n"
+    return text + (f"\n{record['memorisation']}\n" if "memorisation" in record else "")
 
 
 def sweep_curves(record: dict[str, Any], prefix: str = "") -> list[dict[str, float]]:

@@ -89,8 +89,7 @@ def run_sweep(
             floor["by_class"] = measure_classes(*held_out, real, data.id2label)
         record = {"dataset": data.name, **real.record(), "floor": floor, **sampling_record(config, pipeline)}
         record["results"] = results
-        evaluated = None if isinstance(data.images, ReferenceFile) else data.images
-        training = load_training_images(config, pipeline, evaluated, accelerator.device)
+        training = load_training_images(config, pipeline, data.images, accelerator.device)
         training.compare(sets, record)
         record = write_report(output_dir, record, config.feature_extractor)
         if isinstance(real, RealStatistics):

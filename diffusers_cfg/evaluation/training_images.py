@@ -23,6 +23,7 @@ from diffusers_cfg.evaluation.memorisation import (
     random_indices,
 )
 from diffusers_cfg.evaluation.records import data_config, names_data, recorded_data
+from diffusers_cfg.evaluation.reference import ReferenceFile
 from diffusers_cfg.evaluation.sample_sets import SampleSet
 from diffusers_cfg.evaluation.settings import EvaluationConfig, LikelihoodConfig
 
@@ -92,21 +93,22 @@ class TrainingImages:
             record["memorisation"] = f"Memorisation is not measured: {reasons[0]}"
             return
         for row, share in zip(record["results"], measured, strict=True):
-            row |= share
-        first = measured[0]
-        record["floor"]["close_to_training"] = first["close_to_training_floor"]
-        low, high = first["close_to_training_interval"]
+            row["close_to_training"] = share["close_to_training"]
+        first = measured[0]  # the floor and its interval are the same for all w, which have the same classes
+        low, high = first["interval"]
+        if record["floor"]:
+            record["floor"] |= {"close_to_training": first["floor"], "close_to_training_interval": [low, high]}
         searched = min(len(self.dataset.class_labels), MAX_SEARCHED)
         record["memorisation"] = (
-            f"Close to training: the share of {first['num_close_samples']} samples that are as close to one of "
-            f"{searched:,} training images as the closest {CLOSEST:.0%} of {first['num_close_held_out']} held-out "
+            f"Close to training: the share of {first['num_samples']} samples that are as close to one of "
+            f"{searched:,} training images as the closest {CLOSEST:.0%} of {first['num_held_out']} held-out "
             f"images are (root mean square distance of pixels). A model that copies nothing has {low:.3f} to "
             f"{high:.3f} (95 % bootstrap interval), and one that copies all 1."
         )
 
 
 def load_training_images(
-    config: EvaluationConfig, pipeline: CFGPipeline, dataset: Dataset, device: torch.device
+    config: EvaluationConfig, pipeline: CFGPipeline, dataset: Dataset | ReferenceFile, device: torch.device
 ) -> TrainingImages:
     """
     Load the training images of a model, and up to `MAX_COMPARED` images that were held out from them: those of
@@ -115,9 +117,12 @@ def load_training_images(
     Args:
         config (`EvaluationConfig`): the settings.
         pipeline (`CFGPipeline`): the model.
-        dataset (`Dataset`): the decoded images that samples are compared with, which may be the training images.
+        dataset (`Dataset` or `ReferenceFile`): the decoded images that samples are compared with, which may be the
+            training images. With reference statistics no image is read.
         device (`torch.device`): the device of the search for the nearest images.
     """
+    if isinstance(dataset, ReferenceFile):
+        return TrainingImages(None, {}, False, None, "with --reference, training images are not read.", device)
     recorded = recorded_data(config.model, pipeline) or {}
     if not recorded or recorded.get("streaming"):
         why = "on a stream" if recorded else "on unknown images"
