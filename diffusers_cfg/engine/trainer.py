@@ -337,10 +337,9 @@ class Trainer:
         # Not with accelerate's clipping, which would unscale fp16 gradients once for each module.
         self.accelerator.unscale_gradients(self.optimizers[objective.name])
         norms = {
-            name: torch.nn.utils.clip_grad_norm_(self.prepared[name].parameters(), max_norm)
+            name: torch.nn.utils.clip_grad_norm_(self.prepared[name].parameters(), max_norm).to(self.accelerator.device)
             for name in objective.trains
         }
-        norms = {name: norm.to(self.accelerator.device) for name, norm in norms.items()}
         finite = torch.stack([torch.isfinite(norm) for norm in norms.values()]).all()
         self.log.log_gradient(objective, norms, finite)
         return finite
