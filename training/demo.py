@@ -32,7 +32,9 @@ def main(argv: list[str] | None = None) -> None:
         demo = load_demo(args.model, args.variant)
     except (ImportError, ValueError, OSError) as error:
         raise UserError(str(error)) from error
-    launch(demo, server_port=args.port)
+    page = launch(demo, server_port=args.port, prevent_thread_lock=True, quiet=True)
+    print(f"Open {page.local_url} in a browser. Ctrl-C ends the demo.", flush=True)
+    page.block_thread()
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """Serve a web page with controls for the classes and the guidance, a gallery, and code for the images, with Gradio."""
 
 import importlib.util
+import os
 import socket
 from typing import Any
 
@@ -44,9 +45,8 @@ def check_port(port: int) -> None:
     try:
         socket.create_server(("127.0.0.1", port)).close()
     except OSError as error:
-        raise OSError(
-            f"Port {port} cannot be used ({error.strerror}). Stop the program that uses it, or choose another port."
-        ) from error
+        problem = f"Port {port} cannot be used ({os.strerror(error.errno or 0)})."
+        raise OSError(f"{problem} Stop the program that uses it, or choose another port.") from error
 
 
 def describe(demo: Demo) -> str:
@@ -131,14 +131,14 @@ def build_page(demo: Demo) -> Any:
 
 def launch(demo: Demo, **settings: Any) -> Any:
     """
-    Move the pipeline to the GPU, if there is one, and serve the page of a demo until the process is interrupted.
+    Move the pipeline to the GPU, if there is one, and serve the page of a demo.
 
     Args:
         demo (`Demo`): the pipeline.
         **settings: Arguments of `gradio.Blocks.launch`, such as `server_port`.
 
     Returns:
-        `gradio.Blocks`: The page. With `prevent_thread_lock=True` it is still served.
+        `gradio.Blocks`: The page. A script gets it after Ctrl-C, or with `prevent_thread_lock=True` at once.
     """
     page = build_page(demo)
     import gradio as gr

@@ -1,10 +1,8 @@
 """Check and clear the output folder of a run, and save the result in it."""
 
-import json
 import logging
 import os
 import re
-import shlex
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -182,19 +180,3 @@ def unfinished_error(output_dir: Path, what: str) -> Unfinished:
             "--resume_from_checkpoint latest."
         )
     return Unfinished(f"{what} There is no checkpoint to resume.")
-
-
-def describe_saved(output_dir: str, example: str) -> str:
-    """Return the message at the end of a run: where the model is, and code that loads it and runs the example."""
-    shown = json.dumps(output_dir, ensure_ascii=False)
-    return (
-        f"\nSaved the pipeline to {output_dir}, and samples to {output_dir}/samples. Generate an image with:\n\n"
-        "from diffusers import DiffusionPipeline\n\n"
-        f"pipe = DiffusionPipeline.from_pretrained({shown}, trust_remote_code=True)\n"
-        f"{example}"
-    )
-
-
-def describe_demo(output_dir: str) -> str:
-    """Return the command that shows the model of a run in the browser."""
-    return f"\nTry the model in the browser:\n\npython training/demo.py --model {shlex.quote(output_dir)}"

@@ -1,4 +1,4 @@
-"""Write `run.json`, the facts about a training run that the model card shows."""
+"""Write `run.json`, the facts about a training run that the model card shows, and say how to use its model."""
 
 import json
 import shlex
@@ -141,3 +141,19 @@ def public_command(config: TrainConfig, argv: list[str]) -> str | None:
 def without_path(value: Any) -> Any:
     """Return a value, or its last component if it is a local path."""
     return value if not isinstance(value, str) or public_name(value) else Path(value).name
+
+
+def describe_saved(output_dir: str, example: str) -> str:
+    """Return the message at the end of a run: where the model is, and code that loads it and runs the example."""
+    shown = json.dumps(output_dir, ensure_ascii=False)
+    return (
+        f"\nSaved the pipeline to {output_dir}, and samples to {output_dir}/samples. Generate an image with:\n\n"
+        "from diffusers import DiffusionPipeline\n\n"
+        f"pipe = DiffusionPipeline.from_pretrained({shown}, trust_remote_code=True)\n"
+        f"{example}"
+    )
+
+
+def describe_demo(output_dir: str) -> str:
+    """Return the command that shows the model of a run in the browser."""
+    return f"\nTry the model in the browser:\n\npython training/demo.py --model {shlex.quote(output_dir)}"

@@ -32,19 +32,12 @@ from diffusers_cfg.engine.checkpoint import (
 from diffusers_cfg.engine.history import check_resumed, identity_of, settings_of
 from diffusers_cfg.engine.log import Log, is_due
 from diffusers_cfg.engine.method import Batch, Method, Objective, check_method, check_terms
-from diffusers_cfg.engine.output import (
-    check_output_dir,
-    describe_demo,
-    describe_saved,
-    prepare_output_dir,
-    saved_together,
-    unfinished_error,
-)
+from diffusers_cfg.engine.output import check_output_dir, prepare_output_dir, saved_together, unfinished_error
 from diffusers_cfg.engine.plan import check_disk, describe_plan, make_plan
 from diffusers_cfg.engine.posthoc_ema import save_snapshot
 from diffusers_cfg.engine.preemption import NotSaved, Preempted, Preemption
 from diffusers_cfg.engine.publishing import BackgroundPublisher, check_hub, publish_run
-from diffusers_cfg.engine.record import write_run_record
+from diffusers_cfg.engine.record import describe_demo, describe_saved, write_run_record
 from diffusers_cfg.engine.state import (
     check_xformers,
     component_names,

@@ -137,7 +137,7 @@ def test_every_kind_of_model_generates_with_its_defaults(kind, tmp_path):
     }[kind]()
     demo = saved_demo(pipeline, tmp_path / "model")
     defaults = {"guidance_scale": demo.guidance, "classifier_guidance_scale": demo.classifier_guidance}
-    values = {name: limits.default for name, limits in defaults.items() if limits is not None}
+    values: dict = {name: limits.default for name, limits in defaults.items() if limits is not None}
     request = Request([next(iter(demo.classes))], num_inference_steps=2, num_images=2, **values)
     images, captions = generate(demo, request)
     assert len(images) == len(captions) == 2

@@ -23,9 +23,9 @@ from diffusers_cfg.engine.output import (
     check_inputs,
     check_output_dir,
     delete_run,
-    describe_demo,
     saved_together,
 )
+from diffusers_cfg.engine.record import describe_demo
 from diffusers_cfg.files import locked, remove
 from diffusers_cfg.method_settings import CFGConfig
 from diffusers_cfg.methods.guided import GuidedMethod

@@ -1,6 +1,7 @@
 """Test the command demo.py. The page is tested in tests/demo."""
 
 import socket
+from types import SimpleNamespace
 
 import pytest
 
@@ -17,16 +18,23 @@ def main(monkeypatch):
     return load_command("demo").main
 
 
-def test_the_page_of_a_model_is_opened(main, tmp_path, monkeypatch):
+def test_the_page_of_a_model_is_opened(main, tmp_path, monkeypatch, capsys):
     opened = []
-    monkeypatch.setattr("diffusers_cfg.demo.page.launch", lambda demo, **settings: opened.append((demo, settings)))
+
+    def fake_launch(demo, **settings):
+        opened.append((demo, settings))
+        return SimpleNamespace(local_url="http://127.0.0.1:7860/", block_thread=lambda: opened.append("blocked"))
+
+    monkeypatch.setattr("diffusers_cfg.demo.page.launch", fake_launch)
     make_pipeline().save_pretrained(tmp_path / "model")
     (tmp_path / "model" / "run.json").write_text('{"method": {"classes_without_images": [0]}}')
     main(["--model", str(tmp_path / "model")])
-    ((demo, settings),) = opened
+    (demo, settings), blocked = opened
     assert demo.source == str(tmp_path / "model")
     assert 0 not in demo.classes
-    assert settings == {"server_port": None}
+    assert settings["server_port"] is None
+    assert blocked == "blocked"  # until Ctrl-C
+    assert "Open http://127.0.0.1:7860/ in a browser." in capsys.readouterr().out
 
 
 def test_what_cannot_be_shown_is_refused(main, tmp_path):
