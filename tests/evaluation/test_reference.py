@@ -106,6 +106,9 @@ def test_reference_batch_of_adm(model, batch, tmp_path):
     assert row["spatial_frechet_distance"] == pytest.approx(expected, rel=1e-5)
     assert {"precision", "recall", "density", "coverage", "kernel_distance", "inception_score"} <= row.keys()
     assert (record["dataset"], record["floor"], record["num_neighbours"]) == ("VIRTUAL_digits.npz", {}, 40)
+    assert record["memorisation"] == "Memorisation is not measured: with --reference, training images are not read."
+    assert (tmp_path / "out" / "classes.png").is_file()
+    assert not {"classes.md", "nearest.png"} & {path.name for path in (tmp_path / "out").iterdir()}
     assert record["reference"]["num_images"] == NUM_IMAGES
     table = (tmp_path / "out" / "metrics.md").read_text()
     assert "| w | FID | KID | IS | sFID | precision |" in table

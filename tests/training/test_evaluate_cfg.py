@@ -69,7 +69,7 @@ def test_failing_tracker_does_not_end_the_evaluation(trained_model, tmp_path, ca
     monkeypatch.setattr("accelerate.tracking.TensorBoardTracker.log", disconnected)
     evaluate(trained_model, tmp_path, "--report_to", "tensorboard")
     assert caplog.text.count("tensorboard failed and gets no more values of this run: no network") == 1
-    assert f"sample grid are in {tmp_path / 'out'}.\n" in capsys.readouterr().out
+    assert f"pictures are in {tmp_path / 'out'}.\n" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
@@ -103,7 +103,7 @@ def test_command_prints_the_table(trained_model, tmp_path, capsys):
     output = capsys.readouterr().out
     assert f"{trained_model}, evaluated on scikit-learn's digits" in output
     assert (tmp_path / "out" / "metrics.md").read_text() in output
-    assert output.endswith(f"sample grid are in {tmp_path / 'out'}.\n")
+    assert output.endswith(f"pictures are in {tmp_path / 'out'}.\n")
 
 
 @pytest.mark.slow
