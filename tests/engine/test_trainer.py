@@ -52,8 +52,9 @@ def test_run_saves_a_pipeline_that_loads(tmp_path, capsys):
 
 
 def run_printed_code(printed: str) -> None:
-    """Execute the code at the end of the output of a run."""
-    exec(printed[printed.index("from diffusers import DiffusionPipeline") :], {})
+    """Execute the code near the end of the output of a run, before the command of the demo."""
+    code = printed[printed.index("from diffusers import DiffusionPipeline") : printed.index("\nTry the model")]
+    exec(code, {})
 
 
 def test_printed_code_runs(tmp_path, monkeypatch, capsys):
