@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import diffusers
+from diffusers import DiffusionPipeline
 from huggingface_hub import CommitOperationAdd, HfApi, RepoCard, SpaceCardData, constants
 
 from .demo.generation import Demo
@@ -35,6 +36,12 @@ README = """# {title}
 
 A page that generates images with [{repo_id}](https://huggingface.co/{repo_id}), at revision `{revision}`. It was
 published with diffusers-cfg, by `training/publish.py --space`, which replaces its files.
+"""
+PAGE = "index.html"
+PAGE_README = """# {title}
+
+A page that samples a diffusion model in the reader's browser, without a server. It was made with diffusers-cfg, by
+`training/export.py`, and published by `training/publish.py --space`, which replaces its files.
 """
 
 
@@ -156,6 +163,56 @@ def publish_with_demo(
         return url, publish_space(space, contents, data, README.format(title=title, **facts), token, None, overwrite)
     except PublishError as error:
         raise PublishError(f"The model was published ({url}), but not its demo. {error}") from error
+
+
+def publish_folder(folder: str, repo_id: str | None, space: str | None, **settings: Any) -> str:
+    """
+    Publish what a folder contains: a saved pipeline, as a repository and with `space` also as a demo, or a page of
+    `export.py`, as a Space.
+
+    Args:
+        folder (`str`), repo_id (`str`, *optional*), space (`str`, *optional*): As in `publish`, `publish_with_demo` and
+            `publish_page`.
+        settings (`dict`): Other arguments of `publish`.
+
+    Returns:
+        `str`: What was published, for the user.
+
+    Raises:
+        PublishError: If the folder contains neither, the arguments do not go with it, or publishing failed.
+    """
+    if Path(folder, PAGE).is_file() and not Path(folder, DiffusionPipeline.config_name).exists():
+        if repo_id is not None or space is None:
+            raise PublishError(f"{folder} contains a page of export.py, which is published by --space alone.")
+        return f"Published the page: {publish_page(folder, space, settings['token'], settings['overwrite'])}"
+    text = "Published, and verified that the published model generates the same image: "
+    if space is None:
+        assert repo_id is not None  # the command asks for one of both
+        return text + publish(folder, repo_id, **settings)
+    shared = {name: settings[name] for name in ("commit_message", "token", "overwrite")}
+    url, demo = publish_with_demo(folder, repo_id, space, **shared)
+    return f"{text}{url}\nPublished a demo, which starts in a few minutes: {demo}"
+
+
+def publish_page(folder: str, space: str, token: str | None = None, overwrite: bool = False) -> str:
+    """
+    Publish the page of a folder as a static Space.
+
+    Args:
+        folder (`str`): Folder with the `index.html` of `export.py`.
+        space (`str`), token (`str`, *optional*), overwrite (`bool`, *optional*, defaults to `False`): As in
+            `publish_with_demo`.
+
+    Returns:
+        `str`: URL of the Space.
+
+    Raises:
+        PublishError: If the Space could not be published, or exists with other contents or another SDK.
+    """
+    title = space.split("/")[-1]
+    data = SpaceCardData(title=title, sdk="static", app_file=PAGE, emoji="🎲", pinned=False)
+    files = {PAGE: Path(folder, PAGE).read_bytes()}
+    return publish_space(space, files, data, PAGE_README.format(title=title), token, overwrite=overwrite)
 
 
 def space_requirements() -> list[str]:

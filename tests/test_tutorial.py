@@ -37,6 +37,6 @@ def test_every_block_runs(hub, tmp_path, monkeypatch):
     assert variables == {"$N": str(N)}
     assert pages == ["my-model"]
     assert (tmp_path / "my-page" / "index.html").exists()
-    assert "me/my-model" in hub.repositories
+    assert hub.repositories.keys() == {"me/my-model", "spaces/me/my-demo", "spaces/me/my-page"}
     assert len(namespace["images"]) == 2
     assert all(isinstance(image, Image.Image) for image in namespace["images"])

@@ -5,13 +5,12 @@
 # [tool.uv.sources]
 # diffusers-cfg = { path = "..", editable = true }
 # ///
-"""Publish the output folder of a training run to the Hub, with its code and a model card.
+"""Publish the output folder of a training run to the Hub, with its code and a model card, or a page of export.py.
 
 python training/publish.py cfg-model --repo_id me/cfg-model
 python training/publish.py cfg-model --space me/demo
+python training/publish.py exported --space me/page
 """
-
-from typing import Any
 
 from diffusers_cfg.config import CommandParser, run_command
 
@@ -19,13 +18,15 @@ from diffusers_cfg.config import CommandParser, run_command
 def main(argv: list[str] | None = None) -> None:
     """Run the command with `argv`, by default `sys.argv[1:]`."""
     parser = CommandParser(description="Publish the output folder of a training run to the Hub, with a model card.")
-    parser.add_argument("folder", help="The output folder of a training run, or any saved pipeline.")
+    parser.add_argument(
+        "folder", help="The output folder of a training run, any saved pipeline, or a page of export.py."
+    )
     parser.add_argument(
         "--repo_id",
         help="The repository, NAMESPACE/NAME, which is created if it does not exist. With --space it defaults to the "
         "name of the folder in the namespace of the Space.",
     )
-    parser.add_argument("--space", help="A Gradio Space, NAMESPACE/NAME, to publish too, which shows the model.")
+    parser.add_argument("--space", help="A Space, NAMESPACE/NAME, to publish, which shows the model or the page.")
     parser.add_argument("--private", action="store_true", help="Create a private repository.")
     parser.add_argument("--token", help="A token with write access; defaults to the token of `hf auth login`.")
     parser.add_argument("--commit_message", help="The commit message; defaults to 'Upload CFGPipeline'.")
@@ -42,22 +43,13 @@ def main(argv: list[str] | None = None) -> None:
         parser.error("--space needs a public model, and cannot be combined with --private or --create_pr")
     # Imported here so that --help and flag errors do not wait for torch.
     from diffusers_cfg.engine.publishing import NotPublished
-    from diffusers_cfg.hub import publish
     from diffusers_cfg.repository import PublishError
-    from diffusers_cfg.space import publish_with_demo
+    from diffusers_cfg.space import publish_folder
 
-    common: dict[str, Any] = {"commit_message": args.commit_message, "token": args.token, "overwrite": args.overwrite}
-    demo = None
     try:
-        if args.space is not None:
-            url, demo = publish_with_demo(args.folder, args.repo_id, args.space, **common)
-        else:
-            url = publish(args.folder, args.repo_id, private=args.private or None, create_pr=args.create_pr, **common)
+        print(publish_folder(**{**vars(args), "private": args.private or None}))
     except PublishError as error:
         raise NotPublished(f"publish.py: error: {error}") from error
-    print(f"Published, and verified that the published model generates the same image: {url}")
-    if demo is not None:
-        print(f"Published a demo, which starts in a few minutes: {demo}")
 
 
 if __name__ == "__main__":

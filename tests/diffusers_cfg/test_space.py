@@ -136,6 +136,22 @@ def test_a_static_space(hub, client):
     assert hub.files("spaces/me/demo")["index.html"] == b"new"
 
 
+def test_a_page_is_published_as_a_static_space(hub, client, tmp_path, capsys):
+    (tmp_path / "index.html").write_bytes(b"<title>page</title>")
+    (tmp_path / "notes.txt").write_text("private")
+    main = load_command("publish").main
+    main([str(tmp_path), "--space", "me/page"])
+    assert capsys.readouterr().out == f"Published the page: {hub.url}/spaces/me/page\n"
+    files = hub.files("spaces/me/page")
+    assert files.keys() == {".gitattributes", "README.md", "index.html"}
+    assert files["index.html"] == b"<title>page</title>"
+    card = front_matter(files["README.md"])
+    assert (card["title"], card["sdk"], card["app_file"]) == ("page", "static", "index.html")
+    for argv in (["--repo_id", "me/page"], ["--repo_id", "me/page", "--space", "me/page"]):
+        with pytest.raises(CommandError, match="contains a page of export.py, which is published by --space alone"):
+            main([str(tmp_path), *argv])
+
+
 OURS = b"---\nsdk: static\ntags: [diffusers-cfg]\n---\n"
 
 
