@@ -19,7 +19,8 @@ def test_every_block_runs(hub, tmp_path, monkeypatch):
     HubClient(monkeypatch, hub, str(tmp_path / "hf"))
     monkeypatch.chdir(tmp_path)
     pages = []
-    monkeypatch.setattr("diffusers_cfg.demo.page.launch", lambda demo, **_: pages.append(demo.source))
+    # The demo is served until Ctrl-C; here it ends at once.
+    monkeypatch.setattr("gradio.Blocks.block_thread", lambda page: pages.append(page.title) or page.close())
     (tmp_path / "training").symlink_to(TRAINING)  # presets
     variables, namespace = {}, {}
     for language, block in re.findall(r"^```(\w+)\n(.*?)^```", TUTORIAL, re.DOTALL | re.MULTILINE):
@@ -35,7 +36,7 @@ def test_every_block_runs(hub, tmp_path, monkeypatch):
             reset_accelerate()
             load_command(command[1]).main([variables.get(word, word) for word in shlex.split(command[2])])
     assert variables == {"$N": str(N)}
-    assert pages == ["my-model"]
+    assert pages == ["my-model · diffusers-cfg"]
     assert (tmp_path / "my-page" / "index.html").exists()
     assert hub.repositories.keys() == {"me/my-model", "spaces/me/my-demo", "spaces/me/my-page"}
     assert len(namespace["images"]) == 2
