@@ -125,7 +125,8 @@ def sweep_cells(record: dict[str, Any]) -> tuple[list[str], list[list[float | st
     names = {metric: name for metric, name in record["metric_names"].items() if metric in first}
     errors = {f"{metric}_error": f"{name}, standard error" for metric, name in names.items()}
     columns = {**names, **{key: name for key, name in errors.items() if key in first}, **cost_names(record["results"])}
-    rows = [(format_number(row["guidance_scale"]), row) for row in record["results"]] + [("real", record["floor"])]
+    rows = [(format_number(row["guidance_scale"]), row) for row in record["results"]]
+    rows += [("real", record["floor"])] if record["floor"] else []  # with --reference there is none
     return ["w", *columns.values()], [[w, *(row.get(column) for column in columns)] for w, row in rows]
 
 

@@ -347,6 +347,8 @@ def test_cells_and_curves_have_the_numbers_of_the_table(one_sweep):
     assert [point["a/w"] for point in curves] == [0, 1]
     assert [point["a/frechet_distance"] for point in curves] == cells["Fréchet distance"][:2]
     assert not {"a/gradients", "a/guidance_scale", "a/accuracy_by_class"} & curves[0].keys()
+    # Reference statistics have no row of real images
+    assert [row[0] for row in sweep_cells({**record, "floor": {}})[1]] == ["1", "0"]
 
 
 def test_output_folder_defaults_to_the_models_folder(abc):
