@@ -1520,7 +1520,7 @@ class CFGPipeline(DiffusionPipeline):
         """Return the strength, by default 0.8, or 1 with a mask; `None` without an image, which both need."""
         if image is None:
             for name, value in (("strength", strength), ("mask_image", mask_image)):
-                self._require(name, value, value is None, "left out without image")
+                self._require(name, value, value is None, "None without image; pass image too")
             return None
         default = 0.8 if mask_image is None else 1.0
         return default if strength is None else float(strength)
@@ -1566,7 +1566,7 @@ class CFGPipeline(DiffusionPipeline):
         listed = list(image) if isinstance(image, (list, tuple)) else [image]
         transparent = {"LA", "La", "PA", "RGBA", "RGBa"}
         modes = [item.mode for item in listed if getattr(item, "mode", None) in transparent]
-        required = f"one without transparency; use {name}.convert"
+        required = f'one without transparency; use {name}.convert("RGB")'
         self._require(f"The mode of {name}", modes and modes[0], not modes, required)
         # Sizes are not changed: that would distort the image.
         processor = VaeImageProcessor(
@@ -1590,7 +1590,9 @@ class CFGPipeline(DiffusionPipeline):
                 f"{shape}. Resize or crop it."
             )
         values = pixels.min().item(), pixels.max().item()
-        self._require(f"The range of {name}", values, 0 <= values[0] <= values[1] <= 1, "in [0, 1]")
+        self._require(
+            f"The range of {name}", values, 0 <= values[0] <= values[1] <= 1, "in [0, 1]; divide 8-bit values by 255"
+        )
         if len(pixels) not in (1, num_labels, num_images):
             raise ValueError(
                 f"{name} contains {len(pixels)} images, but must contain one, one per label ({num_labels}) or one per "

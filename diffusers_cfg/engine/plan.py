@@ -12,6 +12,7 @@ from torch.utils.data import Dataset
 from diffusers_cfg.config import UserError
 from diffusers_cfg.data.datasets import CachedImages, num_images
 from diffusers_cfg.data.images import LabelledImages
+from diffusers_cfg.data.naming import local_name
 from diffusers_cfg.engine.checkpoint import Checkpoint
 from diffusers_cfg.engine.method import Method
 from diffusers_cfg.engine.muon import split_parameters
@@ -170,7 +171,7 @@ def describe_plan(
     steps = snapshot_steps(config.posthoc_ema_steps, plan.total_steps)
     of_snapshots = f"{len(steps)} snapshots of {format_size(snapshot_bytes(config, method))}, " if steps else ""
     lines = {
-        "images": f"{plan.num_images or 'unknown'} of {len(images.present_classes)} classes, "
+        "images": f"{plan.num_images or 'unknown'} of {len(images.present_classes)} classes of {local_name(config)}, "
         + (f"{images.num_held_out} held out, " if images.num_held_out else "")
         + ("decoded into memory" if isinstance(dataset, CachedImages) else "decoded lazily"),
         **{name: f"{count_parameters(module)} parameters" for name, module in method.modules.items()},

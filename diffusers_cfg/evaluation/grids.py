@@ -1,7 +1,9 @@
 """Arrange images in a grid, such as the samples of a training run: a row for each class, a column for each w."""
 
+from pathlib import Path
 from typing import Any
 
+import matplotlib
 import torch
 from accelerate import Accelerator
 from PIL import Image, ImageDraw, ImageFont
@@ -10,7 +12,7 @@ from diffusers_cfg import CFGPipeline
 from diffusers_cfg.evaluation.settings import GUIDANCE, format_number
 from diffusers_cfg.randomness import seeded_generator
 
-MAX_ROWS = 20
+MAX_CLASSES = 20
 GAP, TOP, FONT_SIZE = 4, 26, 14  # in pixels
 
 
@@ -25,8 +27,8 @@ def sample_grid(
 ) -> Image.Image:
     """
     Generate a grid of samples with a row for each class and a column for each w. Images of a row start from the same
-    noise, so that the row shows the effect of w, except those with the same w. Of more than `MAX_ROWS` classes the grid
-    shows the first, and says how many it leaves out.
+    noise, so that the row shows the effect of w, except those with the same w. Of more than `MAX_CLASSES` classes the
+    grid shows the first, and says how many it leaves out.
 
     Args:
         pipeline (`CFGPipeline`): the pipeline, on the accelerator's device.
@@ -37,9 +39,9 @@ def sample_grid(
         seed (`int`): the seed of the noise; each row also depends on its class.
         guidance (`str`): the rule of guidance, one of `GUIDANCE`.
     """
-    left_out = len(classes) - MAX_ROWS
+    left_out = len(classes) - MAX_CLASSES
     note = f"{left_out} of {len(classes)} classes are not shown" if left_out > 0 else None
-    classes = classes[:MAX_ROWS]
+    classes = classes[:MAX_CLASSES]
     # The noise of repeated scales also depends on the number of the repetition.
     numbers = [guidance_scales[:column].count(w) for column, w in enumerate(guidance_scales)]
     jobs = [
@@ -84,7 +86,8 @@ def make_grid(
     if pixels.shape[-1] == 1:
         pixels = pixels.expand(*pixels.shape[:-1], 3)
     height, width = (side * scale for side in images.shape[-2:])
-    font = ImageFont.load_default(FONT_SIZE)
+    # Pillow's own font lacks letters such as ä, α and ж.
+    font = ImageFont.truetype(Path(matplotlib.get_data_path(), "fonts", "ttf", "DejaVuSans.ttf"), FONT_SIZE)
     left = 12 + max(int(font.getlength(name)) for name in rows)
     total, bottom = left + len(columns) * (width + GAP), TOP + len(rows) * (height + GAP)
     if note is not None:

@@ -144,7 +144,10 @@ def close_share(samples: Neighbours, held_out: Neighbours) -> dict[str, Any] | s
     num_samples = sum(int(chosen.sum()) for _, chosen in parts)
     num_held_out = sum(len(distances) for distances, _ in parts)
     if num_held_out < MIN_HELD_OUT:
-        return f"it takes {MIN_HELD_OUT} held-out images of the samples' classes, but there are {num_held_out}."
+        return (
+            f"it takes {MIN_HELD_OUT} held-out images of the samples' classes, but there are {num_held_out}. "
+            "Train with a larger --train_val_split."
+        )
     weights = torch.cat(
         [
             torch.full((len(distances),), chosen.sum().item() / len(distances) / num_samples, dtype=torch.float64)

@@ -3,7 +3,7 @@
 import torch
 from PIL import Image
 
-from diffusers_cfg.evaluation.grids import MAX_ROWS, make_grid
+from diffusers_cfg.evaluation.grids import MAX_CLASSES, make_grid
 from diffusers_cfg.evaluation.memorisation import Neighbours
 from diffusers_cfg.evaluation.sample_sets import SampleSet
 from diffusers_cfg.evaluation.settings import format_number
@@ -14,7 +14,7 @@ COLUMNS = 10
 
 def class_grid(samples: SampleSet, classes: list[int], names: list[str], w: float) -> Image.Image:
     """
-    Arrange the first `COLUMNS` samples of each class in a row, as far as there are samples. Of more than `MAX_ROWS`
+    Arrange the first `COLUMNS` samples of each class in a row, as far as there are samples. Of more than `MAX_CLASSES`
     classes the picture shows the first, and says how many it leaves out.
 
     Args:
@@ -22,7 +22,7 @@ def class_grid(samples: SampleSet, classes: list[int], names: list[str], w: floa
         classes (`list[int]`), names (`list[str]`): the ids and the names of the classes.
         w (`float`): their guidance scale, for the caption.
     """
-    shown = classes[:MAX_ROWS]
+    shown = classes[:MAX_CLASSES]
     found: dict[int, list[torch.Tensor]] = {class_id: [] for class_id in shown}
     for shard in samples.shards:
         content = samples.load(shard)

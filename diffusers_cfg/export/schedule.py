@@ -91,8 +91,7 @@ def make_schedule(scheduler: SchedulerMixin, num_inference_steps: int) -> Schedu
     if not difference <= TOLERANCE:  # it may be NaN
         raise UserError(
             f"{name} cannot be exported: with {num_inference_steps} steps it draws noise between "
-            "steps, or is not a linear function of the predictions. Pass --scheduler DPMSolverMultistepScheduler or "
-            "--scheduler DDIMScheduler."
+            "steps, or is not a linear function of the predictions. Pass --scheduler DPMSolverMultistepScheduler."
         )
     return schedule
 

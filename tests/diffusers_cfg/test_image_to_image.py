@@ -161,7 +161,7 @@ IMAGE = torch.rand(1, 1, 8, 8)
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"strength": 0.5}, "strength must be left out without image, but is 0.5"),
+        ({"strength": 0.5}, "strength must be None without image; pass image too, but is 0.5"),
         *(({"image": IMAGE, "strength": s}, r"strength must be in \(0, 1\]") for s in (0, -0.1, 1.1, "much", math.nan)),
         ({"image": IMAGE, "strength": 0.05}, "strength 0.05 leaves none of 10 steps. Use at least 1/10"),
         ({"image": torch.rand(1, 1, 8, 9)}, r"image has the shape \(1, 8, 9\).* but this model needs \(1, 8, 8\)"),

@@ -169,7 +169,7 @@ IMAGE = torch.rand(1, 1, SIZE, SIZE)
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"mask_image": LEFT}, "mask_image must be left out without image"),
+        ({"mask_image": LEFT}, "mask_image must be None without image; pass image too"),
         ({"mask_image": LEFT, "strength": 0}, r"strength must be in \(0, 1\]"),
         ({"image": IMAGE, "mask_image": LEFT[..., :7]}, r"mask_image has the shape \(1, 8, 7\).*needs \(1, 8, 8\)"),
         ({"image": IMAGE, "mask_image": LEFT.expand(1, 3, -1, -1)}, r"mask_image has the shape \(3, 8, 8\)"),

@@ -41,7 +41,7 @@ def test_the_record_of_a_run_says_what_is_held_out(model):
 
 def test_the_plan_and_the_log_say_how_many_images_are_held_out(tmp_path, capsys, caplog):
     train(tmp_path / "out", *SPLIT, "--dry_run")
-    assert "1348 of 10 classes, 449 held out, decoded into memory\n" in capsys.readouterr().out
+    assert "1348 of 10 classes of scikit-learn's digits, 449 held out, decoded into memory\n" in capsys.readouterr().out
     with caplog.at_level(logging.INFO, "diffusers_cfg"):
         train(tmp_path / "out", *SPLIT)
     assert "1348 images (449 held out), 10 classes" in caplog.text

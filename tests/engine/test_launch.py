@@ -18,14 +18,14 @@ from safetensors.torch import load_file
 
 from diffusers_cfg.data import datasets
 from diffusers_cfg.data.sources import Digits
-from tests.support.runs import TINY, TRAINING, WEIGHTS, assert_same_tensors, launch, scalars, train
+from tests.support.runs import TINY, TRAINING, WEIGHTS, assert_same_tensors, launch, printed_code, scalars, train
 
 pytestmark = pytest.mark.slow
 
 
 def test_train_load_and_evaluate_from_the_command_line(tmp_path):
     result = launch(*TINY, "--output_dir", "out", cwd=tmp_path)
-    script = result.stdout[result.stdout.index("from diffusers import DiffusionPipeline") :]
+    script = printed_code(result.stdout)
     loaded = subprocess.run([sys.executable, "-c", script], cwd=tmp_path, capture_output=True, text=True, timeout=300)
     assert loaded.returncode == 0, loaded.stderr
     assert Image.open(tmp_path / "zero.png").size == (8, 8)

@@ -22,7 +22,7 @@ def test_dry_run_prints_the_plan_and_writes_nothing(tmp_path, capsys):
     train(tmp_path / "out", "--dry_run", "--gradient_accumulation_steps", "2", "--checkpoints_total_limit", "1")
     assert list(tmp_path.iterdir()) == []
     plan = parse_plan(capsys.readouterr().out)
-    assert plan["images"] == "1797 of 10 classes, decoded into memory"
+    assert plan["images"] == "1797 of 10 classes of scikit-learn's digits, decoded into memory"
     assert plan["unet"] == "0.0 M parameters"
     assert plan["samples"] == "1×8×8"
     assert plan["method"] == "prediction_type v_prediction, conditioning_dropout_prob 0.1"

@@ -25,7 +25,7 @@ from diffusers_cfg.methods.cfg import ClassifierFreeGuidance
 from diffusers_cfg.methods.ddgan import DenoisingDiffusionGAN
 from diffusers_cfg.model_files import checkpoints
 from tests.support.latents import vae_flags
-from tests.support.runs import TIMES, WEIGHTS, assert_same_tensors, distill, events, scalars, train
+from tests.support.runs import TIMES, WEIGHTS, assert_same_tensors, distill, events, printed_code, scalars, train
 from tests.support.toys import Unlabelled
 
 
@@ -51,16 +51,10 @@ def test_run_saves_a_pipeline_that_loads(tmp_path, capsys):
     assert_same_tensors(out / "unet" / WEIGHTS, out / "checkpoint-4" / "unet_ema" / WEIGHTS)
 
 
-def run_printed_code(printed: str) -> None:
-    """Execute the code near the end of the output of a run, before the command of the demo."""
-    code = printed[printed.index("from diffusers import DiffusionPipeline") : printed.index("\nTry the model")]
-    exec(code, {})
-
-
 def test_printed_code_runs(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     train(Path("out"))
-    run_printed_code(capsys.readouterr().out)
+    exec(printed_code(capsys.readouterr().out), {})
     assert Image.open("zero.png").size == (8, 8)
 
 
@@ -71,12 +65,12 @@ def test_printed_code_runs_for_any_class_name_and_student(tmp_path, monkeypatch,
     monkeypatch.setattr(sources, "Digits", lambda: digits)
     monkeypatch.chdir(tmp_path)
     train(Path("teacher"))
-    run_printed_code(capsys.readouterr().out)
+    exec(printed_code(capsys.readouterr().out), {})
     Path("a-zero-.png").unlink()
     distill(Path("teacher"), Path("student"), "--max_guidance_scale", "0.25")
     printed = capsys.readouterr().out
     assert "guidance_scale=0.25)" in printed
-    run_printed_code(printed)
+    exec(printed_code(printed), {})
     assert Image.open("a-zero-.png").size == (8, 8)
 
 
@@ -97,7 +91,7 @@ def test_documented_method_trains(tmp_path, monkeypatch, capsys):
     namespace: dict[str, Any] = {"__name__": "documented"}
     exec(dedent(imports) + dedent(source), namespace)
     train(Path("out"), "--antithetic", method=namespace["Denoiser"], config_class=namespace["DenoiserConfig"])
-    run_printed_code(capsys.readouterr().out)
+    exec(printed_code(capsys.readouterr().out), {})
     assert Image.open("sample.png").size == (8, 8)
 
 

@@ -195,7 +195,7 @@ def test_classes_of_the_report_are_measured(model, tmp_path):
 
 
 def test_class_grid_pads_rare_classes_and_names_what_it_leaves_out(tmp_path, monkeypatch):
-    monkeypatch.setattr(pictures, "MAX_ROWS", 2)
+    monkeypatch.setattr(pictures, "MAX_CLASSES", 2)
     samples = SampleSet(tmp_path, 13)
     labels = np.array([0] * 12 + [1])
     samples.save(range(13), Shard(np.zeros((13, 64, 64, 3), np.uint8), labels, 1.0))

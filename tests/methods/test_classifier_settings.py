@@ -203,7 +203,7 @@ def test_plan(folders, tmp_path, capsys):
     load_command("train_classifier").main([*argv, "--dry_run", "--report_to", "none"])
     printed = capsys.readouterr().out
     for line in (
-        "images         1617 of 10 classes, 180 held out, decoded into memory",
+        "images         1617 of 10 classes of scikit-learn's digits, 180 held out, decoded into memory",
         "classifier     0.3 M parameters",
         "method         trained_network classifier, prediction_type epsilon",
         "steps          1500 of 64 images: 59.4 epochs",

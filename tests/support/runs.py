@@ -122,6 +122,11 @@ def train_classifier(
     return config
 
 
+def printed_code(output: str) -> str:
+    """Return the Python code that a run prints at its end, before the command of the demo."""
+    return output[output.index("from diffusers import DiffusionPipeline") : output.index("\nTry the model")]
+
+
 def start(output_dir: Path, preemption: Preemption, *argv: str) -> None:
     """Train with a `Preemption` that can stop the run."""
     train(output_dir, *argv, preemption=preemption)

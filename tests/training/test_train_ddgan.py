@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 
 from tests.support.commands import check_refused, help_of, load_command
-from tests.support.runs import SHARED, SMALLEST_GAN, TRAINING, launch, reset_accelerate
+from tests.support.runs import SHARED, SMALLEST_GAN, TRAINING, launch, printed_code, reset_accelerate
 
 # The flags that recipes rely on, besides those of all training commands
 FLAGS = {
@@ -62,7 +62,7 @@ def test_bad_settings_are_refused(argv, message, monkeypatch):
 def test_train_and_sample_from_the_command_line(tmp_path):
     script = TRAINING / "train_ddgan.py"
     result = launch(*SHARED, *SMALLEST_GAN, "--output_dir", "out", cwd=tmp_path, script=script)
-    code = result.stdout[result.stdout.index("from diffusers import DiffusionPipeline") :]
+    code = printed_code(result.stdout)
     assert "guidance_scale" not in code
     subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, timeout=300, check=True)
     assert Image.open(tmp_path / "zero.png").size == (8, 8)
