@@ -1,9 +1,8 @@
 """Arrange images in a grid, such as the samples of a training run: a row for each class, a column for each w."""
 
-from pathlib import Path
+from importlib.metadata import distribution
 from typing import Any
 
-import matplotlib
 import torch
 from accelerate import Accelerator
 from PIL import Image, ImageDraw, ImageFont
@@ -86,8 +85,9 @@ def make_grid(
     if pixels.shape[-1] == 1:
         pixels = pixels.expand(*pixels.shape[:-1], 3)
     height, width = (side * scale for side in images.shape[-2:])
-    # Pillow's own font lacks letters such as ä, α and ж.
-    font = ImageFont.truetype(Path(matplotlib.get_data_path(), "fonts", "ttf", "DejaVuSans.ttf"), FONT_SIZE)
+    # Pillow's own font lacks letters such as ä, α and ж. Importing matplotlib would make a folder in the user's home.
+    font_file = distribution("matplotlib").locate_file("matplotlib/mpl-data/fonts/ttf/DejaVuSans.ttf")
+    font = ImageFont.truetype(str(font_file), FONT_SIZE)
     left = 12 + max(int(font.getlength(name)) for name in rows)
     total, bottom = left + len(columns) * (width + GAP), TOP + len(rows) * (height + GAP)
     if note is not None:
