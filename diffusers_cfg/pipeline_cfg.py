@@ -565,7 +565,7 @@ class CFGPipeline(DiffusionPipeline):
         Returns:
             `torch.Tensor` of the shape of z, in float32.
         """
-        alpha, sigma = (math.sqrt(1 / (1 + math.exp(-sign * log_snr))) for sign in (1, -1))
+        alpha, sigma = self._alpha_sigma(log_snr)
         # With y = αz the gradient is ∇_z = α ∇_y, so that nothing is divided by α, which is 4.5e-5 at λ = -20.
         factor = {"epsilon": -sigma * alpha, "v_prediction": -sigma, "sample": sigma**2}
         with torch.inference_mode(False), torch.enable_grad(), torch.autocast(z.device.type, enabled=False):
@@ -604,7 +604,7 @@ class CFGPipeline(DiffusionPipeline):
         """
         if log_snr < -2 * math.log(10):
             return predict(z)
-        alpha, sigma = (math.sqrt(1 / (1 + math.exp(-sign * log_snr))) for sign in (1, -1))
+        alpha, sigma = self._alpha_sigma(log_snr)
         sigma_data = 0.5 if self.vae is None else 1.0
         kind = self.scheduler.config["prediction_type"]
         with torch.enable_grad():
@@ -642,6 +642,11 @@ class CFGPipeline(DiffusionPipeline):
             return sample
         kept = x if is_last else scheduler.add_noise(x, noise, scheduler.timesteps[index + 1 : index + 2])
         return torch.where(mask > 0, sample, kept)
+
+    @staticmethod
+    def _alpha_sigma(log_snr: float) -> tuple[float, float]:
+        """Return α and σ at λ, with α² + σ² = 1."""
+        return math.sqrt(1 / (1 + math.exp(-log_snr))), math.sqrt(1 / (1 + math.exp(log_snr)))
 
     def _check_gradients(self, are_finite: list[torch.Tensor], classified: torch.Tensor, log_snr: torch.Tensor) -> None:
         """

@@ -38,9 +38,7 @@ def sample_grid(
         seed (`int`): the seed of the noise; each row also depends on its class.
         guidance (`str`): the rule of guidance, one of `GUIDANCE`.
     """
-    left_out = len(classes) - MAX_CLASSES
-    note = f"{left_out} of {len(classes)} classes are not shown" if left_out > 0 else None
-    classes = classes[:MAX_CLASSES]
+    classes, note = classes[:MAX_CLASSES], left_out_note(min(len(classes), MAX_CLASSES), len(classes))
     # The noise of repeated scales also depends on the number of the repetition.
     numbers = [guidance_scales[:column].count(w) for column, w in enumerate(guidance_scales)]
     jobs = [
@@ -66,6 +64,11 @@ def sample_grid(
         columns=[f"w = {format_number(w)}" for w in guidance_scales],
         note=note,
     )
+
+
+def left_out_note(shown: int, total: int) -> str | None:
+    """Return how many classes a picture leaves out; `None` if it shows all."""
+    return f"{total - shown} of {total} classes are not shown" if shown < total else None
 
 
 def make_grid(

@@ -3,7 +3,7 @@
 import torch
 from PIL import Image
 
-from diffusers_cfg.evaluation.grids import MAX_CLASSES, make_grid
+from diffusers_cfg.evaluation.grids import MAX_CLASSES, left_out_note, make_grid
 from diffusers_cfg.evaluation.memorisation import Neighbours
 from diffusers_cfg.evaluation.sample_sets import SampleSet
 from diffusers_cfg.evaluation.settings import format_number
@@ -36,9 +36,8 @@ def class_grid(samples: SampleSet, classes: list[int], names: list[str], w: floa
     for row, images in enumerate(found.values()):
         for column, image in enumerate(images):
             rows[row, column] = image / 255
-    left_out = len(classes) - len(shown)
-    note = f"w = {format_number(w)}" + (f"; {left_out} of {len(classes)} classes are not shown" if left_out else "")
-    return make_grid(rows, names[: len(shown)], [""] * COLUMNS, note=note)
+    notes = [f"w = {format_number(w)}", left_out_note(len(shown), len(classes))]
+    return make_grid(rows, names[: len(shown)], [""] * COLUMNS, note="; ".join(filter(None, notes)))
 
 
 def nearest_grid(samples: Neighbours, held_out: Neighbours | None, w: float) -> Image.Image:

@@ -19,7 +19,7 @@ from diffusers_cfg.data.naming import local_name
 from diffusers_cfg.data.sources import load_labelled_images
 from diffusers_cfg.evaluation.by_class import class_table, measure_classes
 from diffusers_cfg.evaluation.class_labels import choose_class_labels, classes_of, parse_class_labels
-from diffusers_cfg.evaluation.grids import MAX_CLASSES, make_grid
+from diffusers_cfg.evaluation.grids import MAX_CLASSES, left_out_note, make_grid
 from diffusers_cfg.evaluation.guidance_rules import check_guidance, is_unconditional
 from diffusers_cfg.evaluation.measure import measure, measure_floor
 from diffusers_cfg.evaluation.pictures import class_grid, nearest_grid
@@ -99,7 +99,7 @@ def run_sweep(
 
 
 class RealData(NamedTuple):
-    """What samples are compared with: the images of a dataset, or reference statistics."""
+    """The data that samples are compared with: the images of a dataset, or reference statistics."""
 
     images: Dataset | ReferenceFile
     id2label: dict[int, str]
@@ -191,8 +191,7 @@ def save_pictures(
     classes = classes_of(class_labels).tolist()
     columns = [id2label[class_id] for class_id in class_labels[: min(len(classes), MAX_CLASSES)].tolist()]
     images = torch.stack([samples.first_images(len(columns)) for samples in sets.values()])
-    left_out = len(classes) - len(set(columns))
-    note = f"{left_out} of {len(classes)} classes are not shown" if left_out else None
+    note = left_out_note(len(set(columns)), len(classes))
     save_image(
         make_grid(images, [f"w = {format_number(w)}" for w in sets], columns, note=note), output_dir / "grid.png"
     )

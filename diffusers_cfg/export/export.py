@@ -77,7 +77,9 @@ def describe_sampler(config: ExportConfig, pipeline: CFGPipeline) -> dict[str, A
 
 def sampling_steps(config: ExportConfig, pipeline: CFGPipeline) -> list[int]:
     """Return the numbers of steps to offer, the one to start with first."""
-    only, own = only_sampler(pipeline), pipeline.num_inference_steps
     if config.num_inference_steps is not None:
         return config.num_inference_steps
-    return [own] if only is not None else list(dict.fromkeys([own, max(1, own // 2), 2 * own, 4 * own]))
+    own = pipeline.num_inference_steps
+    return (
+        [own] if only_sampler(pipeline) is not None else list(dict.fromkeys([own, max(1, own // 2), 2 * own, 4 * own]))
+    )
